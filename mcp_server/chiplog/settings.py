@@ -1,0 +1,177 @@
+"""The workspace and its `chiplog.toml`: which folders may be touched, and what the cluster offers.
+
+The workspace is `$CHIPLOG_WORKSPACE`, else the nearest folder upwards that holds a `chiplog.toml` or is a checkout
+of this project, else the current folder. Its settings beat the user's, key by key.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chiplog.errors import OutsideRootsError, SettingsError
+
+FILE_NAME = "chiplog.toml"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Paths(_Frozen):
+    """Where things are; relative paths start at the workspace."""
+
+    models: list[str] = Field(["models"], description="Folders that hold model folders.")
+    datasets: list[str] = Field(["data"], description="Folders that hold data sets.")
+    experiments: str = Field("experiments", description="Folder that experiment folders are written to.")
+    logs: list[str] = Field([], description="Globs of past logs to scan.")
+
+
+class Slurm(_Frozen):
+    """How to ask this cluster for a job."""
+
+    account: str | None = Field(None, description="Account to charge.")
+    partition: str | None = Field(None, description="Partition for jobs whose GPU names none.")
+    setup: list[str] = Field([], description="Shell lines that make the environment, run on the cluster only.")
+    max_submit: int | None = Field(None, ge=1, description="Jobs that may stand in the queue at once.")
+
+
+class Local(_Frozen):
+    """How the local engine shares this machine."""
+
+    cpus: int | None = Field(None, ge=1, description="CPUs that jobs may use together; null: all that are allowed.")
+
+
+class Gpu(_Frozen):
+    """One kind of GPU that can be asked for."""
+
+    name: str = Field(description="Name, such as a100-80gb.")
+    partition: str | None = Field(None, description="Slurm partition that has it.")
+    gres: str | None = Field(None, description="Slurm generic resource, such as gpu:a100:1.")
+    constraint: str | None = Field(None, description="Slurm feature to ask for.")
+    count: int = Field(1, ge=1, description="How many there are.")
+
+
+class Budget(_Frozen):
+    """What a plan may use."""
+
+    gpu_hours: float | None = Field(None, gt=0, description="GPU hours in one plan.")
+
+
+class Settings(_Frozen):
+    """Everything in `chiplog.toml`, and the workspace it belongs to."""
+
+    workspace: Path = Field(description="The folder that relative paths start at.")
+    paths: Paths = Field(Paths.model_validate({}), description="Where things are.")
+    slurm: Slurm | None = Field(None, description="The cluster; null: jobs run on this machine.")
+    local: Local = Field(Local.model_validate({}), description="The local engine.")
+    gpus: list[Gpu] = Field([], description="The kinds of GPU that can be asked for.")
+    budget: Budget = Field(Budget.model_validate({}), description="What a plan may use.")
+
+    @property
+    def experiments(self) -> Path:
+        return self.resolve(self.paths.experiments)
+
+    @property
+    def model_roots(self) -> list[Path]:
+        return [self.resolve(p) for p in self.paths.models]
+
+    @property
+    def dataset_roots(self) -> list[Path]:
+        return [self.resolve(p) for p in self.paths.datasets]
+
+    def resolve(self, path: str | Path) -> Path:
+        """The absolute path, from the workspace, with `~` and links followed."""
+        return (self.workspace / Path(path).expanduser()).resolve()
+
+    def allowed(self, path: str | Path) -> Path:
+        """`path` made absolute, if it lies in the workspace or in a folder of `[paths]`.
+
+        Raises OutsideRootsError otherwise; links are followed first, so that none leads out.
+        """
+        resolved = self.resolve(path)
+        roots = [self.workspace.resolve(), self.experiments, *self.model_roots, *self.dataset_roots]
+        if any(resolved.is_relative_to(root) for root in roots):
+            return resolved
+        listed = "\n".join(f"  {root}" for root in dict.fromkeys(roots))
+        raise OutsideRootsError(
+            f"{resolved} is outside the folders that chiplog may touch:\n{listed}\n"
+            f"Move it under one of them, or add its folder to [paths] in {self.workspace / FILE_NAME}."
+        )
+
+
+def bundle() -> Path:
+    """The folder that holds templates/, recipes/, trainer/, tasks/ and skills/: the checkout, or the wheel's copy."""
+    package = Path(__file__).resolve().parent
+    inside = package / "_bundle"
+    return inside if inside.is_dir() else package.parent.parent
+
+
+def find_workspace(start: Path | None = None) -> Path:
+    """The workspace that `start` (by default the current folder) belongs to."""
+    if start is None and (named := os.environ.get("CHIPLOG_WORKSPACE")):
+        return Path(named).expanduser().resolve()
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / FILE_NAME).is_file() or (folder / "mcp_server" / "chiplog").is_dir():
+            return folder
+    return start
+
+
+def load_settings(start: Path | None = None) -> Settings:
+    """Reads the user's and the workspace's `chiplog.toml`; both may be absent.
+
+    Raises SettingsError that names the file and the key.
+    """
+    workspace = find_workspace(start)
+    if not workspace.is_dir():
+        raise SettingsError(f"the workspace {workspace} is not a folder: make it, or set CHIPLOG_WORKSPACE to one that is")
+    user_file = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "chiplog" / "config.toml"
+    merged: dict[str, Any] = {}
+    for file in (user_file, workspace / FILE_NAME):
+        if not file.is_file():
+            continue
+        read = _read(file)
+        _validate(read, workspace, file)
+        merged = _merge(merged, read)
+    return _validate(merged, workspace, workspace / FILE_NAME)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file} is not TOML: {error}. Mend that line.") from error
+    except OSError as error:
+        raise SettingsError(f"{file} cannot be read: {error.strerror}. Mend its permissions.") from error
+
+
+def _validate(values: dict[str, Any], workspace: Path, file: Path) -> Settings:
+    try:
+        return Settings.model_validate({**values, "workspace": workspace})
+    except ValidationError as error:
+        raise SettingsError(f"{file} is wrong:\n{plain_errors(error)}\nMend it there; `chiplog init` checks it.") from error
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both_tables = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both_tables else value
+    return merged
+
+
+def plain_errors(error: ValidationError, skip: Iterable[str] = ()) -> str:
+    """A pydantic error as one line a field: where, what is wrong, what was given."""
+    lines = []
+    for entry in error.errors():
+        where = ".".join(str(part) for part in entry["loc"] if str(part) not in skip) or "(all)"
+        words = "there is no such setting" if entry["type"] == "extra_forbidden" else entry["msg"]
+        given = "" if entry["type"] == "missing" else f" (given: {entry['input']!r:.80})"
+        lines.append(f"  {where}: {words}{given}")
+    return "\n".join(lines)
