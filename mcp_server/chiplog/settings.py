@@ -26,52 +26,54 @@ class _Frozen(BaseModel):
 class Paths(_Frozen):
     """Where things are; relative paths start at the workspace."""
 
-    models: list[str] = Field(["models"], description="Folders that hold model folders.")
-    datasets: list[str] = Field(["data"], description="Folders that hold data sets.")
-    experiments: str = Field("experiments", description="Folder that experiment folders are written to.")
-    logs: list[str] = Field([], description="Globs of past logs to scan.")
+    models: list[str] = Field(default=["models"], description="Folders that hold model folders.")
+    datasets: list[str] = Field(default=["data"], description="Folders that hold data sets.")
+    experiments: str = Field(default="experiments", description="Folder that experiment folders are written to.")
+    logs: list[str] = Field(default=[], description="Globs of past logs to scan.")
 
 
 class Slurm(_Frozen):
     """How to ask this cluster for a job."""
 
-    account: str | None = Field(None, description="Account to charge.")
-    partition: str | None = Field(None, description="Partition for jobs whose GPU names none.")
-    setup: list[str] = Field([], description="Shell lines that make the environment, run on the cluster only.")
-    max_submit: int | None = Field(None, ge=1, description="Jobs that may stand in the queue at once.")
+    account: str | None = Field(default=None, description="Account to charge.")
+    partition: str | None = Field(default=None, description="Partition for jobs whose GPU names none.")
+    setup: list[str] = Field(default=[], description="Shell lines that make the environment, run on the cluster only.")
+    max_submit: int | None = Field(default=None, ge=1, description="Jobs that may stand in the queue at once.")
 
 
 class Local(_Frozen):
     """How the local engine shares this machine."""
 
-    cpus: int | None = Field(None, ge=1, description="CPUs that jobs may use together; null: all that are allowed.")
+    cpus: int | None = Field(
+        default=None, ge=1, description="CPUs that jobs may use together; null: all that are allowed."
+    )
 
 
 class Gpu(_Frozen):
     """One kind of GPU that can be asked for."""
 
     name: str = Field(description="Name, such as a100-80gb.")
-    partition: str | None = Field(None, description="Slurm partition that has it.")
-    gres: str | None = Field(None, description="Slurm generic resource, such as gpu:a100:1.")
-    constraint: str | None = Field(None, description="Slurm feature to ask for.")
-    count: int = Field(1, ge=1, description="How many there are.")
+    partition: str | None = Field(default=None, description="Slurm partition that has it.")
+    gres: str | None = Field(default=None, description="Slurm generic resource, such as gpu:a100:1.")
+    constraint: str | None = Field(default=None, description="Slurm feature to ask for.")
+    count: int = Field(default=1, ge=1, description="How many there are.")
 
 
 class Budget(_Frozen):
     """What a plan may use."""
 
-    gpu_hours: float | None = Field(None, gt=0, description="GPU hours in one plan.")
+    gpu_hours: float | None = Field(default=None, gt=0, description="GPU hours in one plan.")
 
 
 class Settings(_Frozen):
     """Everything in `chiplog.toml`, and the workspace it belongs to."""
 
     workspace: Path = Field(description="The folder that relative paths start at.")
-    paths: Paths = Field(Paths.model_validate({}), description="Where things are.")
-    slurm: Slurm | None = Field(None, description="The cluster; null: jobs run on this machine.")
-    local: Local = Field(Local.model_validate({}), description="The local engine.")
-    gpus: list[Gpu] = Field([], description="The kinds of GPU that can be asked for.")
-    budget: Budget = Field(Budget.model_validate({}), description="What a plan may use.")
+    paths: Paths = Field(default=Paths(), description="Where things are.")
+    slurm: Slurm | None = Field(default=None, description="The cluster; null: jobs run on this machine.")
+    local: Local = Field(default=Local(), description="The local engine.")
+    gpus: list[Gpu] = Field(default=[], description="The kinds of GPU that can be asked for.")
+    budget: Budget = Field(default=Budget(), description="What a plan may use.")
 
     @property
     def experiments(self) -> Path:
@@ -130,7 +132,9 @@ def load_settings(start: Path | None = None) -> Settings:
     """
     workspace = find_workspace(start)
     if not workspace.is_dir():
-        raise SettingsError(f"the workspace {workspace} is not a folder: make it, or set CHIPLOG_WORKSPACE to one that is")
+        raise SettingsError(
+            f"the workspace {workspace} is not a folder: make it, or set CHIPLOG_WORKSPACE to one that is"
+        )
     user_file = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "chiplog" / "config.toml"
     merged: dict[str, Any] = {}
     for file in (user_file, workspace / FILE_NAME):
@@ -155,7 +159,9 @@ def _validate(values: dict[str, Any], workspace: Path, file: Path) -> Settings:
     try:
         return Settings.model_validate({**values, "workspace": workspace})
     except ValidationError as error:
-        raise SettingsError(f"{file} is wrong:\n{plain_errors(error)}\nMend it there; `chiplog init` checks it.") from error
+        raise SettingsError(
+            f"{file} is wrong:\n{plain_errors(error)}\nMend it there; `chiplog init` checks it."
+        ) from error
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,264 @@
+"""The nouns of planning, and the pure step from a plan to its runs.
+
+    question → Plan → Experiment → Run
+
+A plan is what a person would write down: what is asked, what varies, what stays fixed. `expand` makes the runs,
+each with a unique name made of what varies and the complete configuration that its job will read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chiplog.errors import PlanError
+from chiplog.settings import plain_errors
+
+Config = dict[str, Any]
+Value = bool | int | float | str | list[str] | None
+
+# Names become folders, job names and file names in shell scripts: no character that any of them would read twice.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+# Settings that read better short in a run's name.
+SHORT = {"lora_rank": "rank", "batch_size": "batch", "micro_batch_size": "micro", "model": "", "dataset": ""}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Resources(_Frozen):
+    """What one run asks for."""
+
+    gpus: int = Field(default=0, ge=0, description="GPUs on one node; 0 runs on the CPU.")
+    gpu: str | None = Field(default=None, description="Name of the GPU in chiplog.toml.")
+    cpus: int = Field(default=1, ge=1, description="CPU cores.")
+    time_limit_s: int | None = Field(
+        default=None, ge=1, description="Seconds after which the job is ended; null: no limit."
+    )
+
+
+class Experiment(_Frozen):
+    """What varies and what stays fixed. Runs are the product of `variables`, or the explicit list `runs`."""
+
+    framework: Literal["torchtune", "trainer"] = Field(default="torchtune", description="What trains.")
+    recipe: str = Field(description="File under recipes/, without .py.")
+    controls: dict[str, Value] = Field(default={}, description="Settings that are the same in every run.")
+    variables: dict[str, list[Value]] = Field(default={}, description="Settings that vary, each with its values.")
+    runs: list[dict[str, Value]] = Field(default=[], description="Settings of each run, where they are no product.")
+    seeds: list[int] = Field(default=[0], min_length=1, description="One replicate of every run for each seed.")
+    control: Literal["base_model", "none"] = Field(
+        "base_model", description="base_model: each base model is evaluated too, without fine-tuning."
+    )
+    resources: Resources = Field(default=Resources(), description="What one run asks for.")
+
+
+class Plan(_Frozen):
+    """A question and the experiments that should answer it."""
+
+    name: str = Field(description="Name of the plan and of its folder.")
+    question: str = Field(min_length=1, description="What should be found out.")
+    hypothesis: str = Field(default="", description="What is expected, and why.")
+    metrics: list[str] = Field(
+        default=["exact_match"], min_length=1, description="Scores to report; the first decides."
+    )
+    study: str | None = Field(default=None, description="Folder under tasks/ that the plan belongs to.")
+    models: dict[str, str] = Field(min_length=1, description="Short name of each base model and its folder.")
+    datasets: dict[str, str] = Field(min_length=1, description="Short name of each data set and its file or folder.")
+    dataset_sha256: dict[str, str] = Field(default={}, description="Hash of each data set when it was planned.")
+    experiments: list[Experiment] = Field(min_length=1, description="What varies and what stays fixed.")
+    gpu_hours: float | None = Field(default=None, gt=0, description="Budget; null: the one of chiplog.toml.")
+
+
+class Run(_Frozen):
+    """One job: a complete configuration and a name."""
+
+    name: str = Field(description="Unique in the plan; made of what varies.")
+    kind: Literal["finetune", "train", "control"] = Field(description="control: evaluation only.")
+    recipe: str | None = Field(description="What trains it; null for a control.")
+    model: str = Field(description="Short name of the base model.")
+    dataset: str = Field(description="Short name of the data set.")
+    seed: int = Field(description="Seed of the replicate.")
+    varied: dict[str, Value] = Field(description="The settings that differ between runs.")
+    config: Config = Field(description="Every setting that the job reads.")
+    resources: Resources = Field(description="What the job asks for.")
+    depends_on: list[str] = Field(default=[], description="Names of runs that must end well before this one.")
+
+
+def read_plan(file: Path) -> Plan:
+    """The plan in a `plan.yaml`. Raises PlanError that names the file and the field."""
+    try:
+        return parse_plan(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PlanError(f"{file} is not YAML: {error}. Mend it or plan again.") from error
+
+
+def parse_plan(values: Any, source: str) -> Plan:
+    """A plan from plain values; `source` is named in the PlanError of a wrong field."""
+    try:
+        return Plan.model_validate(values)
+    except ValidationError as error:
+        raise PlanError(f"{source} is no plan:\n{plain_errors(error)}\nMend these fields.") from error
+
+
+def dump_plan(plan: Plan) -> str:
+    """The text of `plan.yaml`: the same plan gives the same bytes."""
+    values = plan.model_dump(mode="json", exclude_defaults=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+
+
+def check_name(name: str, what: str) -> str:
+    """`name`, if it can be a folder, a job name and a word in a shell script.
+
+    Raises PlanError otherwise.
+    """
+    if NAME.fullmatch(name):
+        return name
+    raise PlanError(
+        f"{what} {name!r} cannot be a folder and a job name: use 1 to 80 letters, digits, '.', '_' and '-', "
+        "the first a letter or digit"
+    )
+
+
+def expand(plan: Plan, defaults: Callable[[str], Config]) -> list[Run]:
+    """All runs of a plan, controls after the runs they belong to.
+
+    `defaults(recipe)` gives every setting that a recipe and the evaluation know, with its default.
+    Raises PlanError for a setting, model or data set that does not exist, and for names that collide or are illegal.
+    """
+    check_name(plan.name, "the plan's name")
+    for key in (*plan.models, *plan.datasets):
+        check_name(key, "the short name")
+    runs = [run for experiment in plan.experiments for run in _expand_one(plan, experiment, defaults)]
+    seen: dict[str, Run] = {}
+    for run in runs:
+        check_name(run.name, "the run's name")
+        # Folded: some file systems hold one folder for names that differ only in case.
+        if (other := seen.setdefault(run.name.lower(), run)) is not run:
+            raise PlanError(
+                f"two runs are called {run.name!r}: {other.varied} and {run.varied}. Names are made of what varies: "
+                "remove the repeated value, or let one setting more differ"
+            )
+    if not runs:
+        raise PlanError("the plan has no run: give variables or runs")
+    return runs
+
+
+def _expand_one(plan: Plan, experiment: Experiment, defaults: Callable[[str], Config]) -> list[Run]:
+    if experiment.variables and experiment.runs:
+        raise PlanError("an experiment has either variables (their product is run) or runs (a list): remove one")
+    base = {**defaults(experiment.recipe)}
+    evaluated = set(defaults("evaluate"))
+    for name, values in experiment.variables.items():
+        if not values:
+            raise PlanError(f"the variable {name!r} has no values: give at least one or remove it")
+    product = itertools.product(*experiment.variables.values())
+    cells = experiment.runs or [dict(zip(experiment.variables, values, strict=True)) for values in product]
+    runs: list[Run] = []
+    controls: dict[str, Run] = {}
+    for cell, seed in itertools.product(cells, experiment.seeds):
+        chosen = {**_only(plan.models, "model"), **_only(plan.datasets, "dataset"), **experiment.controls, **cell}
+        model = _pick(chosen, "model", plan.models)
+        dataset = _pick(chosen, "dataset", plan.datasets)
+        settings = {**chosen, "seed": seed}
+        config = _complete(settings, base) | {"model": plan.models[model], "dataset": plan.datasets[dataset]}
+        shown = {"model": model, **cell} if len(plan.models) > 1 or not cell else cell
+        many = {"seed": seed} if len(experiment.seeds) > 1 else {}
+        run = Run(
+            name=_name({**shown, **many}),
+            kind="finetune" if experiment.framework == "torchtune" else "train",
+            recipe=experiment.recipe,
+            model=model,
+            dataset=dataset,
+            seed=seed,
+            varied={**shown, **many},
+            config=config,
+            resources=experiment.resources,
+        )
+        runs.append(run)
+        if experiment.control == "base_model":
+            kept = {"model": model} | {key: value for key, value in cell.items() if key in evaluated}
+            name = _name(kept) + "_base"
+            controls.setdefault(name, _control(run, name, kept, {key: config[key] for key in evaluated}))
+    return runs + list(controls.values())
+
+
+def _control(run: Run, name: str, varied: dict[str, Value], config: Config) -> Run:
+    changed = {"name": name, "kind": "control", "recipe": None, "varied": varied, "config": config}
+    return run.model_copy(update=changed)
+
+
+def _only(named: Mapping[str, str], setting: str) -> dict[str, Value]:
+    return {setting: next(iter(named))} if len(named) == 1 else {}
+
+
+def _pick(chosen: Mapping[str, Value], setting: str, named: Mapping[str, str]) -> str:
+    value = chosen.get(setting)
+    if isinstance(value, str) and value in named:
+        return value
+    given = "is not said" if value is None else f"is {value!r}"
+    raise PlanError(f"the {setting} of a run {given}: say which of {', '.join(named)} in variables, controls or runs")
+
+
+def _complete(settings: Mapping[str, Value], base: Config) -> Config:
+    config = dict(base)
+    for key, value in settings.items():
+        if key not in base:
+            near = difflib.get_close_matches(key, base, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(base))}"
+            raise PlanError(f"there is no setting {key!r}: {hint}")
+        config[key] = _typed(key, value, base[key])
+    batch, micro = config.get("batch_size"), config.get("micro_batch_size")
+    if isinstance(batch, int) and isinstance(micro, int) and batch % micro:
+        divisors = [str(n) for n in range(1, batch + 1) if batch % n == 0]
+        raise PlanError(
+            f"micro_batch_size {micro} does not divide batch_size {batch}: take one of {', '.join(divisors)}, "
+            "or the effective batch would change"
+        )
+    return config
+
+
+def _typed(key: str, value: Value, default: Value) -> Value:
+    """`value`, if it is of the kind that the setting's default is of; a null default tells nothing."""
+    if default is None or value is None:
+        return value
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(default, float) and isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as a word
+        except ValueError:
+            pass
+    if type(value) is not type(default):
+        raise PlanError(f"{key} is {value!r}, which is no {type(default).__name__} (its default is {default!r})")
+    if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
+        raise PlanError(f"{key} is {value!r}: it cannot be negative")
+    return value
+
+
+def _name(varied: Mapping[str, Value]) -> str:
+    return "_".join(SHORT.get(key, key) + _word(key, value) for key, value in varied.items())
+
+
+def _word(key: str, value: Value) -> str:
+    if isinstance(value, bool):
+        return "-on" if value else "-off"
+    if isinstance(value, float):
+        mantissa, _, exponent = f"{value:.6e}".partition("e")
+        text = f"{value:g}" if 0.001 <= value < 10_000 else f"{float(mantissa):g}e{int(exponent)}"
+        return text
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, str) and NAME.fullmatch(value):
+        return value if SHORT.get(key) == "" else f"-{value}"
+    raise PlanError(
+        f"{key} takes the value {value!r}, which cannot be part of a run's name: let it be the same in all runs, "
+        "or put it in its own plan"
+    )

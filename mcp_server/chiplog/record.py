@@ -1,0 +1,134 @@
+"""What a run did: one Record an attempt, one line of `records.jsonl` each.
+
+What is not known is null, never a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chiplog.errors import RecordError
+from chiplog.files import write_atomic
+from chiplog.plan import Config
+
+VERSION = 1
+
+
+class State(StrEnum):
+    """How a job stands, in Slurm's words where it has one."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    TIMEOUT = "TIMEOUT"
+    CANCELLED = "CANCELLED"
+    PREEMPTED = "PREEMPTED"
+    NODE_FAIL = "NODE_FAIL"
+    INCOMPLETE = "INCOMPLETE"
+    UNKNOWN = "UNKNOWN"
+
+    @property
+    def ended(self) -> bool:
+        return self not in (State.PENDING, State.RUNNING)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Usage(_Frozen):
+    """What a run used. The terms of its time stand apart, since they scale apart."""
+
+    device: str | None = Field(default=None, description="cpu, or the GPU's name.")
+    elapsed_s: float | None = Field(default=None, description="Seconds from start to end of the job.")
+    setup_s: float | None = Field(default=None, description="Seconds from the start of training until the first step.")
+    train_s: float | None = Field(default=None, description="Seconds in training steps.")
+    checkpoint_s: float | None = Field(default=None, description="Seconds in writing checkpoints.")
+    eval_setup_s: float | None = Field(
+        default=None, description="Seconds from the start of evaluation until it generates."
+    )
+    eval_s: float | None = Field(default=None, description="Seconds of generating and scoring.")
+    eval_samples: int | None = Field(default=None, description="Samples scored.")
+    steps: int | None = Field(default=None, description="Optimiser steps done.")
+    steps_planned: int | None = Field(default=None, description="Optimiser steps planned.")
+    tokens: int | None = Field(default=None, description="Tokens trained on, padding left out.")
+    steps_per_s: float | None = Field(default=None, description="Median over the steps after the first tenth.")
+    tokens_per_s: float | None = Field(
+        default=None, description="Tokens per second of training, whole job, padding left out."
+    )
+    peak_mem_bytes: int | None = Field(default=None, description="Largest memory held while training or evaluating.")
+    mem_kind: Literal["host_rss", "allocated", "reserved", "after_init", "whole_card"] | None = Field(
+        None, description="What peak_mem_bytes counts; figures of different kinds are never compared."
+    )
+    n_params: int | None = Field(default=None, description="Parameters of the base model.")
+    loss_first: float | None = Field(default=None, description="Loss of the first step.")
+    loss_last: float | None = Field(default=None, description="Loss of the last step.")
+
+
+class Score(_Frozen):
+    """How many of n items met a criterion."""
+
+    count: int = Field(ge=0, description="Items that met it.")
+    n: int = Field(ge=0, description="Items scored.")
+
+
+class Prediction(_Frozen):
+    """What was foretold when the run was submitted; the same fields as an Estimate of time and of memory."""
+
+    elapsed_s: tuple[float, float, float] | None = Field(default=None, description="Value, low, high in seconds.")
+    peak_mem_bytes: tuple[float, float, float] | None = Field(default=None, description="Value, low, high in bytes.")
+    basis: str = Field(description="same-configuration, scaled, physics or none.")
+
+
+class Record(_Frozen):
+    """One attempt at one run."""
+
+    version: int = Field(default=VERSION, description="Version of this schema.")
+    key: str = Field(description="engine:job id; the same job is the same record however it was seen.")
+    experiment: str = Field(description="Name of the plan.")
+    run: str = Field(description="Name of the run.")
+    kind: str = Field(description="finetune, train or control.")
+    recipe: str | None = Field(default=None, description="What trained it; null for a control.")
+    model: str | None = Field(default=None, description="Folder of the base model.")
+    attempt: int = Field(default=1, ge=1, description="Which attempt at the run, from 1.")
+    state: State = Field(description="How the job ended, or how it stands.")
+    reason: str | None = Field(default=None, description="Why it ended so, in words.")
+    exit_code: int | None = Field(default=None, description="Exit status of the job.")
+    steps: dict[str, State] = Field(default={}, description="State of each step of the job: train, eval.")
+    config: Config = Field(description="Every setting that the job read.")
+    metrics: dict[str, Score] = Field(default={}, description="Scores of the evaluation.")
+    usage: Usage = Field(description="What the job used.")
+    predicted: Prediction | None = Field(default=None, description="What was foretold at submission.")
+    commit: str | None = Field(default=None, description="Commit of the code that ran.")
+    dirty: bool | None = Field(default=None, description="Whether that code differed from the commit.")
+    packages: dict[str, str] = Field(default={}, description="Versions of the packages that ran.")
+    started: str | None = Field(default=None, description="When the job started, ISO 8601, UTC.")
+    ended: str | None = Field(default=None, description="When the job ended, ISO 8601, UTC.")
+
+
+def read_records(file: Path) -> list[Record]:
+    """All records of a `records.jsonl`; none if it is not there.
+
+    Raises RecordError that names the line.
+    """
+    if not file.is_file():
+        return []
+    records = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(Record.model_validate_json(line))
+        except ValidationError as error:
+            raise RecordError(f"{file}, line {number} is no record: remove it, then collect again. {error}") from error
+    return records
+
+
+def write_records(file: Path, records: Iterable[Record]) -> None:
+    """Replaces a `records.jsonl` whole: a reader sees the old one or the new one."""
+    write_atomic(file, "".join(record.model_dump_json() + "\n" for record in records).encode())
