@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from chiplog.errors import PlanError
-from chiplog.settings import plain_errors
+from chiplog.schema import Frozen, plain_errors
 
 Config = dict[str, Any]
 Value = bool | int | float | str | list[str] | None
@@ -30,11 +30,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 SHORT = {"lora_rank": "rank", "batch_size": "batch", "micro_batch_size": "micro", "model": "", "dataset": ""}
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Resources(_Frozen):
+class Resources(Frozen):
     """What one run asks for."""
 
     gpus: int = Field(default=0, ge=0, description="GPUs on one node; 0 runs on the CPU.")
@@ -45,7 +41,7 @@ class Resources(_Frozen):
     )
 
 
-class Experiment(_Frozen):
+class Experiment(Frozen):
     """What varies and what stays fixed. Runs are the product of `variables`, or the explicit list `runs`."""
 
     framework: Literal["torchtune", "trainer"] = Field(default="torchtune", description="What trains.")
@@ -60,7 +56,7 @@ class Experiment(_Frozen):
     resources: Resources = Field(default=Resources(), description="What one run asks for.")
 
 
-class Plan(_Frozen):
+class Plan(Frozen):
     """A question and the experiments that should answer it."""
 
     name: str = Field(description="Name of the plan and of its folder.")
@@ -77,7 +73,7 @@ class Plan(_Frozen):
     gpu_hours: float | None = Field(default=None, gt=0, description="Budget; null: the one of chiplog.toml.")
 
 
-class Run(_Frozen):
+class Run(Frozen):
     """One job: a complete configuration and a name."""
 
     name: str = Field(description="Unique in the plan; made of what varies.")
@@ -110,8 +106,8 @@ def parse_plan(values: Any, source: str) -> Plan:
 
 def dump_plan(plan: Plan) -> str:
     """The text of `plan.yaml`: the same plan gives the same bytes."""
-    values = plan.model_dump(mode="json", exclude_defaults=True)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    values = plan.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
 
 
 def check_name(name: str, what: str) -> str:

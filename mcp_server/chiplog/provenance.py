@@ -8,15 +8,14 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from chiplog import __version__
+from chiplog.schema import Frozen
 
 
-class Revision(BaseModel):
+class Revision(Frozen):
     """The commit that a folder of code stands at."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     chiplog: str = Field(description="Version of chiplog.")
     commit: str | None = Field(description="Commit of the checkout; null outside a checkout.")

@@ -10,11 +10,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from chiplog.errors import RecordError
 from chiplog.files import write_atomic
 from chiplog.plan import Config
+from chiplog.schema import Frozen
 
 VERSION = 1
 
@@ -39,11 +40,7 @@ class State(StrEnum):
         return self not in (State.PENDING, State.RUNNING)
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Usage(_Frozen):
+class Usage(Frozen):
     """What a run used. The terms of its time stand apart, since they scale apart."""
 
     device: str | None = Field(default=None, description="cpu, or the GPU's name.")
@@ -72,14 +69,14 @@ class Usage(_Frozen):
     loss_last: float | None = Field(default=None, description="Loss of the last step.")
 
 
-class Score(_Frozen):
+class Score(Frozen):
     """How many of n items met a criterion."""
 
     count: int = Field(ge=0, description="Items that met it.")
     n: int = Field(ge=0, description="Items scored.")
 
 
-class Prediction(_Frozen):
+class Prediction(Frozen):
     """What was foretold when the run was submitted; the same fields as an Estimate of time and of memory."""
 
     elapsed_s: tuple[float, float, float] | None = Field(default=None, description="Value, low, high in seconds.")
@@ -87,7 +84,7 @@ class Prediction(_Frozen):
     basis: str = Field(description="same-configuration, scaled, physics or none.")
 
 
-class Record(_Frozen):
+class Record(Frozen):
     """One attempt at one run."""
 
     version: int = Field(default=VERSION, description="Version of this schema.")

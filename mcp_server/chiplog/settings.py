@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from chiplog.errors import OutsideRootsError, SettingsError
+from chiplog.schema import Frozen, plain_errors
 
 FILE_NAME = "chiplog.toml"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Paths(_Frozen):
+class Paths(Frozen):
     """Where things are; relative paths start at the workspace."""
 
     models: list[str] = Field(default=["models"], description="Folders that hold model folders.")
@@ -32,7 +28,7 @@ class Paths(_Frozen):
     logs: list[str] = Field(default=[], description="Globs of past logs to scan.")
 
 
-class Slurm(_Frozen):
+class Slurm(Frozen):
     """How to ask this cluster for a job."""
 
     account: str | None = Field(default=None, description="Account to charge.")
@@ -41,7 +37,7 @@ class Slurm(_Frozen):
     max_submit: int | None = Field(default=None, ge=1, description="Jobs that may stand in the queue at once.")
 
 
-class Local(_Frozen):
+class Local(Frozen):
     """How the local engine shares this machine."""
 
     cpus: int | None = Field(
@@ -49,7 +45,7 @@ class Local(_Frozen):
     )
 
 
-class Gpu(_Frozen):
+class Gpu(Frozen):
     """One kind of GPU that can be asked for."""
 
     name: str = Field(description="Name, such as a100-80gb.")
@@ -59,13 +55,13 @@ class Gpu(_Frozen):
     count: int = Field(default=1, ge=1, description="How many there are.")
 
 
-class Budget(_Frozen):
+class Budget(Frozen):
     """What a plan may use."""
 
     gpu_hours: float | None = Field(default=None, gt=0, description="GPU hours in one plan.")
 
 
-class Settings(_Frozen):
+class Settings(Frozen):
     """Everything in `chiplog.toml`, and the workspace it belongs to."""
 
     workspace: Path = Field(description="The folder that relative paths start at.")
@@ -170,14 +166,3 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both_tables = isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = _merge(base[key], value) if both_tables else value
     return merged
-
-
-def plain_errors(error: ValidationError, skip: Iterable[str] = ()) -> str:
-    """A pydantic error as one line a field: where, what is wrong, what was given."""
-    lines = []
-    for entry in error.errors():
-        where = ".".join(str(part) for part in entry["loc"] if str(part) not in skip) or "(all)"
-        words = "there is no such setting" if entry["type"] == "extra_forbidden" else entry["msg"]
-        given = "" if entry["type"] == "missing" else f" (given: {entry['input']!r:.80})"
-        lines.append(f"  {where}: {words}{given}")
-    return "\n".join(lines)

@@ -1,0 +1,161 @@
+"""The embedded default: jobs on this machine, in a queue that outlives the command that filled it.
+
+The queue is one SQLite file; a detached process (`local_queue`) takes jobs from it and ends when it is empty.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from chiplog.engines.job import Job, read_options
+from chiplog.errors import EngineError
+from chiplog.home import home
+from chiplog.record import State
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, script TEXT NOT NULL, log TEXT NOT NULL,
+  cpus INTEGER NOT NULL, gpus INTEGER NOT NULL, time_limit_s INTEGER, bin TEXT NOT NULL,
+  state TEXT NOT NULL, reason TEXT, exit_code INTEGER, restarts INTEGER NOT NULL DEFAULT 0,
+  pid INTEGER, pid_started TEXT, gpu_ids TEXT, cancel INTEGER NOT NULL DEFAULT 0,
+  submitted TEXT NOT NULL, started TEXT, ended TEXT
+) STRICT
+"""
+
+
+class LocalEngine:
+    """Runs scripts on this machine as Slurm would, as many at once as its CPUs and GPUs allow."""
+
+    name = "local"
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or home() / "local"
+
+    def submit(self, scripts: Sequence[Path]) -> list[Job]:
+        """Queues the scripts. Raises EngineError if one asks for more than this machine has."""
+        asked = [(script.resolve(), read_options(script)) for script in scripts]
+        cpus, gpus = available_cpus(), len(available_gpus()) if any(o.gpus for _, o in asked) else 0
+        for script, options in asked:
+            if options.cpus > cpus or options.gpus > gpus:
+                raise EngineError(
+                    f"{script.parent.name} asks for {options.cpus} CPUs and {options.gpus} GPUs, and this machine has "
+                    f"{cpus} and {gpus}: plan with fewer, or submit to a cluster"
+                )
+        now = utc_now()
+        with self.open() as queue:
+            ids: list[int] = []
+            for script, options in asked:
+                values = (options.job_name, str(script), "", options.cpus, options.gpus, options.time_limit_s)
+                cursor = queue.execute(
+                    "INSERT INTO jobs (name, script, log, cpus, gpus, time_limit_s, bin, state, submitted) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (*values, str(Path(sys.executable).parent), State.PENDING, now),
+                )
+                assert cursor.lastrowid is not None
+                log = options.output.replace("%j", str(cursor.lastrowid)).replace("%x", options.job_name)
+                queue.execute("UPDATE jobs SET log = ? WHERE id = ?", (str(script.parent / log), cursor.lastrowid))
+                ids.append(cursor.lastrowid)
+        self._start_queue()
+        return self.jobs([str(number) for number in ids])
+
+    def jobs(self, ids: Sequence[str]) -> list[Job]:
+        """How these jobs stand; if some wait and nobody works on the queue, somebody does again."""
+        with self.open() as queue:
+            marks = ",".join("?" * len(ids))
+            found = {str(row["id"]): row for row in queue.execute(f"SELECT * FROM jobs WHERE id IN ({marks})", ids)}
+        if any(not State(row["state"]).ended for row in found.values()):
+            self._start_queue()
+        return [_job(found[number]) for number in ids if number in found]
+
+    def cancel(self, ids: Sequence[str]) -> list[Job]:
+        """Asks the queue to end these jobs; those that wait never start."""
+        marks = ",".join("?" * len(ids))
+        with self.open() as queue:
+            queue.execute(
+                f"UPDATE jobs SET state = 'CANCELLED', reason = 'cancelled before it started', ended = ? "
+                f"WHERE state = 'PENDING' AND id IN ({marks})",
+                (utc_now(), *ids),
+            )
+            queue.execute(f"UPDATE jobs SET cancel = 1 WHERE state = 'RUNNING' AND id IN ({marks})", ids)
+        return self.jobs(ids)
+
+    @contextmanager
+    def open(self) -> Iterator[sqlite3.Connection]:
+        """The queue's table in one transaction. Raises EngineError if its file cannot be used."""
+        file = self.folder / "queue.sqlite"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(file, timeout=30)
+            connection.row_factory = sqlite3.Row
+            try:
+                connection.execute(_SCHEMA)
+                connection.execute("BEGIN IMMEDIATE")
+                with connection:
+                    yield connection
+            finally:
+                connection.close()
+        except (sqlite3.Error, OSError) as error:
+            raise EngineError(
+                f"the local queue {file} cannot be used: {error}. Mend its permissions or free disk space; or set "
+                "CHIPLOG_HOME to another folder"
+            ) from error
+
+    def _start_queue(self) -> None:
+        """Starts a worker, in a session of its own; it ends at once if there is one already."""
+        with (self.folder / "queue.log").open("ab") as log:
+            subprocess.Popen(
+                [sys.executable, "-m", "chiplog.engines.local_queue", str(self.folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd="/",
+            )
+
+
+def _job(row: sqlite3.Row) -> Job:
+    fields = ("reason", "exit_code", "restarts", "submitted", "started", "ended", "name")
+    return Job(id=str(row["id"]), state=State(row["state"]), log=Path(row["log"]), **{f: row[f] for f in fields})
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_gpus() -> list[str]:
+    """Indices of the GPUs that may be used: CUDA_VISIBLE_DEVICES, else what nvidia-smi lists; none without it."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [part for part in named.split(",") if part.strip() and part != "-1"]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return []
+    return [str(index) for index, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def kill_group(pid: int, number: signal.Signals) -> None:
+    """Signals a job and all its children; a job that is gone already is no error."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, number)
+
+
+def group_alive(pid: int) -> bool:
+    """Whether the job or anything it started still runs."""
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,202 @@
+"""The worker of the local engine: `python -m chiplog.engines.local_queue FOLDER`.
+
+One worker at a time holds the lock of a queue. It starts jobs while CPUs and GPUs are free, ends those over their
+time limit or cancelled, notes how each ended, and leaves when nothing waits or runs. A job writes its own exit
+status to a file, so that a worker which was killed can be followed by another that takes its jobs over.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from chiplog.engines.local import LocalEngine, available_cpus, available_gpus, group_alive, kill_group, utc_now
+from chiplog.record import State
+
+POLL_S = 0.2
+GRACE_S = 10.0  # between asking a job to end and ending it
+REQUEUE_EXIT = 75  # a job that ends so has saved its state and wants to go on
+MAX_RESTARTS = 5
+LOCK_WAIT_S = 3.0
+
+
+def main(folder: Path) -> None:
+    """Works until the queue is empty."""
+    with (folder / "queue.lock").open("w") as lock:
+        if not _take(lock.fileno()):
+            return
+        worker = Worker(LocalEngine(folder))
+        while worker.turn():
+            time.sleep(POLL_S)
+
+
+def _take(descriptor: int) -> bool:
+    """Whether this process holds the lock now; waits a little for a worker that is just leaving."""
+    give_up = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                return False
+            time.sleep(POLL_S)
+
+
+class Worker:
+    """What one worker knows beside the queue: the processes it started itself, and when it asked which to end."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        self.engine = engine
+        self.cpus, self.gpus = available_cpus(), available_gpus()
+        self.children: dict[int, subprocess.Popen[bytes]] = {}
+        self.asked: dict[int, float] = {}
+
+    def turn(self) -> bool:
+        """Looks at every job once. False when none is left."""
+        with self.engine.open() as queue:
+            running = queue.execute("SELECT * FROM jobs WHERE state = 'RUNNING' ORDER BY id").fetchall()
+            for row in running:
+                self._look(queue, row)
+            running = queue.execute("SELECT * FROM jobs WHERE state = 'RUNNING'").fetchall()
+            free_cpus = self.cpus - sum(row["cpus"] for row in running)
+            taken = {gpu for row in running for gpu in (row["gpu_ids"] or "").split(",")}
+            free_gpus = [gpu for gpu in self.gpus if gpu not in taken]
+            pending = queue.execute("SELECT * FROM jobs WHERE state = 'PENDING' ORDER BY id").fetchall()
+            for row in pending:
+                if row["cpus"] > free_cpus or row["gpus"] > len(free_gpus):
+                    break  # first come, first served
+                self._start(queue, row, free_gpus[: row["gpus"]])
+                free_cpus -= row["cpus"]
+                free_gpus = free_gpus[row["gpus"] :]
+            return bool(running or pending)
+
+    def _start(self, queue: sqlite3.Connection, row: sqlite3.Row, gpus: list[str]) -> None:
+        exit_file = self._exit_file(row["id"])
+        exit_file.unlink(missing_ok=True)
+        script = Path(row["script"])
+        environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("SLURM_")},
+            "PATH": os.pathsep.join([row["bin"], os.environ.get("PATH", os.defpath)]),
+            "CHIPLOG_ENGINE": "local",
+            "CUDA_VISIBLE_DEVICES": ",".join(gpus),
+            "SLURM_JOB_ID": str(row["id"]),
+            "SLURM_JOB_NAME": row["name"],
+            "SLURM_SUBMIT_DIR": str(script.parent),
+            "SLURM_CPUS_PER_TASK": str(row["cpus"]),
+            "SLURM_JOB_NODELIST": socket.gethostname(),
+            "SLURM_NNODES": "1",
+            "SLURM_NTASKS": "1",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+            "SLURM_RESTART_COUNT": str(row["restarts"]),
+        }
+        wrapper = 'bash "$1"; code=$?; echo "$code" > "$2.tmp" && mv "$2.tmp" "$2"; exit "$code"'
+        try:
+            with Path(row["log"]).open("ab") as log:
+                child = subprocess.Popen(
+                    ["bash", "-c", wrapper, "job", str(script), str(exit_file)],
+                    cwd=script.parent,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self._end(queue, row, State.FAILED, f"it could not be started: {error}", None)
+            return
+        self.children[row["id"]] = child
+        queue.execute(
+            "UPDATE jobs SET state = 'RUNNING', reason = NULL, started = ?, pid = ?, pid_started = ?, gpu_ids = ? "
+            "WHERE id = ?",
+            (utc_now(), child.pid, _start_mark(child.pid), ",".join(gpus), row["id"]),
+        )
+
+    def _look(self, queue: sqlite3.Connection, row: sqlite3.Row) -> None:
+        """One running job: has it ended, must it end?"""
+        number = row["id"]
+        child = self.children.get(number)
+        alive = child.poll() is None if child else _start_mark(row["pid"]) == row["pid_started"]
+        why = self._must_end(row)
+        if number in self.asked:
+            # The script dies of the signal at once; what it started may still be writing a checkpoint.
+            alive = group_alive(row["pid"])
+        if alive:
+            if why and number not in self.asked:
+                self.asked[number] = time.monotonic()
+                kill_group(row["pid"], signal.SIGTERM)
+            elif why and time.monotonic() - self.asked[number] > GRACE_S:
+                kill_group(row["pid"], signal.SIGKILL)
+            return
+        self.children.pop(number, None)
+        code = self._exit_code(number, child)
+        kill_group(row["pid"], signal.SIGKILL)  # what the script left running in its background
+        if number in self.asked and why is State.CANCELLED:
+            self._say(row, f"CANCELLED AT {_clock()} ***")
+            self._end(queue, row, State.CANCELLED, "cancelled by the user", code)
+        elif number in self.asked and why is State.TIMEOUT:
+            self._say(row, f"CANCELLED AT {_clock()} DUE TO TIME LIMIT ***")
+            self._end(queue, row, State.TIMEOUT, f"over its time limit of {row['time_limit_s']} s", code)
+        elif code is None:
+            self._end(queue, row, State.NODE_FAIL, "its process vanished without an exit status", None)
+        elif code == 0:
+            self._end(queue, row, State.COMPLETED, None, 0)
+        elif code == REQUEUE_EXIT and row["restarts"] < MAX_RESTARTS:
+            queue.execute("UPDATE jobs SET state = 'PENDING', restarts = restarts + 1 WHERE id = ?", (number,))
+        else:
+            self._end(queue, row, State.FAILED, f"exit status {code}", code)
+
+    def _must_end(self, row: sqlite3.Row) -> State | None:
+        if row["cancel"]:
+            return State.CANCELLED
+        since = datetime.now(UTC) - datetime.fromisoformat(row["started"])
+        over = row["time_limit_s"] is not None and since.total_seconds() > row["time_limit_s"]
+        return State.TIMEOUT if over else None
+
+    def _end(
+        self, queue: sqlite3.Connection, row: sqlite3.Row, state: State, reason: str | None, code: int | None
+    ) -> None:
+        self.asked.pop(row["id"], None)
+        self._exit_file(row["id"]).unlink(missing_ok=True)
+        values = (state, reason, code, utc_now(), row["id"])
+        queue.execute("UPDATE jobs SET state = ?, reason = ?, exit_code = ?, ended = ? WHERE id = ?", values)
+
+    def _say(self, row: sqlite3.Row, words: str) -> None:
+        """Writes into the job's log what Slurm would have written."""
+        with suppress(OSError), Path(row["log"]).open("a") as log:
+            log.write(f"slurmstepd: error: *** JOB {row['id']} ON {socket.gethostname()} {words}\n")
+
+    def _exit_file(self, number: int) -> Path:
+        return self.engine.folder / f"{number}.exit"
+
+    def _exit_code(self, number: int, child: subprocess.Popen[bytes] | None) -> int | None:
+        with suppress(OSError, ValueError):
+            return int(self._exit_file(number).read_text())
+        # Killed before the wrapper could write: our own child's status still tells, as a shell would number it.
+        return 128 - child.returncode if child and child.returncode < 0 else child and child.returncode
+
+
+def _start_mark(pid: int) -> str | None:
+    """When the process began, in clock ticks since boot, so that a reused pid is not taken for the job."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+def _clock() -> str:
+    return datetime.now().astimezone().strftime("%Y-%m-%dT%H:%M:%S")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

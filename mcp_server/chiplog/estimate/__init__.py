@@ -1,0 +1,6 @@
+"""What a run will need, from what past runs did; and the evidence for it."""
+
+from chiplog.estimate.history import estimate_run
+from chiplog.estimate.model import Estimate, RunEstimate, Workload
+
+__all__ = ["Estimate", "RunEstimate", "Workload", "estimate_run"]

@@ -1,0 +1,94 @@
+"""The recipes as the planner sees them: the YAML beside each recipe file, never the code.
+
+That file holds two documents: what the recipe can do (`About`), then every setting with its default. A recipe in the
+workspace's own `recipes/` stands before the bundled one of the same name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from chiplog.errors import NotFoundError, PlanError
+from chiplog.plan import Config
+from chiplog.schema import Frozen, plain_errors
+from chiplog.settings import bundle, find_workspace
+
+
+class About(Frozen):
+    """What a recipe can do."""
+
+    does: Literal["train", "evaluate"] = Field(description="Whether it trains or evaluates.")
+    framework: Literal["torchtune", "trainer", "transformers"] = Field(description="What it is built on.")
+    model_types: list[str] = Field(description="Values of model_type in config.json that it can load.")
+    max_gpus: int | None = Field(description="GPUs that it can use; null: any number.")
+    validates: bool = Field(description="Whether it validates during training.")
+
+
+class Recipe(Frozen):
+    """One recipe file and its settings."""
+
+    name: str = Field(description="File name without .py.")
+    file: Path = Field(description="The Python file.")
+    about: About = Field(description="What it can do.")
+    settings: Config = Field(description="Every setting with its default.")
+
+
+def recipe_names() -> list[str]:
+    """Names of all recipes, by the files that are there."""
+    return sorted(
+        {file.stem for folder in _folders() for file in folder.glob("*.yaml") if file.with_suffix(".py").is_file()}
+    )
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe called `name`. Raises NotFoundError with the names that are there, PlanError for a wrong YAML."""
+    for folder in _folders():
+        file = folder / f"{name}.yaml"
+        if name in recipe_names() and file.is_file():
+            return _read(file)
+    raise NotFoundError(f"there is no recipe {name!r}: there are {', '.join(recipe_names())} (files under recipes/)")
+
+
+def choose_recipe(gpus: int, validation: bool) -> Recipe:
+    """The torchtune recipe for that many GPUs (0 or 1: a single device), with or without validation during training.
+
+    Raises PlanError if no recipe does that, saying which there are.
+    """
+    found = [load_recipe(name) for name in recipe_names()]
+    found = [recipe for recipe in found if recipe.about.does == "train" and recipe.about.framework == "torchtune"]
+    for recipe in found:
+        enough = recipe.about.max_gpus is None or gpus <= recipe.about.max_gpus
+        single = gpus <= 1 and recipe.about.max_gpus is None  # a distributed recipe is not taken for one device
+        if enough and not single and recipe.about.validates == validation:
+            return recipe
+    wanted = f"{gpus or 'no'} GPUs {'with' if validation else 'without'} validation during training"
+    raise PlanError(f"no recipe trains on {wanted}: there are {', '.join(recipe.name for recipe in found)}")
+
+
+def defaults(name: str) -> Config:
+    """Every setting that a run of this recipe knows: its own and the evaluation's."""
+    evaluation = load_recipe("evaluate").settings
+    return evaluation if name == "evaluate" else {**evaluation, **load_recipe(name).settings}
+
+
+def _folders() -> list[Path]:
+    own = find_workspace() / "recipes"
+    return [folder for folder in dict.fromkeys((own, bundle() / "recipes")) if folder.is_dir()]
+
+
+def _read(file: Path) -> Recipe:
+    try:
+        documents: list[Any] = list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise PlanError(f"{file} is not YAML: {error}. Mend that line.") from error
+    if len(documents) != 2 or not isinstance(documents[1], dict):
+        raise PlanError(f"{file} must hold two documents: what the recipe can do, then `---` and its settings")
+    try:
+        about = About.model_validate(documents[0])
+    except ValidationError as error:
+        raise PlanError(f"{file}, first document:\n{plain_errors(error)}\nMend these fields.") from error
+    return Recipe(name=file.stem, file=file.with_suffix(".py"), about=about, settings=documents[1])

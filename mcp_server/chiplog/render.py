@@ -1,0 +1,240 @@
+"""From a plan to its folder: `render` makes every file as text, `write_experiment` puts them on disk.
+
+The folder is complete: it carries the code that will run, each run's whole configuration and the commit. Rendering
+the same plan twice gives the same bytes, and nothing that exists is overwritten without a diff and a yes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from chiplog.errors import ConfirmationNeeded, NotFoundError, RenderError
+from chiplog.files import write_atomic
+from chiplog.plan import Plan, Run, dump_plan
+from chiplog.provenance import packages, revision, revision_text
+from chiplog.recipes import load_recipe
+from chiplog.settings import Gpu, Settings, bundle, find_workspace
+
+type_Files = dict[str, bytes]
+
+# What a credential looks like: Hugging Face, OpenAI and Anthropic, GitHub, AWS, and any NAME_TOKEN=value.
+SECRET = re.compile(
+    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}"
+    r"|\w*(?:TOKEN|SECRET|PASSWORD|API_KEY)\w*\s*=\s*[\"']?[A-Za-z0-9+/_-]{8,}",
+    re.IGNORECASE,
+)
+DIFF_LINES = 60
+
+
+def template_environment() -> Environment:
+    """Jinja as all templates here use it: an undefined name is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(bundle() / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters["one_line"] = lambda text: " ".join(str(text).split())
+    return environment
+
+
+def render(plan: Plan, runs: Sequence[Run], settings: Settings) -> dict[str, bytes]:
+    """Every file of the experiment folder, by its path in it.
+
+    Raises RenderError if a file would hold a credential.
+    """
+    jinja = template_environment()
+    files = {"plan.yaml": dump_plan(plan).encode()}
+    for run in runs:
+        folder = f"runs/{run.name}"
+        files[f"{folder}/config.yaml"] = _config_text(run).encode()
+        files[f"{folder}/run.sbatch"] = _script(jinja, plan, run, settings, train=True)
+        if run.kind != "control":
+            files[f"{folder}/eval.sbatch"] = _script(jinja, plan, run, settings, train=False)
+    files["submit.sh"] = jinja.get_template("submit.sh.j2").render(plan=plan, runs=runs).encode()
+    files["README.md"] = _readme(jinja, plan, runs)
+    for name, content in files.items():
+        if found := SECRET.search(content.decode()):
+            start = found.group()[:6]
+            raise RenderError(
+                f"{name} would hold a credential ({start}...): export it in your shell or in the job's environment, "
+                "and take it out of the plan and of chiplog.toml"
+            )
+    return files | _code(plan)
+
+
+def _config_text(run: Run) -> str:
+    head = f"# Everything that the job {run.name} reads. The settings are explained in code/recipes/*.yaml.\n"
+    return head + yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
+
+
+def _script(jinja: Environment, plan: Plan, run: Run, settings: Settings, *, train: bool) -> bytes:
+    """`run.sbatch` (trains, then evaluates) or `eval.sbatch` (evaluates alone)."""
+    evaluate = "python ../../code/recipes/evaluate.py --config config.yaml"
+    commands = [evaluate] if run.kind == "control" else [f"{evaluate} --adapter adapter"]
+    if train and run.kind != "control":
+        commands.insert(0, f"python ../../code/recipes/{run.recipe}.py --config config.yaml")
+    what = "evaluates the base model" if run.kind == "control" else "fine-tunes, then evaluates"
+    text = jinja.get_template("run.sbatch.j2").render(
+        job_name=run.name if train else f"{run.name}_eval",
+        purpose=f"{run.name} of {plan.name}: {what if train else 'evaluates what was fine-tuned, again'}.",
+        resources=run.resources,
+        sbatch_options=sbatch_options(run, settings),
+        setup=settings.slurm.setup if settings.slurm else [],
+        commands=commands,
+    )
+    return text.encode()
+
+
+def sbatch_options(run: Run, settings: Settings) -> list[str]:
+    """The options that depend on the cluster and on what the run asks for."""
+    gpu = find_gpu(run, settings)
+    slurm = settings.slurm
+    options: list[str] = []
+    if slurm and slurm.account:
+        options.append(f"--account={slurm.account}")
+    if partition := (gpu and gpu.partition) or (slurm and slurm.partition):
+        options.append(f"--partition={partition}")
+    if run.resources.gpus:
+        kind = gpu.gres.split(":")[1] if gpu and gpu.gres and gpu.gres.count(":") == 2 else None
+        options.append("--gres=" + ":".join(filter(None, ["gpu", kind, str(run.resources.gpus)])))
+    if gpu and gpu.constraint:
+        options.append(f"--constraint={gpu.constraint}")
+    if run.resources.time_limit_s:
+        options.append(f"--time={clock(run.resources.time_limit_s)}")
+    return options
+
+
+def find_gpu(run: Run, settings: Settings) -> Gpu | None:
+    """The GPU that a run asks for by name, or the only one there is; null for a run on the CPU."""
+    if not run.resources.gpus:
+        return None
+    if run.resources.gpu is None:
+        return settings.gpus[0] if len(settings.gpus) == 1 else None
+    for gpu in settings.gpus:
+        if gpu.name == run.resources.gpu:
+            return gpu
+    named = ", ".join(gpu.name for gpu in settings.gpus) or "none"
+    raise NotFoundError(f"chiplog.toml has no GPU {run.resources.gpu!r}: it has {named}; add it under [[gpus]]")
+
+
+def clock(seconds: float) -> str:
+    """Slurm's D-HH:MM:SS or HH:MM:SS."""
+    days, rest = divmod(round(seconds), 86_400)
+    text = f"{rest // 3600:02}:{rest % 3600 // 60:02}:{rest % 60:02}"
+    return f"{days}-{text}" if days else text
+
+
+def _readme(jinja: Environment, plan: Plan, runs: Sequence[Run]) -> bytes:
+    columns = list(dict.fromkeys(key for run in runs for key in run.varied))
+    rows = [
+        {"name": run.name, "kind": run.kind, "cells": [str(run.varied.get(key, "–")) for key in columns]}
+        for run in runs
+    ]
+    has_control = any(run.kind == "control" for run in runs)
+    text = jinja.get_template("README.md.j2").render(plan=plan, columns=columns, rows=rows, has_control=has_control)
+    return text.encode()
+
+
+def _code(plan: Plan) -> dict[str, bytes]:
+    """The code that the jobs run: their recipes, the trainer, the study, and where it all came from."""
+    root = bundle()
+    recipes = [load_recipe(name) for name in dict.fromkeys([*(e.recipe for e in plan.experiments), "evaluate"])]
+    sources = {
+        f"recipes/{file.name}": file for recipe in recipes for file in (recipe.file, recipe.file.with_suffix(".yaml"))
+    }
+    sources |= {f"trainer/{file.name}": file for file in sorted((root / "trainer").glob("*.py"))}
+    if plan.study:
+        folder = study_folder(plan.study)
+        sources["tasks/__init__.py"] = root / "tasks" / "__init__.py"
+        sources |= {f"tasks/{plan.study}/{file.name}": file for file in sorted(folder.glob("*.py"))}
+    files = {f"code/{name}": file.read_bytes() for name, file in sources.items()}
+    files["code/REVISION"] = revision_text(revision(root)).encode()
+    files["code/environment.txt"] = "".join(f"{name}=={version}\n" for name, version in packages().items()).encode()
+    return files
+
+
+def study_folder(name: str) -> Path:
+    """The folder of a study: the workspace's own, or the bundled one. Raises NotFoundError with what is there."""
+    folders = [find_workspace() / "tasks", bundle() / "tasks"]
+    for folder in folders:
+        if name and (folder / name / "README.md").is_file() and Path(name).name == name:
+            return folder / name
+    there = sorted({file.parent.name for folder in folders for file in folder.glob("*/README.md")})
+    raise NotFoundError(f"there is no study {name!r}: there are {', '.join(there) or 'none'} (folders under tasks/)")
+
+
+def write_experiment(folder: Path, files: Mapping[str, bytes], *, confirm: bool = False) -> list[str]:
+    """Writes what is new or has changed, and returns those paths; an interruption leaves the folder as it was.
+
+    Raises ConfirmationNeeded, with the diff, if a file that exists would change and `confirm` is not set;
+    RenderError if the disk is full or refuses.
+    """
+    changed = [name for name, content in files.items() if _read(folder / name) != content]
+    replaced = [name for name in changed if (folder / name).exists()]
+    if replaced and not confirm:
+        raise ConfirmationNeeded(
+            f"{len(replaced)} of the files in {folder} would change:\n{_diff(folder, files, replaced)}\nOverwrite them?"
+        )
+    needed = sum(len(files[name]) for name in changed)
+    staging = folder / ".staging"
+    fresh = [name for name in changed if name not in replaced]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(folder).free) < 2 * needed:
+            raise RenderError(
+                f"{folder} needs {needed} bytes and its disk has {free} free: free some, then set up again"
+            )
+        shutil.rmtree(staging, ignore_errors=True)
+        for name in changed:
+            write_atomic(staging / name, files[name])
+        for name in changed:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).replace(folder / name)
+    except BaseException as error:
+        for name in fresh:
+            (folder / name).unlink(missing_ok=True)
+        _remove_empty(folder)
+        if isinstance(error, OSError):
+            why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else error.strerror
+            raise RenderError(
+                f"{folder} cannot be written: {why}. Nothing was left there; mend it, then set up again"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return changed
+
+
+def _read(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
+
+
+def _diff(folder: Path, files: Mapping[str, bytes], names: Sequence[str]) -> str:
+    lines: list[str] = []
+    for name in names:
+        old, new = (folder / name).read_text(errors="replace"), files[name].decode(errors="replace")
+        lines += difflib.unified_diff(
+            old.splitlines(), new.splitlines(), f"{name} (there)", f"{name} (new)", "", "", 1, ""
+        )
+    cut = [f"... and {len(lines) - DIFF_LINES} more lines"] if len(lines) > DIFF_LINES else []
+    return "\n".join(lines[:DIFF_LINES] + cut)
+
+
+def _remove_empty(folder: Path) -> None:
+    for inner in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+        if not any(inner.iterdir()):
+            inner.rmdir()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
