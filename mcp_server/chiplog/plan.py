@@ -51,7 +51,7 @@ class Experiment(Frozen):
     runs: list[dict[str, Value]] = Field(default=[], description="Settings of each run, where they are no product.")
     seeds: list[int] = Field(default=[0], min_length=1, description="One replicate of every run for each seed.")
     control: Literal["base_model", "none"] = Field(
-        "base_model", description="base_model: each base model is evaluated too, without fine-tuning."
+        default="base_model", description="base_model: each base model is evaluated too, without fine-tuning."
     )
     resources: Resources = Field(default=Resources(), description="What one run asks for.")
 

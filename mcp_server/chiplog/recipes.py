@@ -37,20 +37,21 @@ class Recipe(Frozen):
     settings: Config = Field(description="Every setting with its default.")
 
 
-def recipe_names() -> list[str]:
-    """Names of all recipes, by the files that are there."""
+def recipe_names(folder: Path | None = None) -> list[str]:
+    """Names of all recipes, by the files that are there; `folder` instead of the workspace's and the bundled ones."""
     return sorted(
-        {file.stem for folder in _folders() for file in folder.glob("*.yaml") if file.with_suffix(".py").is_file()}
+        {file.stem for place in _folders(folder) for file in place.glob("*.yaml") if file.with_suffix(".py").is_file()}
     )
 
 
-def load_recipe(name: str) -> Recipe:
+def load_recipe(name: str, folder: Path | None = None) -> Recipe:
     """The recipe called `name`. Raises NotFoundError with the names that are there, PlanError for a wrong YAML."""
-    for folder in _folders():
-        file = folder / f"{name}.yaml"
-        if name in recipe_names() and file.is_file():
+    names = recipe_names(folder)
+    for place in _folders(folder):
+        file = place / f"{name}.yaml"
+        if name in names and file.is_file():
             return _read(file)
-    raise NotFoundError(f"there is no recipe {name!r}: there are {', '.join(recipe_names())} (files under recipes/)")
+    raise NotFoundError(f"there is no recipe {name!r}: there are {', '.join(names)} (files under recipes/)")
 
 
 def choose_recipe(gpus: int, validation: bool) -> Recipe:
@@ -69,15 +70,17 @@ def choose_recipe(gpus: int, validation: bool) -> Recipe:
     raise PlanError(f"no recipe trains on {wanted}: there are {', '.join(recipe.name for recipe in found)}")
 
 
-def defaults(name: str) -> Config:
+def defaults(name: str, folder: Path | None = None) -> Config:
     """Every setting that a run of this recipe knows: its own and the evaluation's."""
-    evaluation = load_recipe("evaluate").settings
-    return evaluation if name == "evaluate" else {**evaluation, **load_recipe(name).settings}
+    evaluation = load_recipe("evaluate", folder).settings
+    return evaluation if name == "evaluate" else {**evaluation, **load_recipe(name, folder).settings}
 
 
-def _folders() -> list[Path]:
+def _folders(folder: Path | None) -> list[Path]:
+    if folder is not None:
+        return [folder]
     own = find_workspace() / "recipes"
-    return [folder for folder in dict.fromkeys((own, bundle() / "recipes")) if folder.is_dir()]
+    return [place for place in dict.fromkeys((own, bundle() / "recipes")) if place.is_dir()]
 
 
 def _read(file: Path) -> Recipe:

@@ -62,7 +62,7 @@ class Usage(Frozen):
     )
     peak_mem_bytes: int | None = Field(default=None, description="Largest memory held while training or evaluating.")
     mem_kind: Literal["host_rss", "allocated", "reserved", "after_init", "whole_card"] | None = Field(
-        None, description="What peak_mem_bytes counts; figures of different kinds are never compared."
+        default=None, description="What peak_mem_bytes counts; figures of different kinds are never compared."
     )
     n_params: int | None = Field(default=None, description="Parameters of the base model.")
     loss_first: float | None = Field(default=None, description="Loss of the first step.")

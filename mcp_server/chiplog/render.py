@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -23,8 +22,6 @@ from chiplog.plan import Plan, Run, dump_plan
 from chiplog.provenance import packages, revision, revision_text
 from chiplog.recipes import load_recipe
 from chiplog.settings import Gpu, Settings, bundle, find_workspace
-
-type_Files = dict[str, bytes]
 
 # What a credential looks like: Hugging Face, OpenAI and Anthropic, GitHub, AWS, and any NAME_TOKEN=value.
 SECRET = re.compile(
@@ -150,10 +147,9 @@ def _readme(jinja: Environment, plan: Plan, runs: Sequence[Run]) -> bytes:
 def _code(plan: Plan) -> dict[str, bytes]:
     """The code that the jobs run: their recipes, the trainer, the study, and where it all came from."""
     root = bundle()
-    recipes = [load_recipe(name) for name in dict.fromkeys([*(e.recipe for e in plan.experiments), "evaluate"])]
-    sources = {
-        f"recipes/{file.name}": file for recipe in recipes for file in (recipe.file, recipe.file.with_suffix(".yaml"))
-    }
+    folders = {load_recipe(name).file.parent: None for name in [*(e.recipe for e in plan.experiments), "evaluate"]}
+    sources = {f"recipes/{file.name}": file for folder in folders for file in sorted(folder.iterdir())}
+    sources = {name: file for name, file in sources.items() if file.suffix in (".py", ".yaml")}
     sources |= {f"trainer/{file.name}": file for file in sorted((root / "trainer").glob("*.py"))}
     if plan.study:
         folder = study_folder(plan.study)

@@ -5,6 +5,7 @@ The queue is one SQLite file; a detached process (`local_queue`) takes jobs from
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sqlite3
@@ -63,7 +64,7 @@ class LocalEngine:
                 log = options.output.replace("%j", str(cursor.lastrowid)).replace("%x", options.job_name)
                 queue.execute("UPDATE jobs SET log = ? WHERE id = ?", (str(script.parent / log), cursor.lastrowid))
                 ids.append(cursor.lastrowid)
-        self._start_queue()
+        self._start_worker()
         return self.jobs([str(number) for number in ids])
 
     def jobs(self, ids: Sequence[str]) -> list[Job]:
@@ -71,8 +72,8 @@ class LocalEngine:
         with self.open() as queue:
             marks = ",".join("?" * len(ids))
             found = {str(row["id"]): row for row in queue.execute(f"SELECT * FROM jobs WHERE id IN ({marks})", ids)}
-        if any(not State(row["state"]).ended for row in found.values()):
-            self._start_queue()
+        if any(not State(row["state"]).ended for row in found.values()) and not self._worker_lives():
+            self._start_worker()
         return [_job(found[number]) for number in ids if number in found]
 
     def cancel(self, ids: Sequence[str]) -> list[Job]:
@@ -108,7 +109,15 @@ class LocalEngine:
                 "CHIPLOG_HOME to another folder"
             ) from error
 
-    def _start_queue(self) -> None:
+    def _worker_lives(self) -> bool:
+        with (self.folder / "queue.lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def _start_worker(self) -> None:
         """Starts a worker, in a session of its own; it ends at once if there is one already."""
         with (self.folder / "queue.log").open("ab") as log:
             subprocess.Popen(

@@ -1,0 +1,125 @@
+"""From what the jobs left behind to Records: one for each attempt, in `records.jsonl` and in the ledger."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+
+from chiplog.engines import Job, engine_for
+from chiplog.folder import ExperimentFolder, Submission
+from chiplog.ledger import Ledger
+from chiplog.ledger.metrics import read_events, read_scores, score_table, train_usage, with_evaluation
+from chiplog.plan import Run
+from chiplog.record import Prediction, Record, State, Usage, read_records, write_records
+
+LOG_TAIL = 64_000  # bytes of a log in which the reason of a failure is looked for
+ERROR_LINE = re.compile(r"^(error: .*|[\w.]*(?:Error|Exception|Interrupt)\b.*|.*Killed.*)$", re.MULTILINE)
+
+
+def collect(folder: ExperimentFolder, ledger: Ledger) -> list[Record]:
+    """The records of all submitted jobs, in the order of the plan's runs; `records.jsonl` and the ledger hold them too.
+
+    An attempt that had ended when it was last collected is kept as it was recorded.
+    """
+    runs = {run.name: run for run in folder.runs()}
+    submissions = folder.submissions()
+    before = {record.key: record for record in read_records(folder.path / "records.jsonl")}
+    jobs = jobs_of(submissions)
+    newest = {submission.run: submission for submission in submissions}
+    revision = json.loads((folder.path / "code" / "REVISION").read_text())
+    records = []
+    for submission in submissions:
+        old = before.get(submission.key)
+        is_newest = newest[submission.run] is submission
+        if old and old.state.ended and not (is_newest and old.state is State.UNKNOWN):
+            records.append(old)
+        elif submission.run in runs:
+            job = jobs.get(submission.key)
+            records.append(_record(folder, runs[submission.run], submission, job, is_newest, revision))
+    order = {name: place for place, name in enumerate(runs)}
+    records.sort(key=lambda record: (order.get(record.run, len(order)), record.attempt))
+    write_records(folder.path / "records.jsonl", records)
+    ledger.put([record for record in records if record.state.ended])
+    return records
+
+
+def jobs_of(submissions: list[Submission]) -> dict[str, Job]:
+    """How the submitted jobs stand, by key: one question to each engine, however many jobs."""
+    found: dict[str, Job] = {}
+    for name in sorted({submission.engine for submission in submissions}):
+        ids = [submission.job_id for submission in submissions if submission.engine == name]
+        found |= {f"{name}:{job.id}": job for job in engine_for(name).jobs(ids)}
+    return found
+
+
+def _record(
+    folder: ExperimentFolder, run: Run, submission: Submission, job: Job | None, newest: bool, revision: dict
+) -> Record:
+    run_folder = folder.path / "runs" / run.name
+    state = job.state if job else State.UNKNOWN
+    usage, metrics, packages = Usage(), {}, {}
+    steps: dict[str, State] = {}
+    if newest:  # the folder holds what the last attempt left
+        events = read_events(run_folder / "metrics.jsonl")
+        usage = train_usage(events)
+        packages = next((e["packages"] for e in events if e["event"] == "start"), {})
+        if run.kind != "control":
+            steps["train"] = State.COMPLETED if (run_folder / "DONE").is_file() else state
+        scores = read_scores(run_folder / "eval" / "scores.json")
+        if scores and job and job.started and _later(scores["ended"], job.started):
+            usage, metrics = with_evaluation(usage, scores), score_table(scores)
+            steps["eval"] = State.COMPLETED
+        elif steps.get("train", State.COMPLETED) is State.COMPLETED:
+            steps["eval"] = state
+    elapsed = _seconds(job.started, job.ended) if job and job.started and job.ended else None
+    reason = job.reason if job else "the engine no longer knows this job"
+    if state is State.FAILED and job and (words := _last_error(job.log)):
+        reason = f"{reason}: {words}"
+    return Record(
+        key=submission.key,
+        experiment=folder.path.name,
+        run=run.name,
+        kind=run.kind,
+        recipe=run.recipe,
+        model=run.config["model"],
+        attempt=submission.attempt,
+        state=state,
+        reason=reason,
+        exit_code=job.exit_code if job else None,
+        steps=steps,
+        config=run.config,
+        metrics=metrics,
+        usage=usage.model_copy(update={"elapsed_s": elapsed}),
+        predicted=_prediction(run_folder / "estimate.json"),
+        commit=revision["commit"],
+        dirty=revision["dirty"],
+        packages=packages,
+        started=job.started if job else None,
+        ended=job.ended if job else None,
+    )
+
+
+def _prediction(file: Path) -> Prediction | None:
+    return Prediction.model_validate_json(file.read_text()) if file.is_file() else None
+
+
+def _last_error(log: Path) -> str | None:
+    """The last line of a log that reads like an error."""
+    if not log.is_file():
+        return None
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_TAIL))
+        text = file.read().decode(errors="replace")
+    lines = ERROR_LINE.findall(text.replace("\r", "\n"))
+    return lines[-1].strip()[:500] if lines else None
+
+
+def _seconds(start: str, end: str) -> float:
+    return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
+
+
+def _later(one: str, other: str) -> bool:
+    # The evaluation notes whole seconds.
+    return datetime.fromisoformat(one) >= datetime.fromisoformat(other).replace(microsecond=0)

@@ -1,0 +1,94 @@
+"""Is a difference shown? Exact intervals for one arm, paired tests for two; pure functions of scores.
+
+Two arms answer the same items, so their answers are compared item by item. Replicates (seeds) must agree as well: a
+difference that one training shows and another does not is not a property of the arm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from pydantic import Field
+from scipy import stats
+
+from chiplog.schema import Frozen
+
+LEVEL = 0.95
+
+
+class Interval(Frozen):
+    """A value between two ends."""
+
+    value: float = Field(description="The estimate.")
+    low: float = Field(description="Lower end.")
+    high: float = Field(description="Upper end.")
+
+
+class Difference(Frozen):
+    """How much better the first arm is than the second, over the same items."""
+
+    interval: Interval = Field(description="Difference of the shares, with its 95 % interval.")
+    p: float = Field(description="Chance of a difference at least this large if the arms were equal.")
+    seeds: int = Field(description="Replicates of the arm that has more of them.")
+
+
+def proportion(count: int, n: int) -> Interval:
+    """Share of `count` in `n` with the exact (Clopper-Pearson) 95 % interval; n of 0 says nothing: 0 to 1."""
+    if n == 0:
+        return Interval(value=math.nan, low=0.0, high=1.0)
+    exact = stats.binomtest(count, n).proportion_ci(LEVEL, method="exact")
+    return Interval(value=count / n, low=float(exact.low), high=float(exact.high))
+
+
+def paired(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> Difference:
+    """Compares two arms; each is a list over seeds of a list over items, the same items in the same order.
+
+    Over items: the exact sign test on per-item means (with one seed each: McNemar's exact test), and the interval of
+    Bonett and Price (2012), which adds one item to either side. Over seeds, where an arm has several: Student's t on
+    the per-seed shares. The larger p and the wider interval count.
+    """
+    one, other = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    assert one.ndim == other.ndim == 2 and one.shape[1] == other.shape[1] > 0
+    items = one.mean(axis=0) - other.mean(axis=0)
+    mean = float(items.mean())
+    better, worse = int((items > 0).sum()), int((items < 0).sum())
+    p = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    padded = np.append(items, [1.0, -1.0])
+    half = (
+        float(stats.norm.ppf((1 + LEVEL) / 2))
+        * float(np.sqrt((padded**2).mean() - padded.mean() ** 2))
+        / math.sqrt(len(padded))
+    )
+    low, high = float(padded.mean()) - half, float(padded.mean()) + half
+    shares = one.mean(axis=1), other.mean(axis=1)
+    seeds = max(len(shares[0]), len(shares[1]))
+    if seeds > 1:
+        p_seeds, seed_low, seed_high = _over_seeds(*shares)
+        p, low, high = max(p, p_seeds), min(low, seed_low), max(high, seed_high)
+    return Difference(interval=Interval(value=mean, low=max(low, -1.0), high=min(high, 1.0)), p=p, seeds=seeds)
+
+
+def _over_seeds(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
+    """p and interval of the difference of mean shares; an arm with one seed is taken as it is (a control has one)."""
+    variances = [float(arm.var(ddof=1)) / len(arm) if len(arm) > 1 else 0.0 for arm in (one, other)]
+    difference, error = float(one.mean() - other.mean()), math.sqrt(sum(variances))
+    if error == 0.0:
+        return (1.0 if difference == 0 else 0.0), difference, difference
+    # Welch-Satterthwaite
+    freedom = sum(variances) ** 2 / sum(
+        v**2 / (len(arm) - 1) for v, arm in zip(variances, (one, other), strict=True) if len(arm) > 1
+    )
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+    return 2 * float(stats.t.sf(abs(difference) / error, freedom)), difference - half, difference + half
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p values adjusted for their number (Holm 1979), in the order given."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, p_values[i] * (len(p_values) - rank)))
+        adjusted[i] = largest
+    return adjusted

@@ -1,0 +1,300 @@
+"""What an experiment showed, and what it did not: `summary.md`, a table, and a figure, from the records alone.
+
+Every run of the plan has a row, whether it ran or not. Arms that differ in one variable are compared, and each arm
+with its control; a difference counts as shown only after Holm's adjustment for the number of comparisons.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from chiplog.compare import Difference, Interval, holm, paired, proportion
+from chiplog.files import write_atomic
+from chiplog.folder import ExperimentFolder
+from chiplog.plan import Plan, Run, Value
+from chiplog.record import Record, State
+from chiplog.render import clock, template_environment
+from chiplog.schema import Frozen
+from chiplog.text import duration, percent, size
+
+ALPHA = 0.05
+
+
+class Row(Frozen):
+    """One run of the plan."""
+
+    run: str = Field(description="Name of the run.")
+    kind: str = Field(description="finetune, train or control.")
+    model: str = Field(description="Short name of the base model.")
+    varied: dict[str, Value] = Field(description="The settings that differ between runs.")
+    batch_size: int | None = Field(description="Samples per optimiser step; null for a control.")
+    state: State | None = Field(description="How its last attempt ended; null if it was never submitted.")
+    reason: str | None = Field(description="Why, where it did not complete.")
+    attempts: int = Field(description="How often it was submitted.")
+    predicted_s: tuple[float, float, float] | None = Field(description="Foretold seconds: value, low, high.")
+    elapsed_s: float | None = Field(description="Seconds that it took.")
+    time_limit_s: int | None = Field(description="Its time limit; null: none.")
+    predicted_bytes: tuple[float, float, float] | None = Field(description="Foretold peak memory: value, low, high.")
+    peak_mem_bytes: int | None = Field(description="Peak memory.")
+    mem_kind: str | None = Field(description="What the peak counts.")
+    scores: dict[str, Interval] = Field(description="Share of items for each metric, with its exact 95 % interval.")
+    n_items: int | None = Field(description="Items scored.")
+
+
+class Comparison(Frozen):
+    """Two arms over the same items."""
+
+    first: str = Field(description="Arm that is compared.")
+    second: str = Field(description="Arm or control that it is compared with.")
+    against_control: bool = Field(description="Whether the second is the first one's base model.")
+    metric: str = Field(description="Criterion.")
+    difference: Difference | None = Field(description="First minus second; null if they cannot be compared.")
+    p_adjusted: float | None = Field(description="p after Holm's adjustment.")
+    shown: bool = Field(description="Whether the difference is shown.")
+    words: str = Field(description="The conclusion in one line.")
+
+
+class Summary(Frozen):
+    """All of it."""
+
+    experiment: str = Field(description="Name of the plan.")
+    question: str = Field(description="What was asked.")
+    rows: list[Row] = Field(description="One for every run of the plan.")
+    comparisons: list[Comparison] = Field(
+        description="Each arm with its control, and arms that differ in one variable."
+    )
+    not_shown: list[str] = Field(description="What this experiment does not show.")
+    run_s: float | None = Field(description="Seconds of all runs added up.")
+    gpu_hours: float = Field(description="GPU hours of all runs.")
+
+    @property
+    def complete(self) -> bool:
+        """Whether every run ended well."""
+        return all(row.state is State.COMPLETED for row in self.rows)
+
+
+def summarize(folder: ExperimentFolder, records: Sequence[Record]) -> Summary:
+    """The summary of what was collected."""
+    plan, runs = folder.plan, folder.runs()
+    last = {record.run: record for record in sorted(records, key=lambda record: record.attempt)}
+    rows = [_row(run, last.get(run.name)) for run in runs]
+    answers = {run.name: _answers(folder.path / "runs" / run.name, plan.metrics[0]) for run in runs}
+    ended_well = {row.run for row in rows if row.state is State.COMPLETED}
+    comparisons = _comparisons(plan.metrics[0], runs, {k: v for k, v in answers.items() if k in ended_well and v})
+    elapsed = [row.elapsed_s for row in rows if row.elapsed_s is not None]
+    gpu_s = sum(run.resources.gpus * (last[run.name].usage.elapsed_s or 0) for run in runs if run.name in last)
+    return Summary(
+        experiment=folder.path.name,
+        question=plan.question,
+        rows=rows,
+        comparisons=comparisons,
+        not_shown=_not_shown(rows, comparisons, runs),
+        run_s=sum(elapsed) if elapsed else None,
+        gpu_hours=gpu_s / 3600,
+    )
+
+
+def _row(run: Run, record: Record | None) -> Row:
+    predicted = record.predicted if record else None
+    scores = {name: proportion(score.count, score.n) for name, score in record.metrics.items()} if record else {}
+    return Row(
+        run=run.name,
+        kind=run.kind,
+        model=run.model,
+        varied=run.varied,
+        batch_size=run.config.get("batch_size"),
+        state=record.state if record else None,
+        reason=record.reason if record else "never submitted",
+        attempts=record.attempt if record else 0,
+        predicted_s=predicted.elapsed_s if predicted else None,
+        elapsed_s=record.usage.elapsed_s if record else None,
+        time_limit_s=run.resources.time_limit_s,
+        predicted_bytes=predicted.peak_mem_bytes if predicted else None,
+        peak_mem_bytes=record.usage.peak_mem_bytes if record else None,
+        mem_kind=record.usage.mem_kind if record else None,
+        scores=scores,
+        n_items=next((score.n for score in record.metrics.values()), None) if record else None,
+    )
+
+
+def _answers(run_folder: Path, metric: str) -> dict[str, bool] | None:
+    """Whether each item was right, by the item's own text; null where there are no predictions."""
+    file = run_folder / "eval" / "predictions.jsonl"
+    if not file.is_file():
+        return None
+    found: dict[str, bool] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        item = json.loads(line)
+        found[json.dumps([item["index"], item["prompt"], item["target"]])] = bool(item["scores"].get(metric, False))
+    return found
+
+
+def _comparisons(metric: str, runs: Sequence[Run], answers: Mapping[str, Mapping[str, bool]]) -> list[Comparison]:
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        arms.setdefault(arm_name(run), []).append(run)
+    pairs = [(one, _control_of(arms, one), True) for one in arms if arms[one][0].kind != "control"]
+    pairs += [
+        (one, other, False) for one, other in itertools.combinations(arms, 2) if _one_apart(arms[one], arms[other])
+    ]
+    found = []
+    for one, other, is_control in pairs:
+        if other is None:
+            continue
+        scored = [[answers[run.name] for run in arms[name] if run.name in answers] for name in (one, other)]
+        found.append((one, other, is_control, _difference(*scored)))
+    adjusted = iter(holm([difference.p for *_, difference in found if difference]))
+    return [
+        _comparison(one, other, is_control, metric, difference, next(adjusted) if difference else None)
+        for one, other, is_control, difference in found
+    ]
+
+
+def arm_name(run: Run) -> str:
+    """The name of a run without its seed: replicates are one arm."""
+    return run.name.removesuffix(f"_seed{run.seed}") if "seed" in run.varied else run.name
+
+
+def _control_of(arms: Mapping[str, Sequence[Run]], name: str) -> str | None:
+    run = arms[name][0]
+    for other, (control, *_) in arms.items():
+        same = all(run.config.get(key) == value for key, value in control.config.items() if key != "seed")
+        if control.kind == "control" and same:
+            return other
+    return None
+
+
+def _one_apart(one: Sequence[Run], other: Sequence[Run]) -> bool:
+    """Whether two arms differ in exactly one variable."""
+    if "control" in (one[0].kind, other[0].kind):
+        return False
+    first, second = one[0].varied, other[0].varied
+    return sum(first.get(key) != second.get(key) for key in (first.keys() | second.keys()) - {"seed"}) == 1
+
+
+def _difference(first: list[Mapping[str, bool]], second: list[Mapping[str, bool]]) -> Difference | None:
+    if not first or not second:
+        return None
+    items = list(first[0])
+    if any(scored.keys() != first[0].keys() for scored in (*first, *second)) or not items:
+        return None  # they answered different items
+    return paired(*([[scored[item] for item in items] for scored in arm] for arm in (first, second)))
+
+
+def _comparison(
+    one: str, other: str, is_control: bool, metric: str, difference: Difference | None, p: float | None
+) -> Comparison:
+    shown = p is not None and p < ALPHA
+    if difference is None:
+        words = f"{one} against {other}: not shown, since one of them has no answers to the same items"
+    else:
+        change, low, high = (
+            f"{100 * x:+.1f}" for x in (difference.interval.value, difference.interval.low, difference.interval.high)
+        )
+        verdict = "shown" if shown else "not shown"
+        words = f"{one} against {other}: {metric} {change} points ({low} to {high}), {verdict}"
+    return Comparison(
+        first=one,
+        second=other,
+        against_control=is_control,
+        metric=metric,
+        difference=difference,
+        p_adjusted=p,
+        shown=shown,
+        words=words,
+    )
+
+
+def _not_shown(rows: Sequence[Row], comparisons: Sequence[Comparison], runs: Sequence[Run]) -> list[str]:
+    found = [
+        f"{row.run}: nothing, since it is {row.state or 'not run'} ({row.reason})"
+        for row in rows
+        if row.state is not State.COMPLETED
+    ]
+    open_pairs = [c for c in comparisons if not c.shown]
+    found += [c.words for c in open_pairs]
+    if len({run.seed for run in runs if run.kind != "control"}) == 1:
+        found.append("How much another seed would change: every arm was trained once.")
+    if not any(run.kind == "control" for run in runs):
+        found.append("What the base models could do before: the plan has no control.")
+    return found
+
+
+def write_summary(folder: ExperimentFolder, summary: Summary) -> list[Path]:
+    """Writes `summary.md` and `figures/scores.png`; returns their paths."""
+    plan = folder.plan
+    columns = list(dict.fromkeys(key for row in summary.rows for key in row.varied))
+    text = (
+        template_environment()
+        .get_template("summary.md.j2")
+        .render(
+            plan=plan,
+            summary=summary,
+            headings=table_headings(plan, columns),
+            rows=[table_row(number, row, plan, columns) for number, row in enumerate(summary.rows, start=1)],
+            duration=duration,
+        )
+    )
+    files = [folder.path / "summary.md"]
+    write_atomic(files[0], text.encode())
+    if any(row.scores for row in summary.rows):
+        from chiplog.figure import scores_figure
+
+        files.append(folder.path / "figures" / "scores.png")
+        write_atomic(files[1], scores_figure(summary, plan.metrics[0]))
+    return files
+
+
+def table_headings(plan: Plan, columns: Sequence[str]) -> list[str]:
+    """The headings of the table; units stand here, so that the cells hold numbers."""
+    shared = ["batch", "est. time", "time limit", "actual", "est. memory", "peak memory"]
+    return ["#", "run", "type", *columns, *shared, *(f"{metric}, % (95 % CI)" for metric in plan.metrics)]
+
+
+def table_row(number: int, row: Row, plan: Plan, columns: Sequence[str]) -> list[str]:
+    """The cells of one run."""
+    elapsed = duration(row.elapsed_s) if row.state is State.COMPLETED else f"{row.state or 'not run'}"
+    peak = (
+        "–" if row.peak_mem_bytes is None else f"{size(row.peak_mem_bytes)} ({MEM_WORDS.get(row.mem_kind or '', '?')})"
+    )
+    return [
+        str(number),
+        row.run,
+        row.kind,
+        *(_cell(row.varied.get(column)) for column in columns),
+        _cell(row.batch_size),
+        span(row.predicted_s, duration),
+        clock(row.time_limit_s) if row.time_limit_s else "–",
+        elapsed,
+        span(row.predicted_bytes, size),
+        peak,
+        *(_score_cell(row.scores.get(metric)) for metric in plan.metrics),
+    ]
+
+
+MEM_WORDS = {"host_rss": "host", "allocated": "GPU allocated", "reserved": "GPU reserved", "whole_card": "whole card"}
+
+
+def span(predicted: tuple[float, float, float] | None, words) -> str:
+    """Value and interval in words, or that there was no evidence."""
+    return (
+        "no evidence"
+        if predicted is None
+        else f"{words(predicted[0])} ({words(predicted[1])} to {words(predicted[2])})"
+    )
+
+
+def _cell(value: Value) -> str:
+    return "–" if value is None else str(value)
+
+
+def _score_cell(score: Interval | None) -> str:
+    if score is None or math.isnan(score.value):
+        return "–"
+    return f"{percent(score.value)} ({percent(score.low)} to {percent(score.high)})"
