@@ -31,9 +31,9 @@ def scores_figure(summary: Summary, metric: str) -> bytes:
             axes.text(1, place, f"{words}: no score", va="center", color="#555555", style="italic")
             continue
         value, low, high = (100 * x for x in (score.value, score.low, score.high))
-        hollow = {"markerfacecolor": "white"} if row.kind == "control" else {}
+        inside = "white" if row.kind == "control" else colour
         error = [[value - low], [high - value]]
-        axes.errorbar(value, place, xerr=error, fmt="o", color=colour, capsize=3, markersize=6, **hollow)
+        axes.errorbar(value, place, xerr=error, fmt="o", color=colour, capsize=3, markerfacecolor=inside)
         left = value > 75
         axes.annotate(
             f"{value:.0f}",

@@ -54,6 +54,7 @@ class Experiment(Frozen):
         default="base_model", description="base_model: each base model is evaluated too, without fine-tuning."
     )
     resources: Resources = Field(default=Resources(), description="What one run asks for.")
+    time_limits_s: dict[str, int] = Field(default={}, description="Time limits of single runs, by name, in seconds.")
 
 
 class Plan(Frozen):
@@ -132,7 +133,9 @@ def expand(plan: Plan, defaults: Callable[[str], Config]) -> list[Run]:
     check_name(plan.name, "the plan's name")
     for key in (*plan.models, *plan.datasets):
         check_name(key, "the short name")
-    runs = [run for experiment in plan.experiments for run in _expand_one(plan, experiment, defaults)]
+    runs = [
+        _limited(run, experiment) for experiment in plan.experiments for run in _expand_one(plan, experiment, defaults)
+    ]
     seen: dict[str, Run] = {}
     for run in runs:
         check_name(run.name, "the run's name")
@@ -184,6 +187,13 @@ def _expand_one(plan: Plan, experiment: Experiment, defaults: Callable[[str], Co
             name = _name(kept) + "_base"
             controls.setdefault(name, _control(run, name, kept, {key: config[key] for key in evaluated}))
     return runs + list(controls.values())
+
+
+def _limited(run: Run, experiment: Experiment) -> Run:
+    limit = experiment.time_limits_s.get(run.name)
+    return (
+        run.model_copy(update={"resources": run.resources.model_copy(update={"time_limit_s": limit})}) if limit else run
+    )
 
 
 def _control(run: Run, name: str, varied: dict[str, Value], config: Config) -> Run:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
+from chiplog.bundle import places
 from chiplog.errors import NotFoundError, PlanError
 from chiplog.plan import Config
 from chiplog.schema import Frozen, plain_errors
-from chiplog.settings import bundle, find_workspace
 
 
 class About(Frozen):
@@ -77,10 +77,7 @@ def defaults(name: str, folder: Path | None = None) -> Config:
 
 
 def _folders(folder: Path | None) -> list[Path]:
-    if folder is not None:
-        return [folder]
-    own = find_workspace() / "recipes"
-    return [place for place in dict.fromkeys((own, bundle() / "recipes")) if place.is_dir()]
+    return places("recipes") if folder is None else [folder]
 
 
 def _read(file: Path) -> Recipe:

@@ -16,12 +16,14 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from chiplog.bundle import bundle, study_folder
 from chiplog.errors import ConfirmationNeeded, NotFoundError, RenderError
 from chiplog.files import write_atomic
 from chiplog.plan import Plan, Run, dump_plan
 from chiplog.provenance import packages, revision, revision_text
 from chiplog.recipes import load_recipe
-from chiplog.settings import Gpu, Settings, bundle, find_workspace
+from chiplog.settings import Gpu, Settings
+from chiplog.text import clock
 
 # What a credential looks like: Hugging Face, OpenAI and Anthropic, GitHub, AWS, and any NAME_TOKEN=value.
 SECRET = re.compile(
@@ -126,13 +128,6 @@ def find_gpu(run: Run, settings: Settings) -> Gpu | None:
     raise NotFoundError(f"chiplog.toml has no GPU {run.resources.gpu!r}: it has {named}; add it under [[gpus]]")
 
 
-def clock(seconds: float) -> str:
-    """Slurm's D-HH:MM:SS or HH:MM:SS."""
-    days, rest = divmod(round(seconds), 86_400)
-    text = f"{rest // 3600:02}:{rest % 3600 // 60:02}:{rest % 60:02}"
-    return f"{days}-{text}" if days else text
-
-
 def _readme(jinja: Environment, plan: Plan, runs: Sequence[Run]) -> bytes:
     columns = list(dict.fromkeys(key for run in runs for key in run.varied))
     rows = [
@@ -159,16 +154,6 @@ def _code(plan: Plan) -> dict[str, bytes]:
     files["code/REVISION"] = revision_text(revision(root)).encode()
     files["code/environment.txt"] = "".join(f"{name}=={version}\n" for name, version in packages().items()).encode()
     return files
-
-
-def study_folder(name: str) -> Path:
-    """The folder of a study: the workspace's own, or the bundled one. Raises NotFoundError with what is there."""
-    folders = [find_workspace() / "tasks", bundle() / "tasks"]
-    for folder in folders:
-        if name and (folder / name / "README.md").is_file() and Path(name).name == name:
-            return folder / name
-    there = sorted({file.parent.name for folder in folders for file in folder.glob("*/README.md")})
-    raise NotFoundError(f"there is no study {name!r}: there are {', '.join(there) or 'none'} (folders under tasks/)")
 
 
 def write_experiment(folder: Path, files: Mapping[str, bytes], *, confirm: bool = False) -> list[str]:

@@ -103,13 +103,6 @@ class Settings(Frozen):
         )
 
 
-def bundle() -> Path:
-    """The folder that holds templates/, recipes/, trainer/, tasks/ and skills/: the checkout, or the wheel's copy."""
-    package = Path(__file__).resolve().parent
-    inside = package / "_bundle"
-    return inside if inside.is_dir() else package.parent.parent
-
-
 def find_workspace(start: Path | None = None) -> Path:
     """The workspace that `start` (by default the current folder) belongs to."""
     if start is None and (named := os.environ.get("CHIPLOG_WORKSPACE")):

@@ -1,4 +1,4 @@
-"""What an experiment showed, and what it did not: `summary.md`, a table, and a figure, from the records alone.
+"""What an experiment showed, and what it did not, from the records alone.
 
 Every run of the plan has a row, whether it ran or not. Arms that differ in one variable are compared, and each arm
 with its control; a difference counts as shown only after Holm's adjustment for the number of comparisons.
@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field
 
 from chiplog.compare import Difference, Interval, holm, paired, proportion
-from chiplog.files import write_atomic
 from chiplog.folder import ExperimentFolder
-from chiplog.plan import Plan, Run, Value
+from chiplog.plan import Run, Value
 from chiplog.record import Record, State
-from chiplog.render import clock, template_environment
 from chiplog.schema import Frozen
-from chiplog.text import duration, percent, size
 
 ALPHA = 0.05
 
@@ -224,77 +220,3 @@ def _not_shown(rows: Sequence[Row], comparisons: Sequence[Comparison], runs: Seq
     if not any(run.kind == "control" for run in runs):
         found.append("What the base models could do before: the plan has no control.")
     return found
-
-
-def write_summary(folder: ExperimentFolder, summary: Summary) -> list[Path]:
-    """Writes `summary.md` and `figures/scores.png`; returns their paths."""
-    plan = folder.plan
-    columns = list(dict.fromkeys(key for row in summary.rows for key in row.varied))
-    text = (
-        template_environment()
-        .get_template("summary.md.j2")
-        .render(
-            plan=plan,
-            summary=summary,
-            headings=table_headings(plan, columns),
-            rows=[table_row(number, row, plan, columns) for number, row in enumerate(summary.rows, start=1)],
-            duration=duration,
-        )
-    )
-    files = [folder.path / "summary.md"]
-    write_atomic(files[0], text.encode())
-    if any(row.scores for row in summary.rows):
-        from chiplog.figure import scores_figure
-
-        files.append(folder.path / "figures" / "scores.png")
-        write_atomic(files[1], scores_figure(summary, plan.metrics[0]))
-    return files
-
-
-def table_headings(plan: Plan, columns: Sequence[str]) -> list[str]:
-    """The headings of the table; units stand here, so that the cells hold numbers."""
-    shared = ["batch", "est. time", "time limit", "actual", "est. memory", "peak memory"]
-    return ["#", "run", "type", *columns, *shared, *(f"{metric}, % (95 % CI)" for metric in plan.metrics)]
-
-
-def table_row(number: int, row: Row, plan: Plan, columns: Sequence[str]) -> list[str]:
-    """The cells of one run."""
-    elapsed = duration(row.elapsed_s) if row.state is State.COMPLETED else f"{row.state or 'not run'}"
-    peak = (
-        "–" if row.peak_mem_bytes is None else f"{size(row.peak_mem_bytes)} ({MEM_WORDS.get(row.mem_kind or '', '?')})"
-    )
-    return [
-        str(number),
-        row.run,
-        row.kind,
-        *(_cell(row.varied.get(column)) for column in columns),
-        _cell(row.batch_size),
-        span(row.predicted_s, duration),
-        clock(row.time_limit_s) if row.time_limit_s else "–",
-        elapsed,
-        span(row.predicted_bytes, size),
-        peak,
-        *(_score_cell(row.scores.get(metric)) for metric in plan.metrics),
-    ]
-
-
-MEM_WORDS = {"host_rss": "host", "allocated": "GPU allocated", "reserved": "GPU reserved", "whole_card": "whole card"}
-
-
-def span(predicted: tuple[float, float, float] | None, words) -> str:
-    """Value and interval in words, or that there was no evidence."""
-    return (
-        "no evidence"
-        if predicted is None
-        else f"{words(predicted[0])} ({words(predicted[1])} to {words(predicted[2])})"
-    )
-
-
-def _cell(value: Value) -> str:
-    return "–" if value is None else str(value)
-
-
-def _score_cell(score: Interval | None) -> str:
-    if score is None or math.isnan(score.value):
-        return "–"
-    return f"{percent(score.value)} ({percent(score.low)} to {percent(score.high)})"

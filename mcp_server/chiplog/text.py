@@ -31,3 +31,10 @@ def size(count: float | None) -> str:
 def percent(share: float) -> str:
     """A share as a percentage without a sign: 0.745 is `74.5`."""
     return f"{100 * share:.1f}"
+
+
+def clock(seconds: float) -> str:
+    """Slurm's D-HH:MM:SS or HH:MM:SS."""
+    days, rest = divmod(round(seconds), 86_400)
+    text = f"{rest // 3600:02}:{rest % 3600 // 60:02}:{rest % 60:02}"
+    return f"{days}-{text}" if days else text

@@ -11,7 +11,7 @@ import sys
 import threading
 from types import ModuleType
 
-from chiplog.settings import bundle
+from chiplog.bundle import bundle
 
 _lock = threading.Lock()  # tools run on threads, and two copies of a module would have two RowsErrors
 

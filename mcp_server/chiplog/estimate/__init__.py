@@ -2,5 +2,6 @@
 
 from chiplog.estimate.history import estimate_run
 from chiplog.estimate.model import Estimate, RunEstimate, Workload
+from chiplog.estimate.workload import workload
 
-__all__ = ["Estimate", "RunEstimate", "Workload", "estimate_run"]
+__all__ = ["Estimate", "RunEstimate", "Workload", "estimate_run", "workload"]

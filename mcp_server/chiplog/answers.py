@@ -1,0 +1,94 @@
+"""What the tools answer: a summary first, then what to do next, then the detail."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from chiplog.checks.dataset import DatasetReport
+from chiplog.checks.model import ModelReport
+from chiplog.estimate import RunEstimate
+from chiplog.plan import Value
+from chiplog.planning import Totals
+from chiplog.record import Record
+from chiplog.running import RunStatus
+from chiplog.schema import Frozen
+from chiplog.studies import Study
+from chiplog.summary import Comparison, Row
+
+
+class Answer(Frozen):
+    """What every answer begins with."""
+
+    summary: str = Field(description="The answer in a few lines, fit to be shown.")
+    next: list[str] = Field(default=[], description="What to do next.")
+    ok: bool = Field(default=True, description="False where the answer is no: a check failed, a run failed.")
+
+
+class StudiesAnswer(Answer):
+    studies: list[Study] = Field(description="Every study that is there.")
+
+
+class DatasetAnswer(Answer):
+    report: DatasetReport = Field(description="What was found.")
+
+
+class ModelAnswer(Answer):
+    report: ModelReport = Field(description="What was found.")
+
+
+class CreatedAnswer(Answer):
+    path: str = Field(description="File or folder that was made.")
+    rows: dict[str, int] = Field(description="Rows of each split.")
+    sha256: str = Field(description="Hash of the data: the same options give the same.")
+
+
+class PlanRow(Frozen):
+    """One run in the plan's table."""
+
+    run: str = Field(description="Name of the run.")
+    kind: str = Field(description="finetune, train or control.")
+    varied: dict[str, Value] = Field(description="The settings that differ between runs.")
+    batch_size: int | None = Field(description="Samples per optimiser step; null for a control.")
+    time_limit_s: int | None = Field(description="Time limit in seconds; null: none.")
+    estimate: RunEstimate = Field(description="What it will need, and what that rests on.")
+
+
+class PlanAnswer(Answer):
+    plan_file: str | None = Field(description="The plan that was written; null where nothing was written.")
+    experiment: str = Field(description="Name of the experiment.")
+    table: str = Field(description="The experiment as a table, in Markdown.")
+    rows: list[PlanRow] = Field(description="One for each run.")
+    totals: Totals = Field(description="What all runs need together.")
+    warnings: list[str] = Field(description="What was found and does not stop the plan.")
+
+
+class SetupAnswer(Answer):
+    folder: str = Field(description="The experiment folder.")
+    written: list[str] = Field(description="Files that are new or changed, the first ones if there are many.")
+    n_written: int = Field(description="How many were written.")
+
+
+class SubmitAnswer(Answer):
+    jobs: dict[str, str] = Field(description="Job id of each run that was submitted now.")
+
+
+class StatusAnswer(Answer):
+    runs: list[RunStatus] = Field(description="How each run stands.")
+    log_tail: list[str] = Field(description="The last lines of the log that was asked for.")
+
+
+class CancelAnswer(Answer):
+    cancelled: list[str] = Field(description="Runs whose jobs were ended.")
+
+
+class RecordsAnswer(Answer):
+    file: str = Field(description="The records that were written.")
+    records: list[Record] = Field(description="The last attempt at each run.")
+
+
+class SummaryAnswer(Answer):
+    files: list[str] = Field(description="What was written.")
+    table: str = Field(description="The runs as a table, in Markdown.")
+    rows: list[Row] = Field(description="One for each run of the plan.")
+    comparisons: list[Comparison] = Field(description="Which differences are shown and which are not.")
+    not_shown: list[str] = Field(description="What the experiment does not show.")

@@ -1,0 +1,58 @@
+"""What is looked at before a job is rendered: data sets and models.
+
+A check that is not ok stops a plan. One that is ok and yet says how to mend something is a warning: the run would
+work, and a person should know.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from chiplog.schema import Frozen
+
+# Names in a broken file may hold half of a surrogate pair, which is no text that could be sent on.
+Words = Annotated[str, BeforeValidator(lambda text: text.encode(errors="backslashreplace").decode())]
+
+
+class Check(Frozen):
+    """One thing that was looked at."""
+
+    subject: Words = Field(description="What was looked at.")
+    ok: bool = Field(description="Whether a run can go ahead.")
+    found: Words = Field(description="What was found.")
+    mend: Words | None = Field(description="What to do; null where nothing is to be done.")
+
+    @property
+    def level(self) -> str:
+        """ok, warning or failed."""
+        return "failed" if not self.ok else "warning" if self.mend else "ok"
+
+
+class Report(Frozen):
+    """What all checks of one thing found."""
+
+    ok: bool = Field(description="Whether no check failed.")
+    checks: list[Check] = Field(description="Every check, in the order in which they were made.")
+
+    @property
+    def problems(self) -> list[Check]:
+        """What is to be mended, failures before warnings."""
+        return sorted((check for check in self.checks if check.mend), key=lambda check: check.ok)
+
+
+def passed(subject: Words, found: str) -> Check:
+    return Check(subject=subject, ok=True, found=found, mend=None)
+
+
+def warning(subject: Words, found: str, mend: str) -> Check:
+    return Check(subject=subject, ok=True, found=found, mend=mend)
+
+
+def failed(subject: Words, found: str, mend: str) -> Check:
+    return Check(subject=subject, ok=False, found=found, mend=mend)
+
+
+def all_ok(checks: list[Check]) -> bool:
+    return all(check.ok for check in checks)

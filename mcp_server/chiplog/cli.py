@@ -1,0 +1,209 @@
+"""The command-line face: tool `plan_experiment` is the command `chiplog plan-experiment`.
+
+Exit codes: 0 done; 1 done, and the answer is no (a check failed, a run failed); 2 bad input, nothing was done;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from chiplog.answers import Answer
+from chiplog.errors import ChiplogError, ConfirmationNeeded
+from chiplog.tools import TOOLS
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Plans machine-learning experiments from what your jobs actually did.",
+)
+out, err = Console(), Console(stderr=True)
+
+
+def main() -> None:
+    """Runs the command line; a ChiplogError is its words and exit code 2."""
+    try:
+        app()
+    except ChiplogError as error:
+        err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("interrupted", style="red")
+        sys.exit(130)
+
+
+@app.command()
+def serve() -> None:
+    """Serves the tools to an MCP client over stdio."""
+    from chiplog.server import serve
+
+    serve()
+
+
+@app.command()
+def init(json: Annotated[bool, typer.Option("--json", help="Answer in JSON.")] = False) -> None:
+    """Writes chiplog.toml into this folder if there is none, and checks it."""
+    from chiplog.init import init_workspace
+
+    _show(init_workspace(), json)
+
+
+def _command(function: Callable[..., Any]) -> Callable[..., None]:
+    """The function as a command: simple types become options, mappings `--option key=value`, `confirm` a prompt."""
+    signature = inspect.signature(function, eval_str=True)
+    parsers: dict[str, Callable[[Any], Any]] = {}
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        if name == "progress":
+            continue
+        help_text, inner = _described(parameter.annotation)
+        kind, parsers[name] = _option_type(inner)
+        required = parameter.default is inspect.Parameter.empty
+        positional = required and kind is str
+        marker = (
+            typer.Argument(help=help_text) if positional else typer.Option(help=help_text, show_default=not required)
+        )
+        default = parameter.default if not required else inspect.Parameter.empty
+        parameters.append(parameter.replace(annotation=Annotated[kind, marker], default=default))
+    flag = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+    parameters.append(inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=flag))
+
+    def run(*, json: bool, **given: Any) -> None:
+        arguments = {name: parsers[name](value) for name, value in given.items()}
+        _show(_call(function, arguments, "progress" in signature.parameters), json)
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    )
+    return run
+
+
+def _described(annotation: Any) -> tuple[str | None, Any]:
+    if get_origin(annotation) is not Annotated:
+        return None, annotation
+    inner, *extras = get_args(annotation)
+    return next((extra.description for extra in extras if getattr(extra, "description", None)), None), inner
+
+
+def _option_type(annotation: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The type that typer reads for an annotation, and how to make the function's value of what it read."""
+    arms = get_args(annotation) if get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+    kind = next(arm for arm in arms if arm is not types.NoneType)
+    optional = len(arms) > 1
+    origin = get_origin(kind)
+    if origin is dict:
+        return (list[str] | None if optional else list[str]), _pairs
+    if origin is list:
+        (item,) = get_args(kind)
+        if item in (str, int):
+            return list[item] | None, lambda values: values or None
+        return list[str] | None, lambda values: [_mapping(value) for value in values] if values else None
+    return (kind | None if optional and origin is None else annotation), lambda value: value
+
+
+def _pairs(values: list[str] | None) -> dict[str, Any] | None:
+    """`["lora_rank=[4,64]", "lr=1e-4"]` as a mapping; values are YAML."""
+    if not values:
+        return None
+    found: dict[str, Any] = {}
+    for text in values:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"{text!r} is not key=value")
+        found[key.strip()] = _yaml(value)
+    return found
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    value = _yaml(text)
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"{text!r} is not a mapping such as '{{model: 1B, lora_rank: 4}}'")
+    return value
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(f"{text!r} is not YAML: {error}") from error
+
+
+def _call(function: Callable[..., Any], arguments: dict[str, Any], reports: bool) -> Answer:
+    call = functools.partial(_with_progress, function) if reports else function
+    try:
+        return call(**arguments)
+    except ConfirmationNeeded as question:
+        err.print(str(question), markup=False, highlight=False, soft_wrap=True)
+        if not sys.stdin.isatty():
+            raise ChiplogError("nobody is here to answer: call again with --confirm if it should be done") from question
+        typer.confirm("Go on?", abort=True, err=True)
+        return call(**{**arguments, "confirm": True})
+
+
+def _with_progress(function: Callable[..., Any], **arguments: Any) -> Any:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        return function(
+            **arguments,
+            progress=lambda done, total, words: bar.update(task, completed=done, total=total, description=words),
+        )
+
+
+def _show(answer: Answer, as_json: bool) -> None:
+    """The answer as JSON, or as text with its tables drawn; exit code 1 if it is a no."""
+    if as_json:
+        print(answer.model_dump_json(indent=1))
+    else:
+        _print_text(answer.summary)
+        for step in answer.next:
+            out.print(f"next: {step}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    if not answer.ok:
+        raise typer.Exit(1)
+
+
+def _print_text(text: str) -> None:
+    rows: list[list[str]] = []
+    for line in [*text.splitlines(), None]:
+        if line is not None and line.startswith("| "):
+            rows.append([cell.strip() for cell in line.strip().strip("|").split(" | ")])
+            continue
+        if rows:
+            _print_table(rows)
+            rows = []
+        if line is not None:
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    table = Table(*rows[0], header_style="bold", row_styles=["", "dim"] if len(rows) > 8 else None)
+    for row in rows[2:]:
+        table.add_row(*row)
+    out.print(table)
+
+
+for _tool in TOOLS:
+    app.command(name=_tool.function.__name__.replace("_", "-"))(_command(_tool.function))
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""From a question to a checked plan with its estimates: what `plan_experiment` does, step by step."""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from chiplog.bundle import study_folder
+from chiplog.checks import Check, Report
+from chiplog.checks.dataset import DatasetReport, check_dataset
+from chiplog.checks.lookup import resolve_dataset, resolve_model
+from chiplog.checks.model import ModelReport, check_model
+from chiplog.engines.local import available_cpus
+from chiplog.errors import NotFoundError, PlanError
+from chiplog.estimate import Estimate, RunEstimate, estimate_run, workload
+from chiplog.ledger import Ledger
+from chiplog.plan import Experiment, Plan, Run, Value, expand, parse_plan
+from chiplog.recipes import choose_recipe, defaults, load_recipe
+from chiplog.record import Record
+from chiplog.render import find_gpu
+from chiplog.schema import Frozen
+from chiplog.settings import Settings
+from chiplog.studies import study_plan
+
+
+class Request(Frozen):
+    """What a plan is asked for; a null takes the study's plan, or the default."""
+
+    question: str | None = Field(default=None, description="What should be found out.")
+    name: str | None = Field(default=None, description="Name of the folder; null: today's date and the question.")
+    study: str | None = Field(default=None, description="Folder under tasks/.")
+    plan: str | None = Field(default=None, description="Name of one of the study's plans.")
+    hypothesis: str | None = Field(default=None, description="What is expected, and why.")
+    metrics: list[str] | None = Field(default=None, description="Scores to report; the first decides.")
+    models: dict[str, str] | None = Field(default=None, description="Short name of each model and where it is.")
+    dataset: str | None = Field(default=None, description="The data set.")
+    variables: dict[str, list[Value]] | None = Field(default=None, description="What varies.")
+    runs: list[dict[str, Value]] | None = Field(default=None, description="Runs that are no product.")
+    controls: dict[str, Value] | None = Field(default=None, description="What stays fixed.")
+    seeds: list[int] | None = Field(default=None, description="Replicates.")
+    control: str | None = Field(default=None, description="base_model or none.")
+    recipe: str | None = Field(default=None, description="Recipe; null: chosen from the GPUs and validation.")
+    validation: bool = Field(default=False, description="Whether to validate during training.")
+    gpus: int | None = Field(default=None, description="GPUs of each run.")
+    gpu: str | None = Field(default=None, description="Name of the GPU in chiplog.toml.")
+    cpus: int | None = Field(default=None, description="CPU cores of each run.")
+    time_limit_s: int | None = Field(default=None, description="Seconds after which a run is ended.")
+
+
+class PlannedRun(Frozen):
+    """One row of the plan's table."""
+
+    run: Run = Field(description="The run.")
+    estimate: RunEstimate = Field(description="What it will need.")
+
+
+class Totals(Frozen):
+    """What all runs will need together; runs without evidence are counted, not guessed."""
+
+    runs: int = Field(description="Jobs in all.")
+    controls: int = Field(description="Of these, evaluations of a base model.")
+    unknown: int = Field(description="Runs whose time nothing tells yet.")
+    in_sequence_s: Estimate | None = Field(description="Seconds one after another; null if a run is unknown.")
+    in_parallel_s: float | None = Field(description="Seconds with as many at once as this machine has CPUs for.")
+    gpu_hours: float | None = Field(description="GPU hours; null if a run is unknown.")
+
+
+class Planned(Frozen):
+    """A checked plan."""
+
+    plan: Plan = Field(description="The plan.")
+    rows: list[PlannedRun] = Field(description="Its runs with their estimates.")
+    totals: Totals = Field(description="What they need together.")
+    warnings: list[Check] = Field(description="What was found and does not stop it.")
+
+
+def make_plan(request: Request, settings: Settings, ledger: Ledger, progress=None) -> Planned:
+    """Checks everything that can be checked before a job runs.
+
+    Raises NotFoundError for a model or data set that is not there, PlanError for what would not run.
+    """
+    plan = _draft(request, settings)
+    models = {key: check_model(Path(path)) for key, path in plan.models.items()}
+    datasets = _check_datasets(plan, progress)
+    _stop_on(plan.models, models, "model")
+    _stop_on(plan.datasets, {key: reports[0] for key, reports in datasets.items()}, "data set")
+    for experiment in plan.experiments:
+        _check_family(experiment, models)
+    plan = plan.model_copy(update={"dataset_sha256": {key: reports[0].sha256 for key, reports in datasets.items()}})
+    runs = expand(plan, defaults)
+    for run in runs:
+        find_gpu(run, settings)
+        _check_split(run, datasets[run.dataset][0])
+    records = ledger.records()
+    counted = {key: dict(zip(plan.models, reports, strict=True)) for key, reports in datasets.items()}
+    rows = [
+        PlannedRun(run=run, estimate=estimate(run, counted[run.dataset][run.model], records, settings)) for run in runs
+    ]
+    if settings.slurm and request.time_limit_s is None:
+        plan = _with_time_limits(plan, rows)
+        limited = {run.name: run for run in expand(plan, defaults)}
+        rows = [row.model_copy(update={"run": limited[row.run.name]}) for row in rows]
+    totals = make_totals(rows)
+    budget = plan.gpu_hours or settings.budget.gpu_hours
+    if budget and totals.gpu_hours and totals.gpu_hours > budget:
+        raise PlanError(
+            f"the plan needs about {totals.gpu_hours:.1f} GPU hours and the budget is {budget:g}: "
+            "take fewer values, fewer seeds or fewer epochs, or raise [budget] gpu_hours"
+        )
+    reports: list[Report] = [*models.values(), *(reports[0] for reports in datasets.values())]
+    return Planned(plan=plan, rows=rows, totals=totals, warnings=[c for report in reports for c in report.problems])
+
+
+def _draft(request: Request, settings: Settings) -> Plan:
+    """The plan as asked for, with every path resolved and the recipe chosen."""
+    if request.plan and not request.study:
+        raise PlanError(f"plan {request.plan!r} belongs to a study: say which with study, or give the design itself")
+    values = dict(study_plan(request.study, request.plan)) if request.study and request.plan else {}
+    for key in ("question", "hypothesis", "metrics", "models"):
+        if (given := getattr(request, key)) is not None:
+            values[key] = given
+    if request.dataset is not None:
+        values["datasets"] = {_short(request.dataset): request.dataset}
+    missing = [key for key in ("question", "models", "datasets") if not values.get(key)]
+    if missing:
+        words = ", ".join("dataset" if key == "datasets" else key for key in missing)
+        raise PlanError(f"the plan lacks {words}: give them, or name a plan of a study (list_studies shows them)")
+    slug = request.plan or "-".join(re.findall(r"[a-z0-9]+", values["question"].lower())[:6]) or "plan"
+    values["name"] = request.name or f"{date.today()}-{slug.replace('_', '-')}"
+    values["study"] = request.study
+    values["models"] = {
+        key: str(settings.allowed(resolve_model(path, settings.model_roots, settings.workspace)))
+        for key, path in values["models"].items()
+    }
+    values["datasets"] = {
+        key: str(settings.allowed(_find_dataset(path, request.study, settings)))
+        for key, path in values["datasets"].items()
+    }
+    values["experiments"] = [_experiment(request, dict(e)) for e in values.get("experiments") or [{}]]
+    return parse_plan(values, "the request")
+
+
+def _experiment(request: Request, values: dict[str, Any]) -> dict[str, Any]:
+    for key in ("variables", "runs", "seeds", "control", "recipe"):
+        if (given := getattr(request, key)) is not None:
+            values[key] = given
+    controls = {**values.get("controls", {}), **(request.controls or {})}
+    if request.study and (study_folder(request.study) / "evaluate.py").is_file():
+        controls.setdefault("scorer", f"tasks/{request.study}/evaluate.py")
+    resources = dict(values.get("resources", {}))
+    for key in ("gpus", "gpu", "cpus", "time_limit_s"):
+        if (given := getattr(request, key)) is not None:
+            resources[key] = given
+    values.setdefault("recipe", choose_recipe(resources.get("gpus", 0), request.validation).name)
+    return {**values, "controls": controls, "resources": resources}
+
+
+def _find_dataset(name: str, study: str | None, settings: Settings) -> Path:
+    try:
+        return resolve_dataset(name, settings.dataset_roots, settings.workspace)
+    except NotFoundError as error:
+        if study and (study_folder(study) / "data.py").is_file():
+            raise NotFoundError(f"{error}\nThe study {study} can make data sets: call create_dataset") from error
+        raise
+
+
+def _short(path: str) -> str:
+    stem = Path(path).name.split(".")[0]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "data"
+
+
+def _check_datasets(plan: Plan, progress) -> dict[str, list[DatasetReport]]:
+    """For each data set its report with each model's tokenizer, in the order of the models."""
+    found = {}
+    for key, path in plan.datasets.items():
+        controls = next((e.controls for e in plan.experiments if e.controls.get("dataset", key) == key), {})
+        prompts = {name: controls[name] for name in ("system_prompt", "prompt") if controls.get(name) is not None}
+        found[key] = [
+            check_dataset(Path(path), model=Path(model), **prompts, progress=progress)  # pyright: ignore[reportArgumentType]
+            for model in plan.models.values()
+        ]
+    return found
+
+
+def _stop_on(paths: Mapping[str, str], reports: Mapping[str, Report], what: str) -> None:
+    for key, report in reports.items():
+        if not report.ok:
+            lines = [f"  {check.subject}: {check.found}. {check.mend}" for check in report.problems if not check.ok]
+            raise PlanError(f"the {what} {key} ({paths[key]}) cannot be used:\n" + "\n".join(lines))
+
+
+def _check_family(experiment: Experiment, models: Mapping[str, ModelReport]) -> None:
+    about = load_recipe(experiment.recipe).about
+    for key, report in models.items():
+        if about.model_types and report.model_type not in about.model_types:
+            raise PlanError(
+                f"the recipe {experiment.recipe} cannot load {key}, whose model_type is {report.model_type}: "
+                f"it loads {', '.join(about.model_types)}; take another model or recipe"
+            )
+
+
+def _check_split(run: Run, report: DatasetReport) -> None:
+    needed = [run.config["eval_split"], *([] if run.kind == "control" else ["train"])]
+    if missing := [split for split in needed if split not in report.splits]:
+        raise PlanError(
+            f"the data set {run.dataset} has no split {missing[0]!r}, it has {', '.join(report.splits)}: "
+            "add one, or set eval_split in controls to the split to score on"
+        )
+
+
+def estimate(run: Run, report: DatasetReport, records: Sequence[Record], settings: Settings) -> RunEstimate:
+    """What a run will need, from the records of the device that it will run on."""
+    gpu = find_gpu(run, settings)
+    kind = gpu.name.split("-")[0].lower() if gpu else ""
+
+    def same_device(device: str | None) -> bool:
+        if not run.resources.gpus:
+            return device == "cpu"
+        return device not in (None, "cpu") and kind in device.lower()
+
+    train = report.splits.get("train")
+    tokens = train.tokens.total if train and train.tokens else None
+    scored = report.splits[run.config["eval_split"]].rows
+    work = workload(run, train.rows if train else 0, tokens, scored)
+    return estimate_run(run, work, [record for record in records if same_device(record.usage.device)])
+
+
+def _with_time_limits(plan: Plan, rows: Sequence[PlannedRun]) -> Plan:
+    """The upper end of each estimate and a half more, in full minutes. No evidence: the partition's own limit."""
+    limits = {row.run.name: -(-int(row.estimate.elapsed.high * 1.5) // 60) * 60 for row in rows if row.estimate.elapsed}
+    kept = [e.model_copy(update={"time_limits_s": limits}) for e in plan.experiments]
+    return plan.model_copy(update={"experiments": kept})
+
+
+def make_totals(rows: Sequence[PlannedRun]) -> Totals:
+    """Sums over the runs. The ends of the interval add up too, which is wider than it need be."""
+    times = [(row.run, row.estimate.elapsed) for row in rows]
+    known = [time for _, time in times if time]
+    complete = len(known) == len(rows)
+    jobs = [(time.value, run.resources) for run, time in times if time]
+    together = None
+    if complete and known:
+        together = Estimate(
+            value=sum(time.value for time in known),
+            low=sum(time.low for time in known),
+            high=sum(time.high for time in known),
+            coverage=None,
+            basis="scaled" if any(time.basis == "scaled" for time in known) else "same-configuration",
+            evidence=sorted({name for time in known for name in time.evidence}),
+        )
+    return Totals(
+        runs=len(rows),
+        controls=sum(row.run.kind == "control" for row in rows),
+        unknown=len(rows) - len(known),
+        in_sequence_s=together,
+        in_parallel_s=_parallel([(seconds, asked.cpus) for seconds, asked in jobs]) if complete else None,
+        gpu_hours=sum(seconds * asked.gpus for seconds, asked in jobs) / 3600 if complete else None,
+    )
+
+
+def _parallel(jobs: Sequence[tuple[float, int]]) -> float:
+    """Seconds until the last job ends if each starts, in order, as soon as its CPUs are free."""
+    free = [0.0] * max([available_cpus(), *(cpus for _, cpus in jobs)])
+    last = 0.0
+    for seconds, cpus in jobs:
+        taken = [heapq.heappop(free) for _ in range(cpus)]
+        end = max(taken) + seconds
+        for _ in taken:
+            heapq.heappush(free, end)
+        last = max(last, end)
+    return last

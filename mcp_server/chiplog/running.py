@@ -1,0 +1,204 @@
+"""Submitting an experiment's runs, following them, and ending them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import Field
+
+from chiplog.checks.lookup import resolve_dataset
+from chiplog.collect import jobs_of
+from chiplog.engines import Job, engine_for
+from chiplog.errors import EngineError, NotFoundError, PlanError
+from chiplog.estimate import RunEstimate
+from chiplog.files import write_atomic
+from chiplog.folder import ExperimentFolder, Submission
+from chiplog.ledger.metrics import last_step, read_events
+from chiplog.plan import Run
+from chiplog.record import Prediction, State
+from chiplog.schema import Frozen
+from chiplog.trainer_files import load_trainer_file
+
+POLL_S = 0.5
+TAIL_BYTES = 64_000
+
+
+class RunStatus(Frozen):
+    """How one run stands."""
+
+    run: str = Field(description="Name of the run.")
+    state: State | None = Field(description="State of its last job; null if it was never submitted.")
+    reason: str | None = Field(description="Why, where there is something to say.")
+    attempt: int = Field(description="Which attempt this is; 0 before the first.")
+    job_id: str | None = Field(description="Id of its last job.")
+    elapsed_s: float | None = Field(description="Seconds since it started, or that it took.")
+    step: int | None = Field(description="Optimiser steps done.")
+    total_steps: int | None = Field(description="Optimiser steps planned.")
+    loss: float | None = Field(description="Loss of the last step.")
+    training_left_s: float | None = Field(description="Seconds of training left, at the median speed of its own steps.")
+    log: str | None = Field(description="File that its output goes to.")
+
+
+def pick_runs(folder: ExperimentFolder, names: Sequence[str] | None) -> list[Run]:
+    """The named runs, or all. Raises NotFoundError for a name that the plan does not have."""
+    runs = folder.runs()
+    if not names:
+        return runs
+    known = {run.name for run in runs}
+    if unknown := [name for name in names if name not in known]:
+        raise NotFoundError(f"the plan has no run {unknown[0]!r}: it has {', '.join(sorted(known))}")
+    return [run for run in runs if run.name in names]
+
+
+def to_submit(folder: ExperimentFolder, runs: Sequence[Run]) -> list[Run]:
+    """The runs that have no job that waits, runs or completed: new ones, and those that ended otherwise."""
+    standing = {name: job.state for name, (_, job) in latest_jobs(folder).items() if job}
+    settled = {name for name, state in standing.items() if not state.ended or state is State.COMPLETED}
+    return [run for run in runs if run.name not in settled]
+
+
+def latest_jobs(folder: ExperimentFolder) -> dict[str, tuple[Submission, Job | None]]:
+    """The last submission of each run, and its job as the engine sees it."""
+    newest = {submission.run: submission for submission in folder.submissions()}
+    jobs = jobs_of(list(newest.values()))
+    return {run: (submission, jobs.get(submission.key)) for run, submission in newest.items()}
+
+
+def check_data_unchanged(folder: ExperimentFolder) -> None:
+    """Raises PlanError if a data set is gone or differs from what was planned."""
+    plan = folder.plan
+    for key, path in plan.datasets.items():
+        resolve_dataset(path, [])
+        found = load_trainer_file("rows").file_hash(Path(path))
+        if found != plan.dataset_sha256.get(key, found):
+            raise PlanError(
+                f"the data set {key} ({path}) has changed since it was planned: plan again, or put the old one back"
+            )
+
+
+def submit(
+    folder: ExperimentFolder, runs: Sequence[Run], estimates: dict[str, RunEstimate], engine_name: str
+) -> list[Submission]:
+    """Queues one job a run, each with its prediction on record before it starts."""
+    engine = engine_for(engine_name)
+    attempts = {submission.run: submission.attempt for submission in folder.submissions()}
+    for run in runs:
+        prediction = _prediction(estimates[run.name])
+        file = folder.path / "runs" / run.name / "estimate.json"
+        write_atomic(file, prediction.model_dump_json(indent=1).encode() + b"\n")
+    jobs = engine.submit([folder.path / "runs" / run.name / "run.sbatch" for run in runs])
+    done = []
+    for run, job in zip(runs, jobs, strict=True):
+        attempt = attempts.get(run.name, 0) + 1
+        done.append(Submission(run=run.name, engine=engine_name, job_id=job.id, attempt=attempt))
+        folder.add(done[-1])
+    return done
+
+
+def _prediction(estimate: RunEstimate) -> Prediction:
+    elapsed, peak = estimate.elapsed, estimate.peak_mem
+    return Prediction(
+        elapsed_s=(elapsed.value, elapsed.low, elapsed.high) if elapsed else None,
+        peak_mem_bytes=(peak.value, peak.low, peak.high) if peak else None,
+        basis=estimate.basis,
+    )
+
+
+def status(folder: ExperimentFolder, runs: Sequence[Run]) -> list[RunStatus]:
+    """How the runs stand: one question to the engine, and a look at each run's metrics."""
+    standing = latest_jobs(folder)
+    return [_status(folder, run, *standing.get(run.name, (None, None))) for run in runs]
+
+
+def _status(folder: ExperimentFolder, run: Run, submission: Submission | None, job: Job | None) -> RunStatus:
+    state = job.state if job else State.UNKNOWN if submission else None
+    events = read_events(folder.path / "runs" / run.name / "metrics.jsonl") if submission else []
+    step = last_step(events)
+    total = next((event["total_steps"] for event in events if event["event"] == "start"), None)
+    left = None
+    if step and total and state is State.RUNNING:
+        seconds = [event["seconds"] for event in events if event["event"] == "step"]
+        left = statistics.median(seconds[-50:]) * (total - step["step"])
+    return RunStatus(
+        run=run.name,
+        state=state,
+        reason=job.reason if job else "the engine no longer knows its job" if submission else "not submitted yet",
+        attempt=submission.attempt if submission else 0,
+        job_id=submission.job_id if submission else None,
+        elapsed_s=_elapsed(job),
+        step=step["step"] if step else None,
+        total_steps=total,
+        loss=step["loss"] if step else None,
+        training_left_s=left,
+        log=str(job.log) if job else None,
+    )
+
+
+def _elapsed(job: Job | None) -> float | None:
+    if not job or not job.started:
+        return None
+    end = datetime.fromisoformat(job.ended) if job.ended else datetime.now(UTC)
+    return (end - datetime.fromisoformat(job.started)).total_seconds()
+
+
+def wait(
+    folder: ExperimentFolder,
+    runs: Sequence[Run],
+    limit_s: float,
+    progress: Callable[[float, float | None, str], None] | None,
+) -> list[RunStatus]:
+    """Looks until every submitted job has ended or `limit_s` is over, and says how the runs stand then."""
+    give_up = time.monotonic() + limit_s
+    while True:
+        found = status(folder, runs)
+        if progress:
+            progress(*_progress(found))
+        if all(not row.state or row.state.ended for row in found) or time.monotonic() > give_up:
+            return found
+        time.sleep(POLL_S)
+
+
+def _progress(rows: Sequence[RunStatus]) -> tuple[float, float, str]:
+    """Runs done (a running one counts by its steps, most of the way), runs in all, and what is running."""
+    done = 0.0
+    for row in rows:
+        if row.state and row.state.ended:
+            done += 1
+        elif row.step and row.total_steps:
+            done += 0.8 * row.step / row.total_steps
+    running = [row.run for row in rows if row.state is State.RUNNING]
+    return done, float(len(rows)), ", ".join(running) or "waiting"
+
+
+def log_tail(status_row: RunStatus, lines: int) -> list[str]:
+    """The last lines of a run's log; of a progress bar, its last state. Raises NotFoundError if there is none yet."""
+    if not status_row.log or not Path(status_row.log).is_file():
+        raise NotFoundError(f"{status_row.run} has no log yet: it has not started")
+    with Path(status_row.log).open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+        text = file.read().decode(errors="replace")
+    return [
+        line.rpartition("\r")[2] if not line.endswith("\r") else line for line in text.split("\n")[-lines - 1 :] if line
+    ]
+
+
+def cancel(folder: ExperimentFolder, runs: Sequence[Run]) -> list[str]:
+    """Ends the jobs of these runs that have not ended; returns the runs' names.
+
+    Raises EngineError if there is none to end.
+    """
+    standing = latest_jobs(folder)
+    chosen = [
+        submission
+        for run in runs
+        if (pair := standing.get(run.name)) and (submission := pair[0]) and pair[1] and not pair[1].state.ended
+    ]
+    if not chosen:
+        raise EngineError("no job of these runs waits or runs: there is nothing to cancel")
+    for name in sorted({submission.engine for submission in chosen}):
+        engine_for(name).cancel([submission.job_id for submission in chosen if submission.engine == name])
+    return [submission.run for submission in chosen]

@@ -1,0 +1,123 @@
+"""The MCP face: `chiplog serve` offers every function of `tools.TOOLS` over stdio.
+
+Each is wrapped the same way: unknown arguments are refused, progress is reported, a ChiplogError's words reach the
+model, and what needs a yes asks the user where the client can, else tells the model to ask.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+from mcp.server import MCPServer
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.exceptions import ToolError
+from mcp.server.mcpserver.tools import Tool as McpTool
+from mcp_types import ElicitRequest, ElicitRequestFormParams, ElicitResult, InputRequiredResult, ToolAnnotations
+from mcp_types.version import is_version_at_least
+from pydantic import BaseModel, ConfigDict, Field
+
+from chiplog import __version__
+from chiplog.errors import ChiplogError, ConfirmationNeeded
+from chiplog.tools import TOOLS, Tool
+
+INSTRUCTIONS = """chiplog plans machine-learning experiments from what past jobs actually did.
+The usual order: check_dataset and check_model, plan_experiment, show its table to the user, setup_experiment_dirs,
+submit_experiment (ask the user first), experiment_status until the jobs have ended, summarize_experiment.
+Never invent a time or a memory figure: where an estimate has no evidence, say so and offer the probe."""
+
+# From this protocol version on, a tool asks by answering with what it needs to know.
+ASKS_BY_ANSWER = "2026-07-28"
+
+
+class Consent(BaseModel):
+    """What the user is asked for."""
+
+    agreed: bool = Field(description="Yes, go ahead.")
+
+
+def build_server() -> MCPServer:
+    """The server with all tools."""
+    return MCPServer("chiplog", version=__version__, instructions=INSTRUCTIONS, tools=[_wrap(tool) for tool in TOOLS])
+
+
+def serve() -> None:
+    """Serves over stdio until the client leaves."""
+    build_server().run("stdio")
+
+
+def _wrap(tool: Tool) -> McpTool:
+    function = tool.function
+    signature = inspect.signature(function, eval_str=True)
+    asks, reports = "confirm" in signature.parameters, "progress" in signature.parameters
+
+    async def call(ctx: Context, **arguments: Any) -> Any:
+        if reports:
+            arguments["progress"] = functools.partial(_report, ctx)
+        if asks:
+            arguments["confirm"] = arguments["confirm"] or _agreed(ctx)
+        try:
+            return await anyio.to_thread.run_sync(functools.partial(function, **arguments))
+        except ConfirmationNeeded as question:
+            return await _ask(ctx, str(question), functools.partial(function, **{**arguments, "confirm": True}))
+        except ChiplogError as error:
+            raise ToolError(str(error)) from error
+
+    kept = [parameter for name, parameter in signature.parameters.items() if name != "progress"]
+    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=Context)
+    call.__name__, call.__doc__ = function.__name__, function.__doc__
+    call.__signature__ = signature.replace(parameters=[*kept, context])  # pyright: ignore[reportFunctionMemberAccess]
+    call.__annotations__ = {p.name: p.annotation for p in [*kept, context]} | {"return": signature.return_annotation}
+    wrapped = McpTool.from_function(
+        call,
+        annotations=ToolAnnotations(
+            title=function.__name__.replace("_", " "),
+            read_only_hint=tool.reads_only,
+            destructive_hint=tool.destroys,
+            idempotent_hint=tool.idempotent,
+            open_world_hint=False,
+        ),
+    )
+    return _forbid_unknown(wrapped)
+
+
+def _forbid_unknown(tool: McpTool) -> McpTool:
+    """The SDK drops unknown arguments silently: a misspelt one would be a run that nobody asked for."""
+    accepted = tool.fn_metadata.arg_model
+    strict = type(accepted.__name__, (accepted,), {"model_config": ConfigDict(extra="forbid"), "__module__": __name__})
+    tool.fn_metadata.arg_model = strict
+    return tool.model_copy(update={"parameters": strict.model_json_schema(by_alias=True)})
+
+
+def _report(ctx: Context, done: float, total: float | None, words: str) -> None:
+    """Called on the tool's worker thread."""
+    anyio.from_thread.run(ctx.report_progress, done, total, words)
+
+
+async def _ask(ctx: Context, question: str, go_on: functools.partial[Any]) -> Any:
+    """Puts the question to the user through the client; a client that cannot ask gets words for the model."""
+    capabilities = ctx.client_capabilities
+    if capabilities is None or capabilities.elicitation is None:
+        raise ToolError(f"{question}\nAsk the user; if they agree, call again with confirm=true.")
+    if ctx.protocol_version and is_version_at_least(ctx.protocol_version, ASKS_BY_ANSWER):
+        if ctx.input_responses:
+            raise ToolError(f"The user did not agree. The question was: {question}")
+        form = ElicitRequestFormParams(message=question, requested_schema=Consent.model_json_schema())
+        return InputRequiredResult(input_requests={"consent": ElicitRequest(params=form)})
+    answer = await ctx.elicit(question, Consent)
+    if answer.action != "accept" or not answer.data.agreed:
+        raise ToolError(f"The user did not agree. The question was: {question}")
+    try:
+        return await anyio.to_thread.run_sync(go_on)
+    except ChiplogError as error:
+        raise ToolError(str(error)) from error
+
+
+def _agreed(ctx: Context) -> bool:
+    """Whether this call brings the user's yes to the question that the last one asked."""
+    answer = (ctx.input_responses or {}).get("consent")
+    return isinstance(answer, ElicitResult) and answer.action == "accept" and bool((answer.content or {}).get("agreed"))

@@ -1,0 +1,106 @@
+"""Plans and summaries as tables: cells hold numbers with their intervals, headings the units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from chiplog.compare import Interval
+from chiplog.plan import Plan, Value
+from chiplog.planning import PlannedRun, Totals
+from chiplog.record import State
+from chiplog.summary import Row
+from chiplog.text import clock, duration, percent, size
+
+MEM_WORDS = {"host_rss": "host", "allocated": "GPU allocated", "reserved": "GPU reserved", "whole_card": "whole card"}
+NO_EVIDENCE = "no evidence"
+
+
+def plan_table(rows: Sequence[PlannedRun]) -> str:
+    """The experiment before it runs, in Markdown."""
+    columns = list(dict.fromkeys(key for row in rows for key in row.run.varied))
+    cells = []
+    for number, row in enumerate(rows, start=1):
+        run, guess = row.run, row.estimate
+        told, peak = guess.elapsed, guess.peak_mem
+        memory = (
+            span((peak.value, peak.low, peak.high), size) + f" {MEM_WORDS[guess.mem_kind or '']}"
+            if peak
+            else NO_EVIDENCE
+        )
+        limit = clock(run.resources.time_limit_s) if run.resources.time_limit_s else "–"
+        varied = [str(run.varied.get(column, "–")) for column in columns]
+        batch = str(run.config.get("batch_size", "–"))
+        time_words = span((told.value, told.low, told.high), duration) if told else NO_EVIDENCE
+        cells.append([str(number), run.name, run.kind, *varied, batch, time_words, limit, memory, guess.basis])
+    return markdown(["#", "run", "type", *columns, "batch", "est. time", "time limit", "est. memory", "basis"], cells)
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def totals_words(totals: Totals) -> str:
+    """What all runs need together, in one line."""
+    head = f"{totals.runs} runs, {totals.controls} of them controls"
+    if totals.unknown:
+        return f"{head}; no evidence for the time of {totals.unknown}, so no total."
+    together = totals.in_sequence_s
+    assert together is not None
+    return (
+        f"{head}: {span((together.value, together.low, together.high), duration)} one after another, "
+        f"{duration(totals.in_parallel_s)} on this machine, {totals.gpu_hours:.2f} GPU hours."
+    )
+
+
+def cut_note(there: int, limit: int) -> str | None:
+    """That rows were left out, if some were."""
+    return f"... and {there - limit} more: raise limit to see them" if there > limit else None
+
+
+def table_headings(plan: Plan, columns: Sequence[str]) -> list[str]:
+    """The headings of the table; units stand here, so that the cells hold numbers."""
+    shared = ["batch", "est. time", "time limit", "actual", "est. memory", "peak memory"]
+    return ["#", "run", "type", *columns, *shared, *(f"{metric}, % (95 % CI)" for metric in plan.metrics)]
+
+
+def table_row(number: int, row: Row, plan: Plan, columns: Sequence[str]) -> list[str]:
+    """The cells of one run."""
+    elapsed = duration(row.elapsed_s) if row.state is State.COMPLETED else f"{row.state or 'not run'}"
+    peak = (
+        "–" if row.peak_mem_bytes is None else f"{size(row.peak_mem_bytes)} ({MEM_WORDS.get(row.mem_kind or '', '?')})"
+    )
+    return [
+        str(number),
+        row.run,
+        row.kind,
+        *(_cell(row.varied.get(column)) for column in columns),
+        _cell(row.batch_size),
+        span(row.predicted_s, duration),
+        clock(row.time_limit_s) if row.time_limit_s else "–",
+        elapsed,
+        span(row.predicted_bytes, size),
+        peak,
+        *(_score_cell(row.scores.get(metric)) for metric in plan.metrics),
+    ]
+
+
+def span(predicted: tuple[float, float, float] | None, words: Callable[[float], str]) -> str:
+    """Value and interval in words, or that there was no evidence."""
+    return (
+        "no evidence"
+        if predicted is None
+        else f"{words(predicted[0])} ({words(predicted[1])} to {words(predicted[2])})"
+    )
+
+
+def _cell(value: Value) -> str:
+    return "–" if value is None else str(value)
+
+
+def _score_cell(score: Interval | None) -> str:
+    if score is None or math.isnan(score.value):
+        return "–"
+    return f"{percent(score.value)} ({percent(score.low)} to {percent(score.high)})"

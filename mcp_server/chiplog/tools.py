@@ -1,0 +1,392 @@
+"""The tools, each a typed function: the MCP server and the command line are two faces of this one list.
+
+A tool that spends takes `confirm` and raises ConfirmationNeeded without it; one that takes long takes `progress`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from chiplog import collect as collecting
+from chiplog import planning, running
+from chiplog import studies as study_commands
+from chiplog.answers import (
+    CancelAnswer,
+    CreatedAnswer,
+    DatasetAnswer,
+    ModelAnswer,
+    PlanAnswer,
+    PlanRow,
+    RecordsAnswer,
+    SetupAnswer,
+    StatusAnswer,
+    StudiesAnswer,
+    SubmitAnswer,
+    SummaryAnswer,
+)
+from chiplog.checks import Check, Report
+from chiplog.checks.dataset import check_dataset as inspect_dataset
+from chiplog.checks.lookup import resolve_dataset, resolve_model
+from chiplog.checks.model import check_model as inspect_model
+from chiplog.errors import ConfirmationNeeded
+from chiplog.folder import ExperimentFolder, find_experiment
+from chiplog.ledger import Ledger
+from chiplog.plan import Run, Value, dump_plan, expand
+from chiplog.planning import PlannedRun, Request
+from chiplog.recipes import defaults
+from chiplog.record import State
+from chiplog.render import render, write_experiment
+from chiplog.report import write_summary
+from chiplog.settings import load_settings
+from chiplog.summary import summarize
+from chiplog.tables import cut_note, markdown, plan_table, span, table_headings, table_row, totals_words
+from chiplog.text import duration
+
+Progress = Callable[[float, float | None, str], None] | None
+Name = Annotated[str, Field(description="Name of the experiment (its date may be left out), or its folder.")]
+Confirm = Annotated[bool, Field(description="Set once the user has agreed.")]
+Limit = Annotated[int, Field(ge=1, le=1000, description="Rows to answer with at most.")]
+Runs = Annotated[list[str] | None, Field(description="Only these runs; null: all.")]
+LISTED = 20
+
+
+def list_studies() -> StudiesAnswer:
+    """Lists the studies that come with chiplog or stand in the workspace's tasks/, with their plans."""
+    found = study_commands.list_studies()
+    lines = [f"{study.name}: {study.about} Plans: {', '.join(study.plans) or 'none'}." for study in found]
+    return StudiesAnswer(
+        summary="\n".join(lines) or "There is no study: plan with your own model and data.",
+        next=["plan_experiment(study=..., plan=...) plans one of them"],
+        studies=found,
+    )
+
+
+def check_dataset(
+    path: Annotated[str, Field(description="File or folder of the data set, or its name under the data folders.")],
+    model: Annotated[str | None, Field(description="Model whose tokenizer counts the tokens.")] = None,
+    system_prompt: Annotated[str | None, Field(description="What is put before every sample.")] = None,
+    prompt: Annotated[str, Field(description="What the user says; {input} is the sample's input.")] = "{input}",
+    progress: Progress = None,
+) -> DatasetAnswer:
+    """Checks a data set: splits, rows, shape, empty and duplicate rows, leaks between splits, token counts."""
+    settings = load_settings()
+    file = settings.allowed(resolve_dataset(path, settings.dataset_roots, settings.workspace))
+    tokenizer = settings.allowed(resolve_model(model, settings.model_roots, settings.workspace)) if model else None
+    report = inspect_dataset(file, model=tokenizer, system_prompt=system_prompt, prompt=prompt, progress=progress)
+    splits = ", ".join(
+        f"{name} {split.rows} rows" + (f" and {split.tokens.total} tokens" if split.tokens else "")
+        for name, split in report.splits.items()
+    )
+    head = f"{file.name} is {'usable' if report.ok else 'not usable as it is'}: {splits or 'no split'}."
+    return DatasetAnswer(summary=_with_checks(head, report), ok=report.ok, report=report)
+
+
+def check_model(
+    name: Annotated[str, Field(description="Folder of the model, or its name under the model folders.")],
+) -> ModelAnswer:
+    """Checks a model folder: configuration, every weight file whole, tokenizer, chat template, parameter count."""
+    settings = load_settings()
+    folder = settings.allowed(resolve_model(name, settings.model_roots, settings.workspace))
+    report = inspect_model(folder)
+    params = f"{report.n_params:,} parameters" if report.n_params else "parameters not counted"
+    head = f"{folder.name} is {'usable' if report.ok else 'not usable as it is'}: {report.model_type}, {params}."
+    return ModelAnswer(summary=_with_checks(head, report), ok=report.ok, report=report)
+
+
+def create_dataset(
+    study: Annotated[str, Field(description="Study whose generator makes the data.")],
+    options: Annotated[dict[str, Value], Field(description="Options of the generator, such as words_len: 5.")],
+) -> CreatedAnswer:
+    """Makes a study's data set from a seed: the same options give the same bytes."""
+    settings = load_settings()
+    out = settings.workspace / "tasks" / study / "input"
+    made = study_commands.run_command(study, "data.py", {**options, "out": str(out)})
+    rows = ", ".join(f"{name} {count}" for name, count in made["rows"].items())
+    return CreatedAnswer(
+        summary=f"{made['path']}: {rows} rows, sha256 {made['sha256'][:12]}.",
+        next=["check_dataset looks at it", "plan_experiment plans with it"],
+        path=made["path"],
+        rows=made["rows"],
+        sha256=made["sha256"],
+    )
+
+
+def plan_experiment(
+    question: Annotated[str | None, Field(description="What should be found out.")] = None,
+    models: Annotated[
+        dict[str, str] | None, Field(description="Short name of each base model and its folder or name.")
+    ] = None,
+    dataset: Annotated[str | None, Field(description="File or folder of the data set, or its name.")] = None,
+    variables: Annotated[
+        dict[str, list[Value]] | None,
+        Field(description="What varies, such as {model: [1B, 3B], lora_rank: [4, 64]}; their product is run."),
+    ] = None,
+    controls: Annotated[dict[str, Value] | None, Field(description="Settings that stay fixed, such as epochs.")] = None,
+    seeds: Annotated[list[int] | None, Field(description="One replicate of every run for each seed.")] = None,
+    control: Annotated[
+        Literal["base_model", "none"] | None,
+        Field(description="base_model evaluates each base model too, without fine-tuning it: the control condition."),
+    ] = None,
+    runs: Annotated[list[dict[str, Value]] | None, Field(description="Runs that are no product.")] = None,
+    study: Annotated[str | None, Field(description="Study under tasks/; not needed for your own data.")] = None,
+    plan: Annotated[str | None, Field(description="Name of one of the study's plans to start from.")] = None,
+    hypothesis: Annotated[str | None, Field(description="What is expected, and why.")] = None,
+    metrics: Annotated[list[str] | None, Field(description="Scores to report; the first decides.")] = None,
+    name: Annotated[str | None, Field(description="Name of the experiment; null: the date and the question.")] = None,
+    recipe: Annotated[str | None, Field(description="Recipe; null: chosen from the GPUs and validation.")] = None,
+    validation: Annotated[bool, Field(description="Whether to validate during training.")] = False,
+    gpus: Annotated[int | None, Field(ge=0, description="GPUs of each run; 0 runs on the CPU.")] = None,
+    gpu: Annotated[str | None, Field(description="Name of the GPU in chiplog.toml.")] = None,
+    cpus: Annotated[int | None, Field(ge=1, description="CPU cores of each run.")] = None,
+    time_limit_s: Annotated[int | None, Field(ge=1, description="Seconds after which a run is ended.")] = None,
+    limit: Limit = 200,
+    confirm: Confirm = False,
+    progress: Progress = None,
+) -> PlanAnswer:
+    """Plans an experiment: checks data and models, names the runs, estimates them from past runs, writes plan.yaml."""
+    settings = load_settings()
+    given = {key: value for key, value in locals().items() if key in Request.model_fields}
+    planned = planning.make_plan(Request(**given), settings, Ledger(), progress)
+    folder = settings.experiments / planned.plan.name
+    write_experiment(folder, {"plan.yaml": dump_plan(planned.plan).encode()}, confirm=confirm)
+    totals, table = planned.totals, plan_table(planned.rows[:limit])
+    lines = [planned.plan.question, "", table, cut_note(len(planned.rows), limit), totals_words(totals)]
+    if totals.controls:
+        lines.append("A control is the base model, evaluated without fine-tuning; it has no training job.")
+    lines += sorted({row.estimate.probe for row in planned.rows if row.estimate.probe})
+    return PlanAnswer(
+        summary="\n".join(line for line in lines if line is not None),
+        next=[f"show the table to the user, then setup_experiment_dirs(experiment={planned.plan.name!r})"],
+        plan_file=str(folder / "plan.yaml"),
+        experiment=planned.plan.name,
+        table=table,
+        rows=[_plan_row(row) for row in planned.rows[:limit]],
+        totals=totals,
+        warnings=[f"{check.subject}: {check.found}. {check.mend}" for check in planned.warnings],
+    )
+
+
+def setup_experiment_dirs(experiment: Name, confirm: Confirm = False) -> SetupAnswer:
+    """Writes the experiment folder: code, configurations, sbatch files. Overwrites nothing without a yes."""
+    settings = load_settings()
+    folder = find_experiment(experiment, settings)
+    plan = folder.plan
+    runs = expand(plan, defaults)
+    written = write_experiment(folder.path, render(plan, runs, settings), confirm=confirm)
+    what = f"{len(written)} files written" if written else "everything was there already"
+    return SetupAnswer(
+        summary=f"{folder.path}: {len(runs)} runs, {what}.",
+        next=[f"submit_experiment(experiment={folder.path.name!r}), or bash submit.sh on a Slurm login node"],
+        folder=str(folder.path),
+        written=written[:LISTED],
+        n_written=len(written),
+    )
+
+
+def submit_experiment(experiment: Name, runs: Runs = None, confirm: Confirm = False) -> SubmitAnswer:
+    """Submits the runs that have no job yet or whose job did not complete. Asks first; twice submits nothing twice."""
+    settings = load_settings()
+    folder = find_experiment(experiment, settings)
+    with folder.locked():
+        chosen = running.to_submit(folder, running.pick_runs(folder, runs))
+        if not chosen:
+            return SubmitAnswer(
+                summary="Every run has a job that waits, runs or completed: nothing to submit.", jobs={}
+            )
+        running.check_data_unchanged(folder)
+        estimates = _estimates(folder, chosen)
+        rows = [PlannedRun(run=run, estimate=estimates[run.name]) for run in chosen]
+        if not confirm:
+            names = ", ".join(run.name for run in chosen)
+            words = totals_words(planning.make_totals(rows))
+            raise ConfirmationNeeded(f"Submit {len(chosen)} runs to this machine ({names})? {words}")
+        done = running.submit(folder, chosen, estimates, "local")
+    return SubmitAnswer(
+        summary=f"Submitted {len(done)} runs to this machine; they go on when this command ends.",
+        next=[f"experiment_status(experiment={folder.path.name!r})"],
+        jobs={submission.run: submission.job_id for submission in done},
+    )
+
+
+def experiment_status(
+    experiment: Name,
+    runs: Runs = None,
+    log_of: Annotated[str | None, Field(description="Run whose log's last lines are wanted.")] = None,
+    lines: Annotated[int, Field(ge=1, le=500, description="How many lines of the log.")] = 20,
+    wait_s: Annotated[float, Field(ge=0, le=86_400, description="Seconds to wait for the jobs to end.")] = 0,
+    limit: Limit = 200,
+    progress: Progress = None,
+) -> StatusAnswer:
+    """How the runs stand: state, step, loss, time left; with log_of the end of a log. Can wait for the jobs to end."""
+    folder = find_experiment(experiment, load_settings())
+    rows = running.wait(folder, running.pick_runs(folder, runs), wait_s, progress)
+    tail: list[str] = []
+    if log_of:
+        chosen = running.pick_runs(folder, [log_of])
+        tail = running.log_tail(running.status(folder, chosen)[0], lines)
+    if any(row.state and row.state.ended for row in rows):
+        collecting.collect(folder, Ledger())
+    counts = {state: sum(row.state is state for row in rows) for state in State}
+    words = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "nothing submitted"
+    shown = [_status_words(row) for row in rows[:limit] if row.state is not State.COMPLETED]
+    done = all(row.state and row.state.ended for row in rows)
+    name = folder.path.name
+    then = f"summarize_experiment(experiment={name!r})" if done else f"experiment_status(experiment={name!r}) later"
+    return StatusAnswer(
+        summary="\n".join(line for line in [f"{name}: {words}.", *shown, cut_note(len(rows), limit), *tail] if line),
+        next=[then],
+        ok=all(not row.state or not row.state.ended or row.state is State.COMPLETED for row in rows),
+        runs=rows[:limit],
+        log_tail=tail,
+    )
+
+
+def cancel_experiment(experiment: Name, runs: Runs = None, confirm: Confirm = False) -> CancelAnswer:
+    """Ends the jobs of an experiment that wait or run; a training that runs saves a checkpoint first."""
+    folder = find_experiment(experiment, load_settings())
+    chosen = running.pick_runs(folder, runs)
+    if not confirm:
+        raise ConfirmationNeeded(f"Cancel the jobs of {folder.path.name} that wait or run?")
+    ended = running.cancel(folder, chosen)
+    return CancelAnswer(summary=f"Cancelled {', '.join(ended)}.", cancelled=ended)
+
+
+def collect_records(experiment: Name, limit: Limit = 200) -> RecordsAnswer:
+    """Reads what the jobs left behind into records.jsonl and the ledger; predicted against actual."""
+    folder = find_experiment(experiment, load_settings())
+    records = collecting.collect(folder, Ledger())
+    last = list({record.run: record for record in records}.values())
+    lines = [f"{folder.path.name}: {len(records)} records."]
+    for record in last[:limit]:
+        told, took = record.predicted and record.predicted.elapsed_s, record.usage.elapsed_s
+        took_words = duration(took) if record.state is State.COMPLETED else record.state
+        off = f", {100 * (told[0] / took - 1):+.0f} %" if told and took and record.state is State.COMPLETED else ""
+        lines.append(f"{record.run}: predicted {span(told, duration)}, actual {took_words}{off}")
+    return RecordsAnswer(
+        summary="\n".join(line for line in [*lines, cut_note(len(last), limit)] if line),
+        next=[f"summarize_experiment(experiment={folder.path.name!r})"],
+        file=str(folder.path / "records.jsonl"),
+        records=last[:limit],
+    )
+
+
+def summarize_experiment(experiment: Name, limit: Limit = 200) -> SummaryAnswer:
+    """Writes summary.md and its figure: what was shown and what was not, every run with its interval."""
+    folder = find_experiment(experiment, load_settings())
+    records = collecting.collect(folder, Ledger())
+    summary = summarize(folder, records)
+    files = write_summary(folder, summary)
+    plan = folder.plan
+    columns = list(dict.fromkeys(key for row in summary.rows for key in row.varied))
+    cells = [table_row(number, row, plan, columns) for number, row in enumerate(summary.rows[:limit], start=1)]
+    table = markdown(table_headings(plan, columns), cells)
+    shown = [f"- {c.words}" for c in summary.comparisons if c.shown] or ["- nothing"]
+    not_shown = [f"- {words}" for words in summary.not_shown] or ["- nothing is left open by this design"]
+    cut = cut_note(len(summary.rows), limit)
+    lines = [plan.question, "", table, *([cut] if cut else []), "", "Shown:", *shown, "", "Not shown:", *not_shown]
+    return SummaryAnswer(
+        summary="\n".join(lines),
+        next=[f"read {files[0]}"],
+        ok=summary.complete,
+        files=[str(file) for file in files],
+        table=table,
+        rows=summary.rows[:limit],
+        comparisons=summary.comparisons[:limit],
+        not_shown=summary.not_shown[:limit],
+    )
+
+
+def estimate_resources(experiment: Name, limit: Limit = 200) -> PlanAnswer:
+    """Estimates the time and memory of a planned experiment from past runs, with intervals and their evidence."""
+    settings = load_settings()
+    folder = find_experiment(experiment, settings)
+    runs = expand(folder.plan, defaults)
+    estimates = _estimates(folder, runs)
+    rows = [PlannedRun(run=run, estimate=estimates[run.name]) for run in runs]
+    totals, table = planning.make_totals(rows), plan_table(rows[:limit])
+    evidence = sorted({name for row in rows if row.estimate.elapsed for name in row.estimate.elapsed.evidence})
+    lines = [table, cut_note(len(rows), limit), totals_words(totals)]
+    lines += [f"Evidence: {', '.join(evidence[:LISTED])}."] if evidence else []
+    lines += sorted({row.estimate.probe for row in rows if row.estimate.probe})
+    return PlanAnswer(
+        summary="\n".join(line for line in lines if line),
+        plan_file=None,
+        experiment=folder.path.name,
+        table=table,
+        rows=[_plan_row(row) for row in rows[:limit]],
+        totals=totals,
+        warnings=[],
+    )
+
+
+def _estimates(folder: ExperimentFolder, runs: Sequence[Run]) -> dict[str, Any]:
+    settings, records = load_settings(), Ledger().records()
+    reports: dict[tuple[str, str], Any] = {}
+    found = {}
+    for run in runs:
+        config = run.config
+        key = (config["dataset"], config["model"])
+        if key not in reports:
+            prompts = {"system_prompt": config["system_prompt"], "prompt": config["prompt"]}
+            reports[key] = inspect_dataset(Path(key[0]), model=Path(key[1]), **prompts)
+        found[run.name] = planning.estimate(run, reports[key], records, settings)
+    return found
+
+
+def _plan_row(row: PlannedRun) -> PlanRow:
+    return PlanRow(
+        run=row.run.name,
+        kind=row.run.kind,
+        varied=row.run.varied,
+        batch_size=row.run.config.get("batch_size"),
+        time_limit_s=row.run.resources.time_limit_s,
+        estimate=row.estimate,
+    )
+
+
+def _status_words(row: running.RunStatus) -> str:
+    parts = [f"{row.run}: {row.state or 'not submitted'}"]
+    if row.step is not None:
+        parts.append(f"step {row.step} of {row.total_steps}, loss {row.loss:.4g}")
+    if row.training_left_s is not None:
+        parts.append(f"{duration(row.training_left_s)} of training left")
+    if row.reason and (not row.state or row.state.ended):
+        parts.append(row.reason)
+    return ", ".join(parts)
+
+
+def _with_checks(head: str, report: Report) -> str:
+    return "\n".join([head, *(_check_words(check) for check in report.problems)])
+
+
+def _check_words(check: Check) -> str:
+    return f"- {check.level}: {check.subject}: {check.found}. {check.mend}"
+
+
+class Tool(NamedTuple):
+    """One tool and what it does to the world."""
+
+    function: Callable[..., Any]
+    reads_only: bool = False
+    destroys: bool = False
+    idempotent: bool = True
+
+
+TOOLS = [
+    Tool(list_studies, reads_only=True),
+    Tool(check_dataset, reads_only=True),
+    Tool(check_model, reads_only=True),
+    Tool(create_dataset),
+    Tool(plan_experiment, destroys=True),
+    Tool(setup_experiment_dirs, destroys=True),
+    Tool(submit_experiment),
+    Tool(experiment_status),
+    Tool(cancel_experiment, destroys=True),
+    Tool(collect_records),
+    Tool(summarize_experiment),
+    Tool(estimate_resources, reads_only=True),
+]

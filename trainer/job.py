@@ -1,0 +1,161 @@
+"""What every job does in the same way: read its settings, write files whole, watch time and memory, fail in one line.
+
+Import it before torch: its clock starts here, and imports are part of what a job waits for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import yaml
+
+if TYPE_CHECKING:
+    import torch
+
+BEGAN = time.perf_counter()
+
+
+class UserError(Exception):
+    """A mistake in settings or files; the message says what is wrong, then what to do."""
+
+
+def age_s() -> float:
+    """Seconds since the process began, less the interpreter's own start (some 20 ms)."""
+    return time.perf_counter() - BEGAN
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def started() -> str:
+    """When the process began, as `now` writes it."""
+    return (datetime.now(UTC) - timedelta(seconds=age_s())).isoformat(timespec="seconds")
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Ends the process with what `main` returns; a user's mistake is one line on stderr and exit code 1.
+
+    A mistake is a UserError or one of `trainer.chat` and `trainer.rows`, whose errors are ValueErrors with words of
+    their own; any other exception is a fault of ours and keeps its traceback.
+    """
+    from trainer.chat import ChatError
+    from trainer.rows import RowsError
+
+    try:
+        sys.exit(main())
+    except (UserError, ChatError, RowsError) as error:
+        sys.exit(f"error: {error}")
+
+
+def read_config(file: Path, schema: Path) -> SimpleNamespace:
+    """The settings that the YAML file `schema` names, as `file` has them; it may hold others too.
+
+    Raises UserError for a setting that is missing or of another kind than its default (a null default tells nothing).
+    """
+    values, defaults = _read_yaml(file), _read_yaml(schema)
+    if missing := [key for key in defaults if key not in values]:
+        raise UserError(f"{file} lacks {', '.join(missing)}: give every setting of {schema.name}")
+    for key, default in defaults.items():
+        kind = (int, float) if isinstance(default, float) else object if default is None else type(default)
+        if not isinstance(values[key], kind) or isinstance(values[key], bool) != isinstance(default, bool):
+            raise UserError(f"{file}: {key} is {values[key]!r}; expected something like {default!r}")
+    return SimpleNamespace(**{key: values[key] for key in defaults})
+
+
+def folder_of(config: SimpleNamespace, key: str) -> Path:
+    """The existing file or folder that a setting names. Raises UserError."""
+    value = getattr(config, key)
+    if not isinstance(value, str) or not Path(value).exists():
+        raise UserError(f"{key} is {value!r}, which is not there: give the path of a file or folder")
+    return Path(value)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes beside, then renames: the file is whole or as it was."""
+    beside = file.with_name(f".{file.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """As `write_text`, indented by one."""
+    write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` when the block ends well: whole or not there."""
+    beside, old = (folder.with_name(f".{folder.name}.{word}") for word in ("tmp", "old"))
+    for leftover in (beside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield beside
+    if folder.exists():
+        folder.rename(old)
+    beside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device that a setting names; null is cuda where there is one, else cpu. Raises UserError."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device {name!r} does not exist: give cuda, cpu or null") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise UserError(
+            f"device {name!r} is not here: give {'cuda or ' if torch.cuda.is_available() else ''}cpu, or null"
+        )
+    return device
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """`device`, its name, and `device_mem_bytes`, all the memory that it has."""
+    import torch
+
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return {"device": torch.cuda.get_device_name(device), "device_mem_bytes": total}
+    return {"device": "cpu", "device_mem_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """`peak_mem_bytes` so far and its kind: what torch allocated on a GPU, else the process's resident memory."""
+    import torch
+
+    if device.type == "cuda":
+        return {
+            "peak_mem_bytes": torch.cuda.max_memory_allocated(device),
+            "reserved_bytes": torch.cuda.max_memory_reserved(device),
+            "mem_kind": "allocated",
+        }
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, kilobytes on Linux
+    return {"peak_mem_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "mem_kind": "host_rss"}
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no settings: expected lines of `key: value`")
+    return values
