@@ -142,7 +142,7 @@ def _folder(folder: Path) -> Layout:
     for file in files:
         split = _split_of(*reversed(file.relative_to(folder).parts))
         (named.setdefault(split, []) if split else unnamed).append(file)
-    if not named and len(files) == 1:
+    if len(files) == 1 and (not named or files[0].parent == folder):
         return _lone_file(files[0])
     if named:  # the hub's names: beside train-00000-of-00002, ood-00000-of-00001 is a split called ood
         for file in [file for file in unnamed if _SHARD.search(_stem(file.name))]:
@@ -185,7 +185,9 @@ def _check_shards(files: list[Path], split: str) -> None:
                 f"{first} and {file} both claim to be {split}", f"keep one, or call them {split}-0, {split}-1"
             )
         if (shard := _SHARD.search(_stem(file.name))) and int(shard[1]) != len(files):
-            raise RowsError(f"{file.parent} holds {len(files)} of {shard[1]} shards of {split}", "fetch all of them")
+            raise RowsError(
+                f"{file.parent} holds {len(files)} of {int(shard[1])} shards of {split}", "fetch all of them"
+            )
 
 
 def _saved_folder(folder: Path) -> Layout | None:
@@ -332,16 +334,15 @@ def _arrow_rows(file: Path) -> Iterator[Row]:
     except ImportError as error:
         raise RowsError(f"{file} needs pyarrow to be read", "pip install 'chiplog[run]'") from error
     kind = kind_of(file)
-    try:
-        _refuse_pointer(file)
-        with pa.OSFile(str(file)) as data:
+    with _opened(file, unzip=False), pa.memory_map(str(file)) as data:  # mapped: a wild length in it allocates nothing
+        try:
             batches = pq.ParquetFile(data).iter_batches(_BATCH_ROWS) if kind == "parquet" else pa.ipc.open_stream(data)
             for batch in batches:
                 batch.validate(full=True)
                 for start in range(0, batch.num_rows, _BATCH_ROWS):
                     yield from batch.slice(start, _BATCH_ROWS).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise RowsError(f"{file} is not whole {kind} ({error})", "fetch or make it again") from error
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: text and dates
+            raise RowsError(f"{file} is not whole {kind} ({error})", "fetch or make it again") from error
 
 
 def _objects(values: list[Any], where: str) -> Iterator[Row]:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 import yaml
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -31,7 +32,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Plans machine-learning experiments from what your jobs actually did.",
 )
-out, err = Console(), Console(stderr=True)
+# What is not read on a terminal is not cut to the width of one.
+out, err = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
 
 
 def main() -> None:
@@ -162,7 +164,7 @@ def _with_progress(function: Callable[..., Any], **arguments: Any) -> Any:
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("", total=None)
         return function(
             **arguments,
@@ -196,10 +198,19 @@ def _print_text(text: str) -> None:
 
 
 def _print_table(rows: list[list[str]]) -> None:
-    table = Table(*rows[0], header_style="bold", row_styles=["", "dim"] if len(rows) > 8 else None)
-    for row in rows[2:]:
-        table.add_row(*row)
+    """Draws a table; columns that say the same in every row become one line below it."""
+    headings, cells = rows[0], rows[2:]
+    same = {place for place in range(len(headings)) if len(cells) > 1 and len({row[place] for row in cells}) == 1}
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for place, heading in enumerate(headings):
+        if place not in same:
+            table.add_column(heading, overflow="fold", no_wrap=heading == "run")
+    for row in cells:
+        table.add_row(*(cell for place, cell in enumerate(row) if place not in same))
     out.print(table)
+    if same:
+        words = ", ".join(f"{headings[place]} {cells[0][place]}" for place in sorted(same))
+        out.print(f"The same in all: {words}.\n", style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 for _tool in TOOLS:

@@ -23,7 +23,7 @@ class Paths(Frozen):
     """Where things are; relative paths start at the workspace."""
 
     models: list[str] = Field(default=["models"], description="Folders that hold model folders.")
-    datasets: list[str] = Field(default=["data"], description="Folders that hold data sets.")
+    datasets: list[str] = Field(default=["data", "tasks"], description="Folders that hold data sets.")
     experiments: str = Field(default="experiments", description="Folder that experiment folders are written to.")
     logs: list[str] = Field(default=[], description="Globs of past logs to scan.")
 

@@ -88,12 +88,13 @@ def table_row(number: int, row: Row, plan: Plan, columns: Sequence[str]) -> list
 
 
 def span(predicted: tuple[float, float, float] | None, words: Callable[[float], str]) -> str:
-    """Value and interval in words, or that there was no evidence."""
-    return (
-        "no evidence"
-        if predicted is None
-        else f"{words(predicted[0])} ({words(predicted[1])} to {words(predicted[2])})"
-    )
+    """Value and interval, such as `25 s (16-40)`, or that there was no evidence."""
+    if predicted is None:
+        return NO_EVIDENCE
+    value, low, high = (words(number) for number in predicted)
+    if value.split()[1:] == low.split()[1:] == high.split()[1:]:
+        return f"{value} ({low.split()[0]}-{high.split()[0]})"
+    return f"{value} ({low} to {high})"
 
 
 def _cell(value: Value) -> str:
@@ -103,4 +104,4 @@ def _cell(value: Value) -> str:
 def _score_cell(score: Interval | None) -> str:
     if score is None or math.isnan(score.value):
         return "–"
-    return f"{percent(score.value)} ({percent(score.low)} to {percent(score.high)})"
+    return f"{percent(score.value)} ({percent(score.low)}-{percent(score.high)})"

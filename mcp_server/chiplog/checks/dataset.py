@@ -4,9 +4,9 @@ Failed:
 - a file, line or row that cannot be read; rows of an unknown shape, or of two shapes
 - a row without content or with an empty answer (it teaches silence, or is scored against it)
 - the same content in two splits (a score on it is memory)
-- no split to train on; tokens that the named model cannot count
+- a split without rows; tokens that the named model cannot count
 Warning:
-- no split to score on; a data file whose name tells no split; only the first `limit` rows read
+- no split to train on, or none to score on; a data file that names no split; only the first `limit` rows read
 - the same content twice in a split; one input with two answers; a sample longer than the model's context
 
 Two rows have the same content if a model sees the same: their messages are compared, not their other columns.
@@ -197,22 +197,15 @@ def _comparison(compared: Comparison, splits: dict[str, Samples]) -> Iterator[Ch
 
 
 def _roles(splits: dict[str, Samples]) -> Iterator[Check]:
-    full = [name for name, split in splits.items() if split.rows]
-    if "train" not in full:
-        yield failed("splits", f"no rows to train on: {_listed(splits)}", "name a split train, or put rows into it")
-    elif full == ["train"]:
-        found = f"no rows to score on: {_listed(splits)}"
-        yield warning("splits", found, "keep some rows for a split called validation or test")
-    elif hollow := [name for name in splits if name not in full]:
-        yield warning("splits", f"{' and '.join(hollow)} has no rows", "put rows into it, or leave it out")
+    there = ", ".join(splits) or "none"
+    if hollow := [name for name, split in splits.items() if not split.rows and not split.unreadable]:
+        yield failed("splits", f"no rows in {' and '.join(hollow)}", "put some there, or leave the split out")
+    elif "train" not in splits:
+        yield warning("splits", f"no split to train on, only {there}", "call one train, unless it is for scoring alone")
+    elif len(splits) == 1:
+        yield warning("splits", "no split to score on, only train", "keep some rows for one called validation or test")
     else:
-        yield passed(
-            "splits", f"train to train on, {' and '.join(name for name in full if name != 'train')} to score on"
-        )
-
-
-def _listed(splits: dict[str, Samples]) -> str:
-    return ", ".join(f"{name} has {split.rows:,}" for name, split in splits.items())
+        yield passed("splits", there)
 
 
 def _tokens(splits: dict[str, Samples], model: Path, no_tokenizer: str | None) -> Iterator[Check]:

@@ -118,15 +118,17 @@ class LocalEngine:
         return False
 
     def _start_worker(self) -> None:
-        """Starts a worker, in a session of its own; it ends at once if there is one already."""
+        """Starts a worker that is nobody's child, in a session of its own; it ends at once if there is one already."""
+        worker = [sys.executable, "-m", "chiplog.engines.local_queue", str(self.folder)]
         with (self.folder / "queue.log").open("ab") as log:
-            subprocess.Popen(
-                [sys.executable, "-m", "chiplog.engines.local_queue", str(self.folder)],
+            subprocess.run(
+                ["/bin/sh", "-c", '"$@" &', "sh", *worker],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
                 cwd="/",
+                check=True,
             )
 
 

@@ -10,8 +10,6 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from scipy import stats
-
 from chiplog.estimate.model import Basis, Estimate, RunEstimate, Workload
 from chiplog.plan import Config, Run
 from chiplog.record import Record, State
@@ -42,9 +40,10 @@ def estimate_run(run: Run, work: Workload, records: Sequence[Record]) -> RunEsti
     peak, kind = _peak(same, [r for r in near if "dataset" not in differs[r.key]])
     probe = None
     if elapsed is None:
+        what = "fine-tuning" if run.recipe else "evaluation"
         probe = (
-            f"no completed run of {run.recipe or 'the evaluation'} with this model is on record for this device: "
-            f"plan a probe with max_steps 20 and eval_limit 20, run it, and estimate again"
+            f"No completed {what} of {run.model} is on record for this device. For evidence, plan a probe of it with "
+            "max_steps 20 and eval_limit 20, run it, and estimate again."
         )
     return RunEstimate(elapsed=elapsed, peak_mem=peak, mem_kind=kind, probe=probe)
 
@@ -101,11 +100,13 @@ def _peak(same: Sequence[Record], near: Sequence[Record]) -> tuple[Estimate | No
 
 def _estimate(values: Sequence[float], spread: float, basis: Basis, records: Sequence[Record]) -> Estimate:
     """Prediction interval of one more value on the log scale: Student's t, the spread pooled with the one before."""
+    from scipy.special import stdtrit  # scipy.stats takes a second to import
+
     logs = [math.log(value) for value in values]
     n, centre = len(logs), statistics.fmean(logs)
     freedom = n - 1 + PRIOR_WEIGHT
     pooled = math.sqrt((sum((x - centre) ** 2 for x in logs) + PRIOR_WEIGHT * spread**2) / freedom)
-    half = float(stats.t.ppf((1 + COVERAGE) / 2, df=freedom)) * pooled * math.sqrt(1 + 1 / n)
+    half = float(stdtrit(freedom, (1 + COVERAGE) / 2)) * pooled * math.sqrt(1 + 1 / n)
     return Estimate(
         value=math.exp(centre),
         low=math.exp(centre - half),

@@ -1,0 +1,41 @@
+"""Pretends to train: keeps the contract of a recipe (metrics.jsonl, adapter/, DONE), needs nothing but PyYAML."""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+BEGAN = time.perf_counter()
+parser = argparse.ArgumentParser()
+parser.add_argument("--config", type=Path)
+config = yaml.safe_load(parser.parse_args().config.read_text())
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+rows = json.loads(Path(config["dataset"]).read_text())["train"]
+total = len(rows) // config["batch_size"] * config["epochs"]
+metrics = Path("metrics.jsonl").open("a", buffering=1)  # noqa: SIM115
+
+
+def say(event: str, **values: object) -> None:
+    metrics.write(json.dumps({"event": event, **values}) + "\n")
+
+
+memory = {"peak_mem_bytes": 1_000_000 * config["batch_size"], "mem_kind": "host_rss"}
+say(
+    "start", device="cpu", n_params=1000, total_steps=total, setup_s=time.perf_counter() - BEGAN, packages={"yaml": "1"}
+)
+for step in range(1, total + 1):
+    began = time.perf_counter()
+    time.sleep(config["seconds_a_step"])
+    if step == config["fail_at_step"]:
+        raise RuntimeError("the loss is no number")
+    seconds = time.perf_counter() - began
+    tokens = 10 * config["batch_size"]
+    say("step", step=step, epoch=0, loss=1 / step, lr=config["lr"], tokens=tokens, seconds=seconds, **memory)
+    print(f"1|{step}|Loss: {1 / step}", flush=True)
+say("end", step=total)
+Path("adapter").mkdir(exist_ok=True)
+Path("DONE").write_text("{}")

@@ -1,0 +1,268 @@
+"""From a question to a summary through the MCP server, with recipes that only pretend to train."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from chiplog.server import build_server
+from mcp import Client
+
+ASK: dict[str, Any] = {
+    "question": "Which rank?",
+    "name": "ranks",
+    "models": {"S": "small", "L": "large"},
+    "dataset": "words",
+    "variables": {"model": ["S", "L"], "lora_rank": [4, 16]},
+}
+
+
+def calls(steps: Callable[[Client], Any], mode: str = "auto", **client: Any) -> Any:
+    """Runs `steps` against a server in memory."""
+
+    async def run() -> Any:
+        async with Client(build_server(), mode=mode, **client) as connected:
+            return await steps(connected)
+
+    return anyio.run(run)
+
+
+async def answer(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
+    """The structured answer of a tool that must succeed."""
+    result = await client.call_tool(tool, arguments)
+    assert not result.is_error, result.content
+    assert result.structured_content is not None
+    return result.structured_content
+
+
+async def refusal(client: Client, tool: str, **arguments: Any) -> str:
+    """The words of a tool that must refuse."""
+    result = await client.call_tool(tool, arguments)
+    assert result.is_error, result.structured_content
+    return result.content[0].text  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+def test_an_agent_gets_from_a_question_to_a_summary(lab: Path, mode: str):
+    async def steps(client: Client) -> None:
+        planned = await answer(client, "plan_experiment", **ASK)
+        assert [row["run"] for row in planned["rows"]] == [
+            "S_rank4", "S_rank16", "L_rank4", "L_rank16", "S_base", "L_base",
+        ]  # fmt: skip
+        assert planned["totals"]["unknown"] == 6 and planned["totals"]["in_sequence_s"] is None
+        assert all(row["estimate"]["elapsed"] is None and row["estimate"]["probe"] for row in planned["rows"])
+        await answer(client, "setup_experiment_dirs", experiment="ranks")
+        assert "confirm=true" in await refusal(client, "submit_experiment", experiment="ranks")
+        submitted = await answer(client, "submit_experiment", experiment="ranks", confirm=True)
+        assert set(submitted["jobs"]) == {row["run"] for row in planned["rows"]}
+        status = await answer(client, "experiment_status", experiment="ranks", wait_s=60, log_of="S_rank4")
+        assert {run["state"] for run in status["runs"]} == {"COMPLETED"}
+        assert status["log_tail"][-1].startswith("1|5|Loss")
+        summary = await answer(client, "summarize_experiment", experiment="ranks")
+        assert summary["ok"] and {row["run"] for row in summary["rows"]} == set(submitted["jobs"])
+        verdicts = {(c["first"], c["second"]): c["shown"] for c in summary["comparisons"]}
+        assert verdicts["S_rank4", "S_base"] and verdicts["L_rank16", "L_base"]
+        assert not verdicts["S_rank4", "S_rank16"]
+        assert any("trained once" in words for words in summary["not_shown"])
+        again = await answer(client, "submit_experiment", experiment="ranks", confirm=True)
+        assert again["jobs"] == {}
+
+    calls(steps, mode)
+    assert (lab / "experiments/ranks/figures/scores.png").read_bytes().startswith(b"\x89PNG")
+    assert "not shown" in (lab / "experiments/ranks/summary.md").read_text()
+
+
+def test_a_second_plan_is_estimated_from_the_first_and_its_error_recorded(lab: Path):
+    async def steps(client: Client) -> tuple[dict[str, Any], dict[str, Any]]:
+        for name, more in (("first", {}), ("second", {"controls": {"epochs": 2, "seconds_a_step": 0.01}})):
+            planned = await answer(client, "plan_experiment", **{**ASK, **more, "name": name})
+            await answer(client, "setup_experiment_dirs", experiment=name)
+            await answer(client, "submit_experiment", experiment=name, confirm=True)
+            await answer(client, "experiment_status", experiment=name, wait_s=60)
+        return planned, await answer(client, "collect_records", experiment="second")
+
+    planned, collected = calls(steps)
+    basis = {row["run"]: row["estimate"]["elapsed"]["basis"] for row in planned["rows"]}
+    assert basis["S_rank4"] == "scaled" and basis["S_base"] == "same-configuration"
+    for row in planned["rows"]:
+        estimate = row["estimate"]["elapsed"]
+        assert estimate["low"] < estimate["value"] < estimate["high"]
+        assert all(name.startswith("first/") for name in estimate["evidence"])
+        # Steps double from 5 to 10: neither equal to nor far from the evidence.
+    assert all(record["predicted"]["elapsed_s"] and record["usage"]["elapsed_s"] for record in collected["records"])
+
+
+def test_a_run_that_dies_is_shown_and_only_it_is_submitted_again(lab: Path):
+    async def steps(client: Client) -> None:
+        runs = [{"lora_rank": 4, "fail_at_step": 3}, {"lora_rank": 16}]
+        ask = {**ASK, "models": {"S": "small"}, "variables": None, "runs": runs, "control": "none"}
+        planned = await answer(client, "plan_experiment", **ask)
+        failing = planned["rows"][0]["run"]
+        await answer(client, "setup_experiment_dirs", experiment="ranks")
+        await answer(client, "submit_experiment", experiment="ranks", confirm=True)
+        status = await answer(client, "experiment_status", experiment="ranks", wait_s=60)
+        assert not status["ok"] and failing in status["summary"]
+        summary = await answer(client, "summarize_experiment", experiment="ranks")
+        row = next(row for row in summary["rows"] if row["run"] == failing)
+        assert row["state"] == "FAILED" and "the loss is no number" in row["reason"] and not summary["ok"]
+        assert any(words.startswith(f"{failing}: nothing") for words in summary["not_shown"])
+        again = await answer(client, "submit_experiment", experiment="ranks", confirm=True)
+        assert list(again["jobs"]) == [failing]
+        await answer(client, "experiment_status", experiment="ranks", wait_s=60)
+        records = (await answer(client, "collect_records", experiment="ranks"))["records"]
+        assert {record["run"]: record["attempt"] for record in records}[failing] == 2
+
+    calls(steps)
+
+
+def test_a_running_experiment_can_be_watched_and_cancelled(lab: Path):
+    async def steps(client: Client) -> None:
+        ask = {**ASK, "models": {"S": "small"}, "variables": {"lora_rank": [4, 8, 16]}, "control": "none"}
+        await answer(client, "plan_experiment", **{**ask, "controls": {"seconds_a_step": 5}})
+        await answer(client, "setup_experiment_dirs", experiment="ranks")
+        await answer(client, "submit_experiment", experiment="ranks", confirm=True)
+        for _ in range(100):
+            status = await answer(client, "experiment_status", experiment="ranks")
+            if any(run["state"] == "RUNNING" for run in status["runs"]):
+                break
+            await anyio.sleep(0.1)
+        assert "confirm=true" in await refusal(client, "cancel_experiment", experiment="ranks")
+        cancelled = await answer(client, "cancel_experiment", experiment="ranks", confirm=True)
+        assert len(cancelled["cancelled"]) == 3
+        status = await answer(client, "experiment_status", experiment="ranks", wait_s=60)
+        assert {run["state"] for run in status["runs"]} == {"CANCELLED"}
+        assert "nothing to cancel" in await refusal(client, "cancel_experiment", experiment="ranks", confirm=True)
+
+    calls(steps)
+
+
+def test_jobs_go_on_when_the_command_and_the_queue_worker_are_killed(lab: Path):
+    async def steps(client: Client) -> None:
+        ask = {**ASK, "models": {"S": "small"}, "variables": {"lora_rank": [4]}, "controls": {"seconds_a_step": 0.4}}
+        await answer(client, "plan_experiment", **ask)
+        await answer(client, "setup_experiment_dirs", experiment="ranks")
+        await answer(client, "submit_experiment", experiment="ranks", confirm=True)
+        log = lab.parent / "home" / "local" / "queue.lock"
+        for _ in range(100):
+            status = await answer(client, "experiment_status", experiment="ranks")
+            if status["runs"][0]["step"]:
+                break
+            await anyio.sleep(0.1)
+        os.kill(worker_of(log), signal.SIGKILL)
+        status = await answer(client, "experiment_status", experiment="ranks", wait_s=60)
+        assert {run["state"] for run in status["runs"]} == {"COMPLETED"}
+        records = (await answer(client, "collect_records", experiment="ranks"))["records"]
+        assert [record["attempt"] for record in records] == [1, 1]
+
+    calls(steps)
+
+
+def worker_of(lock: Path) -> int:
+    """The process that works on the queue of this folder."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_text().split("\0")
+            except OSError:
+                continue
+            if "chiplog.engines.local_queue" in words and str(lock.parent) in words:
+                return int(entry.name)
+    raise AssertionError("nobody works on the queue")
+
+
+def test_every_tool_has_an_output_schema_annotations_and_refuses_a_misspelt_argument(lab: Path):
+    async def steps(client: Client) -> None:
+        tools = (await client.list_tools()).tools
+        assert len(tools) == 12
+        for tool in tools:
+            assert tool.output_schema and tool.output_schema["type"] == "object"
+            assert {"summary", "next", "ok"} <= tool.output_schema["properties"].keys()
+            assert tool.annotations and tool.annotations.read_only_hint is not None
+            assert tool.description and "progress" not in tool.input_schema["properties"]
+            words = await refusal(client, tool.name, experimnet="x")
+            assert "experimnet" in words and "not permitted" in words
+
+    calls(steps)
+
+
+def test_a_wrong_argument_comes_back_as_words_that_say_how_to_mend_it(lab: Path):
+    async def steps(client: Client) -> None:
+        asks = {
+            "did you mean 'lora_rank'": {"controls": {"lora_rnak": 4}},
+            "cannot be a folder and a job name": {"name": 'a"; rm -rf $(x)\n'},
+            "There are": {"models": {"S": "smal"}},
+            "no data set": {"dataset": "wrods"},
+            "two runs are called": {"variables": {"lora_rank": [4, 4]}},
+            "does not divide batch_size": {"controls": {"batch_size": 16, "micro_batch_size": 3}},
+            "outside the folders": {"dataset": "/etc/passwd"},
+            "chiplog.toml has no GPU": {"gpus": 1, "gpu": "h900"},
+            "no recipe trains on 2 GPUs": {"gpus": 2},
+            "no split 'tset'": {"controls": {"eval_split": "tset"}},
+            "lora_rank is 'four'": {"controls": {"lora_rank": "four"}, "variables": {"lr": [1e-4]}},
+        }
+        for words, change in asks.items():
+            ask = {**ASK, "models": {"S": "small"}, "variables": {"lora_rank": [4, 8]}, **change}
+            assert words in await refusal(client, "plan_experiment", **ask)
+        assert "no experiment 'nothere'" in await refusal(client, "experiment_status", experiment="nothere")
+
+    calls(steps)
+    assert not (lab / "experiments").exists()
+
+
+def test_the_user_is_asked_where_the_client_can_ask(lab: Path):
+    asked: list[str] = []
+
+    def answering(agreed: bool) -> Any:
+        from mcp_types import ElicitResult
+
+        async def ask(context: Any, params: Any) -> ElicitResult:
+            asked.append(params.message)
+            return ElicitResult(action="accept", content={"agreed": agreed})
+
+        return ask
+
+    async def prepare(client: Client) -> None:
+        await answer(client, "plan_experiment", **{**ASK, "models": {"S": "small"}, "variables": {"lora_rank": [4]}})
+        await answer(client, "setup_experiment_dirs", experiment="ranks")
+
+    async def refused(client: Client) -> str:
+        return await refusal(client, "submit_experiment", experiment="ranks")
+
+    async def accepted(client: Client) -> dict[str, Any]:
+        return await answer(client, "submit_experiment", experiment="ranks")
+
+    calls(prepare)
+    for mode in ("auto", "legacy"):
+        assert "did not agree" in calls(refused, mode, elicitation_callback=answering(False))
+    assert len(calls(accepted, "auto", elicitation_callback=answering(True))["jobs"]) == 2
+    assert len(asked) == 3 and all(message.startswith("Submit 2 runs") for message in asked)
+
+
+def test_a_long_tool_reports_progress(lab: Path):
+    seen: list[tuple[float, float | None, str | None]] = []
+
+    async def note(done: float, total: float | None, words: str | None) -> None:
+        seen.append((done, total, words))
+
+    async def steps(client: Client) -> None:
+        await answer(client, "plan_experiment", **{**ASK, "models": {"S": "small"}, "variables": {"lora_rank": [4]}})
+        await answer(client, "setup_experiment_dirs", experiment="ranks")
+        await answer(client, "submit_experiment", experiment="ranks", confirm=True)
+        arguments = {"experiment": "ranks", "wait_s": 60}
+        await client.call_tool("experiment_status", arguments, progress_callback=note)
+
+    calls(steps)
+    assert seen[-1][:2] == (2.0, 2.0) and len(seen) > 1
+
+
+def test_an_answer_stays_within_the_rows_asked_for(lab: Path):
+    async def steps(client: Client) -> dict[str, Any]:
+        return await answer(client, "plan_experiment", **{**ASK, "limit": 2})
+
+    planned = calls(steps)
+    assert len(planned["rows"]) == 2 and "and 4 more" in planned["summary"] and planned["totals"]["runs"] == 6
