@@ -334,8 +334,9 @@ def _arrow_rows(file: Path) -> Iterator[Row]:
     except ImportError as error:
         raise RowsError(f"{file} needs pyarrow to be read", "pip install 'chiplog[run]'") from error
     kind = kind_of(file)
-    with _opened(file, unzip=False), pa.memory_map(str(file)) as data:  # mapped: a wild length in it allocates nothing
+    with _opened(file, unzip=False):
         try:
+            data = pa.memory_map(str(file))  # a wild length in the file then allocates nothing
             batches = pq.ParquetFile(data).iter_batches(_BATCH_ROWS) if kind == "parquet" else pa.ipc.open_stream(data)
             for batch in batches:
                 batch.validate(full=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -91,6 +92,7 @@ def _script(jinja: Environment, plan: Plan, run: Run, settings: Settings, *, tra
         resources=run.resources,
         sbatch_options=sbatch_options(run, settings),
         setup=settings.slurm.setup if settings.slurm else [],
+        to_workspace=os.path.relpath(settings.workspace, settings.experiments / plan.name / "runs" / run.name),
         commands=commands,
     )
     return text.encode()
@@ -169,32 +171,39 @@ def write_experiment(folder: Path, files: Mapping[str, bytes], *, confirm: bool 
             f"{len(replaced)} of the files in {folder} would change:\n{_diff(folder, files, replaced)}\nOverwrite them?"
         )
     needed = sum(len(files[name]) for name in changed)
-    staging = folder / ".staging"
-    fresh = [name for name in changed if name not in replaced]
+    staging, old = folder / ".staging", folder / ".staging.old"
+    moved: list[str] = []
+    was_there = folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not was_there:
+            folder.mkdir(parents=True)
         if (free := shutil.disk_usage(folder).free) < 2 * needed:
-            raise RenderError(
-                f"{folder} needs {needed} bytes and its disk has {free} free: free some, then set up again"
-            )
-        shutil.rmtree(staging, ignore_errors=True)
+            raise RenderError(f"{folder} needs {needed} bytes and its disk has {free} free: free some and try again")
         for name in changed:
             write_atomic(staging / name, files[name])
+        for name in replaced:
+            write_atomic(old / name, (folder / name).read_bytes())
         for name in changed:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            moved.append(name)
             (staging / name).replace(folder / name)
     except BaseException as error:
-        for name in fresh:
-            (folder / name).unlink(missing_ok=True)
-        _remove_empty(folder)
+        for name in moved:
+            if name in replaced:
+                shutil.copy2(old / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        _remove_empty(folder, {Path(name).parts[0] for name in changed} - {Path(name).parts[0] for name in replaced})
         if isinstance(error, OSError):
-            why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else error.strerror
-            raise RenderError(
-                f"{folder} cannot be written: {why}. Nothing was left there; mend it, then set up again"
-            ) from error
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            why = "the disk is full" if full else error.strerror
+            raise RenderError(f"{folder} cannot be written: {why}. It is as it was; mend that and try again") from error
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if not was_there and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
     return changed
 
 
@@ -213,9 +222,9 @@ def _diff(folder: Path, files: Mapping[str, bytes], names: Sequence[str]) -> str
     return "\n".join(lines[:DIFF_LINES] + cut)
 
 
-def _remove_empty(folder: Path) -> None:
-    for inner in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
-        if not any(inner.iterdir()):
-            inner.rmdir()
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+def _remove_empty(folder: Path, names: set[str]) -> None:
+    """Removes folders under these names in which nothing is left."""
+    for top in (folder / name for name in names):
+        for inner in sorted((p for p in (top, *top.rglob("*")) if p.is_dir()), reverse=True):
+            if not any(inner.iterdir()):
+                inner.rmdir()

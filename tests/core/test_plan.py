@@ -1,0 +1,138 @@
+"""Plans: what is run, how runs are named, what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from chiplog.errors import PlanError
+from chiplog.plan import NAME, Experiment, Plan, dump_plan, expand, parse_plan
+from hypothesis import given
+from hypothesis import strategies as st
+
+SETTINGS = {
+    "model": None,
+    "dataset": None,
+    "seed": 0,
+    "lora_rank": 64,
+    "lr": 1e-4,
+    "batch_size": 16,
+    "micro_batch_size": None,
+    "packed": False,
+    "eval_limit": None,
+}
+EVALUATION = {key: SETTINGS[key] for key in ("model", "dataset", "eval_limit")}
+
+
+def defaults(recipe: str) -> dict[str, Any]:
+    return EVALUATION if recipe == "evaluate" else SETTINGS
+
+
+def a_plan(**experiment: Any) -> Plan:
+    return Plan(
+        name="p",
+        question="q",
+        models={"1B": "/m/1B", "3B": "/m/3B"},
+        datasets={"words": "/d/words.json"},
+        experiments=[Experiment(recipe="lora", **experiment)],
+    )
+
+
+def names(plan: Plan) -> list[str]:
+    return [run.name for run in expand(plan, defaults)]
+
+
+def test_runs_are_the_product_of_the_variables_with_one_control_for_each_model():
+    runs = expand(a_plan(variables={"model": ["1B", "3B"], "lora_rank": [4, 64]}), defaults)
+    assert [(run.name, run.kind) for run in runs] == [
+        ("1B_rank4", "finetune"),
+        ("1B_rank64", "finetune"),
+        ("3B_rank4", "finetune"),
+        ("3B_rank64", "finetune"),
+        ("1B_base", "control"),
+        ("3B_base", "control"),
+    ]
+    assert runs[0].config == {**SETTINGS, "model": "/m/1B", "dataset": "/d/words.json", "lora_rank": 4}
+    assert runs[4].config == {**EVALUATION, "model": "/m/1B", "dataset": "/d/words.json"} and runs[4].recipe is None
+
+
+def test_what_is_no_product_is_a_list_of_runs():
+    cells = [{"model": "1B", "batch_size": 16}, {"model": "3B", "batch_size": 8}]
+    runs = expand(a_plan(runs=cells, control="none"), defaults)
+    assert [(run.name, run.config["batch_size"]) for run in runs] == [("1B_batch16", 16), ("3B_batch8", 8)]
+
+
+def test_replicates_have_their_seed_in_the_name_and_share_a_control():
+    plan = a_plan(variables={"model": ["1B"]}, seeds=[0, 1])
+    assert names(plan) == ["1B_seed0", "1B_seed1", "1B_base"]
+
+
+def test_a_plan_without_controls_has_none():
+    assert names(a_plan(variables={"model": ["1B"]}, control="none")) == ["1B"]
+
+
+def test_the_learning_rate_reads_as_a_person_would_write_it():
+    plan = a_plan(controls={"model": "1B"}, variables={"lr": [1e-4, "3e-4", 0.01, 2]}, control="none")
+    runs = expand(plan, defaults)
+    assert [run.config["lr"] for run in runs] == [1e-4, 3e-4, 0.01, 2.0]
+    assert names(a_plan(controls={"model": "1B"}, variables={"lr": [1e-4, 2.5e-5, 0.01]}, control="none")) == [
+        "1B_lr1e-4",
+        "1B_lr2.5e-5",
+        "1B_lr0.01",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "words"),
+    [
+        ({"variables": {"model": ["1B"]}, "controls": {"lora_rnak": 4}}, "did you mean 'lora_rank'"),
+        ({"variables": {"model": ["1B"]}, "controls": {"frobnicate": 4}}, "there are: batch_size"),
+        ({"variables": {"model": ["1B", "1B"]}}, "two runs are called '1B'"),
+        ({"variables": {"model": ["7B"]}}, "say which of 1B, 3B"),
+        ({"variables": {"lora_rank": [4]}}, "the model of a run is not said"),
+        ({"variables": {"model": []}}, "has no values"),
+        ({"variables": {"model": ["1B"]}, "runs": [{"model": "1B"}]}, "remove one"),
+        ({"variables": {"model": ["1B"]}, "controls": {"batch_size": "16"}}, "is no int"),
+        ({"variables": {"model": ["1B"]}, "controls": {"batch_size": -1}}, "cannot be negative"),
+        ({"variables": {"model": ["1B"]}, "controls": {"packed": 1}}, "is no bool"),
+        ({"variables": {"model": ["1B"]}, "controls": {"batch_size": 12, "micro_batch_size": 5}}, "1, 2, 3, 4, 6, 12"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused_in_words(experiment: dict[str, Any], words: str):
+    with pytest.raises(PlanError) as refused:
+        expand(a_plan(**experiment), defaults)
+    assert words in str(refused.value)
+
+
+def test_names_that_differ_only_in_case_collide():
+    plan = a_plan(variables={"model": ["1B"]}).model_copy(update={"models": {"a": "/m", "A": "/n"}})
+    plan = plan.model_copy(update={"experiments": [Experiment(recipe="lora", variables={"model": ["a", "A"]})]})
+    with pytest.raises(PlanError, match="two runs are called"):
+        expand(plan, defaults)
+
+
+@given(st.text(min_size=1, max_size=30))
+def test_no_short_name_puts_a_character_into_a_run_that_a_shell_would_read(key: str):
+    plan = a_plan(variables={"model": ["1B"]}).model_copy(
+        update={"models": {key: "/m"}, "experiments": [Experiment(recipe="lora", variables={"model": [key]})]}
+    )
+    try:
+        runs = expand(plan, defaults)
+    except PlanError:
+        return
+    assert all(NAME.fullmatch(run.name) for run in runs)
+
+
+def test_a_plan_is_the_same_after_it_was_written_and_read_and_the_same_bytes_again():
+    import yaml
+
+    plan = a_plan(variables={"model": ["1B"], "lr": [1e-4, 0.5]}, controls={"packed": True})
+    text = dump_plan(plan)
+    again = parse_plan(yaml.safe_load(text), "test")
+    assert again == plan and dump_plan(again) == text
+
+
+def test_a_misspelt_field_of_a_plan_is_named():
+    with pytest.raises(PlanError) as refused:
+        parse_plan({**a_plan().model_dump(), "hypotesis": "x"}, "plan.yaml")
+    assert "plan.yaml" in str(refused.value) and "hypotesis: there is no such field" in str(refused.value)

@@ -1,0 +1,152 @@
+"""The rendered folder: golden files, determinism, and that nothing is lost or half-written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chiplog import render as rendering
+from chiplog.errors import ConfirmationNeeded, RenderError
+from chiplog.plan import Experiment, Plan, Resources, expand
+from chiplog.recipes import defaults
+from chiplog.render import render, write_experiment
+from chiplog.settings import Settings
+
+GOLDEN = Path(__file__).parent / "golden"
+CLUSTER = {
+    "slurm": {"account": "lab", "partition": "cpu", "setup": ["module load cuda/12.8", "source .venv/bin/activate"]},
+    "gpus": [{"name": "a100-80gb", "partition": "gpu", "gres": "gpu:a100:1", "constraint": "gpu80", "count": 16}],
+}
+
+
+def rendered(workspace: Path, question: str = "Which rank?", **cluster: Any) -> dict[str, bytes]:
+    gpus = 1 if cluster else 0
+    plan = Plan(
+        name="2026-11-20-lora-rank",
+        question=question,
+        hypothesis="A higher rank helps.",
+        models={"1B": "/scratch/models/1B", "3B": "/scratch/models/3B"},
+        datasets={"words": "/scratch/data/words.json"},
+        experiments=[
+            Experiment(
+                recipe="lora_finetune_single_device",
+                controls={"epochs": 3},
+                variables={"model": ["1B", "3B"], "lora_rank": [4, 64]},
+                resources=Resources(gpus=gpus, cpus=8, time_limit_s=5400),
+            )
+        ],
+    )
+    return render(plan, expand(plan, defaults), Settings.model_validate({"workspace": workspace, **cluster}))
+
+
+@pytest.mark.parametrize("name", ["README.md", "plan.yaml", "submit.sh", "runs/1B_rank4/run.sbatch",
+                                  "runs/1B_rank4/eval.sbatch", "runs/1B_base/run.sbatch"])  # fmt: skip
+@pytest.mark.parametrize("where", ["local", "cluster"])
+def test_rendered_text_is_what_a_person_would_have_written(lab: Path, name: str, where: str):
+    golden = GOLDEN / where / name
+    text = rendered(lab, **(CLUSTER if where == "cluster" else {}))[name].decode()
+    if os.environ.get("CHIPLOG_WRITE_GOLDEN"):
+        golden.parent.mkdir(parents=True, exist_ok=True)
+        golden.write_text(text)
+    assert golden.is_file(), f"{golden} is missing: look at the text, then run once with CHIPLOG_WRITE_GOLDEN=1"
+    assert text == golden.read_text()
+
+
+def test_every_rendered_script_is_sound_shell(lab: Path):
+    files = rendered(lab, **CLUSTER)
+    scripts = [name for name in files if name.endswith((".sbatch", ".sh"))]
+    assert len(scripts) == 4 * 2 + 2 + 1
+    for name in scripts:
+        subprocess.run(["bash", "-n"], input=files[name], check=True)
+
+
+def test_the_same_plan_is_the_same_bytes(lab: Path):
+    assert rendered(lab) == rendered(lab)
+
+
+def test_the_folder_carries_the_code_it_runs(lab: Path):
+    files = rendered(lab)
+    assert files["code/recipes/evaluate.py"] == (lab / "recipes" / "evaluate.py").read_bytes()
+    assert b'"commit"' in files["code/REVISION"] and b"pydantic==" in files["code/environment.txt"]
+    assert "code/trainer/chat.py" in files
+
+
+def test_a_control_has_no_training_step(lab: Path):
+    files = rendered(lab)
+    assert b"lora_finetune" not in files["runs/1B_base/run.sbatch"]
+    assert "runs/1B_base/eval.sbatch" not in files
+
+
+@pytest.mark.parametrize("text", ['a "quoted" `rm -rf` $(reboot)\nquestion | % ü', "<|x|> ' \\ \x07"])
+def test_user_text_reaches_no_script(lab: Path, text: str):
+    plain, odd = rendered(lab), rendered(lab, question=text)
+    changed = {name for name in plain if plain[name] != odd[name]}
+    assert changed == {"plan.yaml", "README.md"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["export HF_TOKEN=hf_abcdefghijklmnopqrstuvwxyz", "export WANDB_API_KEY=0123456789abcdef0123456789abcdef01234567"],
+)
+def test_a_credential_is_never_rendered(lab: Path, line: str):
+    with pytest.raises(RenderError, match="credential") as refused:
+        rendered(lab, slurm={"setup": [line]}, gpus=CLUSTER["gpus"])
+    assert line.split("=")[1] not in str(refused.value)
+
+
+def test_nothing_is_overwritten_without_a_diff_and_a_yes(tmp_path: Path):
+    folder = tmp_path / "e"
+    assert write_experiment(folder, {"a/b": b"one\n", "c": b"two\n"}) == ["a/b", "c"]
+    assert write_experiment(folder, {"a/b": b"one\n", "c": b"two\n"}) == []
+    (folder / "a" / "result").write_text("kept")
+    with pytest.raises(ConfirmationNeeded) as asked:
+        write_experiment(folder, {"a/b": b"changed\n", "c": b"two\n"})
+    assert "-one" in str(asked.value) and "+changed" in str(asked.value)
+    assert (folder / "a" / "b").read_text() == "one\n"
+    assert write_experiment(folder, {"a/b": b"changed\n", "c": b"two\n"}, confirm=True) == ["a/b"]
+    assert (folder / "a" / "b").read_text() == "changed\n" and (folder / "a" / "result").read_text() == "kept"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_an_interrupted_set_up_leaves_the_folder_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int
+):
+    folder = tmp_path / "e"
+    write_experiment(folder, {"plan.yaml": b"old\n", "kept": b"kept\n"})
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    count, replace = 0, Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        nonlocal count
+        count += 1
+        if count == at:
+            raise error
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(RenderError if isinstance(error, OSError) else KeyboardInterrupt):
+        write_experiment(folder, {"plan.yaml": b"new\n", "runs/a": b"a", "runs/b": b"b"}, confirm=True)
+    monkeypatch.undo()
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    assert not list(folder.glob("runs*")) and not list(folder.glob(".staging*"))
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(rendering.shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    with pytest.raises(RenderError, match="1 free"):
+        write_experiment(tmp_path / "e", {"a": b"0123456789"})
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_in_words(tmp_path: Path):
+    (tmp_path / "e").write_text("a file where the folder should be")
+    with pytest.raises(RenderError, match="cannot be written"):
+        write_experiment(tmp_path / "e", {"a": b"1"})
