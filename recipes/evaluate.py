@@ -114,12 +114,8 @@ def evaluate(config: SimpleNamespace, adapter: Path | None, out: Path) -> dict[s
 
 def checked(config: SimpleNamespace) -> SimpleNamespace:
     """The settings, if they can be used. Raises UserError."""
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype is {config.dtype!r}: choose {' or '.join(DTYPES)}")
-    for key in ("eval_batch_size", "max_new_tokens", "eval_limit"):
-        value = getattr(config, key)
-        if not (key == "eval_limit" and value is None) and (not isinstance(value, int) or value < 1):
-            raise UserError(f"{key} is {value!r}: give a number of at least 1")
+    job.check_choice(config, "dtype", DTYPES)
+    job.check_numbers(config, ["eval_batch_size", "max_new_tokens", "eval_limit"], int, 1)
     return config
 
 

@@ -32,22 +32,20 @@ from trainer import job
 import torch
 import yaml
 from llama_lora import check_targets, llama_shape, load_model, save_adapter
-from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchtune import training, utils
-from torchtune.data import padded_collate_sft
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 from tqdm import tqdm
 
+from trainer.batches import IGNORED, collate, data_order
 from trainer.chat import ChatTokenizer, Example
 from trainer.job import UserError
 from trainer.rows import file_hash, read_rows
 
 RECIPE = Path(__file__).stem
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h
-IGNORED = -100  # label that the loss leaves out
 # Settings that a resumed run may change: they do not reach the weights.
 FREE = {"log_every_n_steps", "save_every_n_steps", "device"}
 log = utils.get_logger("DEBUG")
@@ -89,9 +87,8 @@ class Finetuning:
         self.config, self.out, self.step = config, out, 0
         self.device = job.pick_device(config.device)
         model, dataset = job.folder_of(config, "model"), job.folder_of(config, "dataset")
-        self.identity = {k: v for k, v in vars(config).items() if k not in FREE} | {
-            "dataset_sha256": file_hash(dataset)
-        }
+        self.identity = {key: value for key, value in vars(config).items() if key not in FREE}
+        self.identity["dataset_sha256"] = file_hash(dataset)
         training.set_seed(config.seed)
         self.shape = llama_shape(model, config.max_seq_len)
         tokenizer = ChatTokenizer(model)
@@ -106,10 +103,7 @@ class Finetuning:
             raise UserError(f"batch_size {config.batch_size} is more than the {len(self.samples)} samples: lower it")
         self.total_steps = min(self.steps_per_epoch * config.epochs, config.max_steps or sys.maxsize)
         if config.warmup_steps >= self.total_steps:
-            log.warning(
-                f"warmup_steps {config.warmup_steps} outlast the {self.total_steps} steps: lr stays below its value"
-            )
-
+            log.warning(f"lr stays below its value: warmup_steps {config.warmup_steps} of {self.total_steps} steps")
         self.model = load_model(model, self.shape, config, self.device)
         self.adapter = get_adapter_params(self.model)
         if self.device.type == "cuda":
@@ -159,7 +153,7 @@ class Finetuning:
                     bar.update(1)
                     if self.step % config.log_every_n_steps == 0 or self.step == self.total_steps:
                         memory = job.peak_memory(self.device)
-                        self._record("step", step=self.step, epoch=epoch, **done, seconds=seconds, **memory)
+                        self._record("step", step=self.step, epoch=epoch + 1, **done, seconds=seconds, **memory)
                     stopped = stop.asked and self.step < self.total_steps
                     every_n = config.save_every_n_steps and self.step % config.save_every_n_steps == 0
                     if every_n or stopped or i + 1 == self.steps_per_epoch:
@@ -177,19 +171,16 @@ class Finetuning:
         """One step on `batch`, micro batch by micro batch; the loss is the mean over all label tokens of the batch."""
         micro = self.config.micro_batch_size or self.config.batch_size
         parts = [collate(batch[i : i + micro], self.pad_id) for i in range(0, len(batch), micro)]
-        label_tokens = sum(count_labels(part["labels"]) for part in parts)
+        label_tokens = sum(part.label_tokens for part in parts)
         loss = torch.zeros((), device=self.device)
         for part in parts:
-            share = count_labels(part["labels"]) / label_tokens
-            logits = self.model(part["tokens"].to(self.device))
-            partial = self.loss(logits, part["labels"].to(self.device)) * share
+            logits = self.model(part.tokens.to(self.device))
+            partial = self.loss(logits, part.labels.to(self.device)) * (part.label_tokens / label_tokens)
             del logits  # else they are still there at the peak of the backward pass
             partial.backward()
             loss += partial.detach()
         if not math.isfinite(loss.item()):
-            raise UserError(
-                f"the loss is {loss.item()} at step {self.step + 1}: lower lr, clip the gradient or use fp32"
-            )
+            raise UserError(f"the loss is {loss.item()} at step {self.step + 1}: lower lr, clip gradients or use fp32")
         clip, lr = self.config.clip_grad_norm, self.schedule.get_last_lr()[0]
         grad_norm = {}
         if clip is not None:
@@ -202,7 +193,7 @@ class Finetuning:
             "lr": lr,
             **grad_norm,
             "tokens": sum(len(sample.ids) for sample in batch),
-            "padded_tokens": sum(part["tokens"].numel() for part in parts),
+            "padded_tokens": sum(part.tokens.numel() for part in parts),
             "label_tokens": label_tokens,
             "samples": len(batch),
         }
@@ -236,7 +227,7 @@ class Finetuning:
         last = max(folders, key=lambda folder: int(folder.name.removeprefix("step_")), default=None)
         if last is None:
             return
-        state = torch.load(last / "state.pt", weights_only=True)
+        state = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
         if changed := [key for key, value in self.identity.items() if state["identity"].get(key) != value]:
             raise UserError(f"{last} was made with another {', '.join(changed)}: put it back, or remove {last.parent}")
         self.model.load_state_dict(state["adapter"], strict=False)
@@ -254,25 +245,19 @@ class Finetuning:
 
 def checked(config: SimpleNamespace) -> SimpleNamespace:
     """The settings with lora_alpha filled in. Raises UserError for values that cannot be trained with."""
-    values = vars(config)
-    for key in ("lora_rank", "batch_size", "max_seq_len", "epochs", "log_every_n_steps"):
-        if values[key] < 1:
-            raise UserError(f"{key} is {values[key]}: it must be at least 1")
-    for key in ("micro_batch_size", "max_steps", "save_every_n_steps"):
-        if values[key] is not None and (not isinstance(values[key], int) or values[key] < 1):
-            raise UserError(f"{key} is {values[key]!r}: give a number of at least 1, or null")
-    for key, choices in (("dtype", ("bf16", "fp32")), ("lr_schedule", ("cosine", "constant"))):
-        if values[key] not in choices:
-            raise UserError(f"{key} is {values[key]!r}: choose {' or '.join(choices)}")
-    micro = config.micro_batch_size or config.batch_size
-    if config.batch_size % micro:
-        divisors = [str(n) for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
-        raise UserError(
-            f"micro_batch_size {micro} does not divide batch_size {config.batch_size}: take {', '.join(divisors)}"
-        )
+    counts = ["lora_rank", "batch_size", "micro_batch_size", "max_seq_len", "epochs", "max_steps"]
+    job.check_numbers(config, [*counts, "log_every_n_steps", "save_every_n_steps"], int, 1)
+    job.check_numbers(config, ["seed", "warmup_steps"], int, 0)
+    job.check_numbers(config, ["lora_alpha", "lora_dropout", "lr", "weight_decay", "clip_grad_norm"], float, 0)
+    job.check_choice(config, "dtype", ["bf16", "fp32"])
+    job.check_choice(config, "lr_schedule", ["cosine", "constant"])
     check_targets(config.lora_targets)
+    batch, micro = config.batch_size, config.micro_batch_size or config.batch_size
+    if batch % micro:
+        divisors = [str(n) for n in range(1, batch + 1) if batch % n == 0]
+        raise UserError(f"micro_batch_size {micro} does not divide batch_size {batch}: take {', '.join(divisors)}")
     alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-    return SimpleNamespace(**values | {"lora_alpha": alpha})
+    return SimpleNamespace(**vars(config) | {"lora_alpha": alpha})
 
 
 def read_samples(dataset: Path, tokenizer: ChatTokenizer, config: SimpleNamespace, vocab_size: int) -> list[Example]:
@@ -290,26 +275,6 @@ def read_samples(dataset: Path, tokenizer: ChatTokenizer, config: SimpleNamespac
                 "the tokenizer is another model's; download the model again"
             )
     return samples
-
-
-def data_order(n_samples: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of the samples, its own for each seed and epoch."""
-    generator = torch.Generator().manual_seed((seed << 24) + epoch)
-    return torch.randperm(n_samples, generator=generator).tolist()
-
-
-def collate(batch: list[Example], pad_id: int) -> dict[str, Tensor]:
-    """`tokens` and `labels`, both "batch seq", padded on the right; the label of a position is the token after it."""
-    rows = []
-    for sample in batch:
-        learnt = [token if i >= sample.n_prompt else IGNORED for i, token in enumerate(sample.ids)]
-        rows.append({"tokens": sample.ids, "labels": [*learnt[1:], IGNORED]})
-    return padded_collate_sft(rows, padding_idx=pad_id, ignore_idx=IGNORED)
-
-
-def count_labels(labels: Tensor) -> int:
-    """How many positions the loss counts."""
-    return int((labels != IGNORED).sum())
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: SimpleNamespace, total_steps: int, step: int) -> LambdaLR:

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -60,11 +60,11 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 def read_config(file: Path, schema: Path) -> SimpleNamespace:
-    """The settings that the YAML file `schema` names, as `file` has them; it may hold others too.
+    """The settings that a recipe's YAML file `schema` names, as `file` has them; it may hold others too.
 
     Raises UserError for a setting that is missing or of another kind than its default (a null default tells nothing).
     """
-    values, defaults = _read_yaml(file), _read_yaml(schema)
+    values, defaults = _settings(file), _settings(schema)
     if missing := [key for key in defaults if key not in values]:
         raise UserError(f"{file} lacks {', '.join(missing)}: give every setting of {schema.name}")
     for key, default in defaults.items():
@@ -72,6 +72,21 @@ def read_config(file: Path, schema: Path) -> SimpleNamespace:
         if not isinstance(values[key], kind) or isinstance(values[key], bool) != isinstance(default, bool):
             raise UserError(f"{file}: {key} is {values[key]!r}; expected something like {default!r}")
     return SimpleNamespace(**{key: values[key] for key in defaults})
+
+
+def check_numbers(config: SimpleNamespace, keys: list[str], kind: type[int] | type[float], low: int) -> None:
+    """Raises UserError for a setting that is no number of that kind or lower than `low`; null passes."""
+    for key in keys:
+        value = getattr(config, key)
+        fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        if value is not None and not (fits and value >= low):
+            raise UserError(f"{key} is {value!r}: give {'a whole' if kind is int else 'a'} number of at least {low}")
+
+
+def check_choice(config: SimpleNamespace, key: str, choices: Iterable[str]) -> None:
+    """Raises UserError for a setting that is none of these."""
+    if getattr(config, key) not in choices:
+        raise UserError(f"{key} is {getattr(config, key)!r}: choose {' or '.join(choices)}")
 
 
 def folder_of(config: SimpleNamespace, key: str) -> Path:
@@ -149,9 +164,10 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
     return {"peak_mem_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "mem_kind": "host_rss"}
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _settings(file: Path) -> dict[str, Any]:
+    """The last document of a YAML file: a recipe's has one before it, which says what the recipe can do."""
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        *_, values = [None, *yaml.safe_load_all(file.read_text(encoding="utf-8"))]
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

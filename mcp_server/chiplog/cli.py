@@ -43,9 +43,6 @@ def main() -> None:
     except ChiplogError as error:
         err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("interrupted", style="red")
-        sys.exit(130)
 
 
 @app.command()
@@ -155,6 +152,9 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any], reports: bool
             raise ChiplogError("nobody is here to answer: call again with --confirm if it should be done") from question
         typer.confirm("Go on?", abort=True, err=True)
         return call(**{**arguments, "confirm": True})
+    except KeyboardInterrupt as key:
+        err.print("interrupted: jobs that were submitted go on", style="red")
+        raise typer.Exit(130) from key
 
 
 def _with_progress(function: Callable[..., Any], **arguments: Any) -> Any:

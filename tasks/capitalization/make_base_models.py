@@ -26,10 +26,9 @@ from trainer import job
 from trainer.chat import ChatTokenizer, Example
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import LlamaForCausalLM
 
-VERSION = 1  # raise it with every change below that makes other models
+VERSION = 2  # raise it with every change below that makes other models
 PAD, BEGIN, END, SYSTEM, USER, ASSISTANT = (f"<|{n}|>" for n in ("pad", "begin", "end", "system", "user", "assistant"))
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -154,7 +153,7 @@ def untrained(model: Model, ids: dict[str, int]) -> LlamaForCausalLM:
         num_hidden_layers=model.depth,
         num_attention_heads=model.heads,
         num_key_value_heads=model.kv_heads,
-        max_position_embeddings=256,
+        max_position_embeddings=2048,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,
@@ -170,13 +169,16 @@ def train(llama: LlamaForCausalLM, model: Model, tokenizer: ChatTokenizer, ticks
     """Teaches it to repeat; returns the mean loss of the last 50 steps, in nats a token."""
     import torch
 
+    from trainer.batches import IGNORED, collate
+
     optimizer = torch.optim.AdamW(llama.parameters(), lr=model.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, model.lr, total_steps=model.steps, pct_start=0.1)
     rng = random.Random(SEED)
     losses = []
     for _ in range(model.steps):
-        tokens, labels = collate([sample(rng, tokenizer) for _ in range(BATCH_SIZE)], tokenizer.pad_id)
-        loss = llama(input_ids=tokens, labels=labels).loss
+        batch = collate([sample(rng, tokenizer) for _ in range(BATCH_SIZE)], tokenizer.pad_id)
+        logits = llama(input_ids=batch.tokens).logits  # batch seq vocab
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels, ignore_index=IGNORED)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
         optimizer.step()
@@ -193,19 +195,6 @@ def sample(rng: random.Random, tokenizer: ChatTokenizer) -> Example:
     word = word.capitalize() if rng.random() < 0.3 else word
     asked = {"role": "user", "content": rng.choice(ASKED) + word}
     return tokenizer.example([asked, {"role": "assistant", "content": word}])
-
-
-def collate(batch: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Tokens and labels, "batch seq"; -100 where nothing is learnt. transformers shifts the labels itself."""
-    import torch
-
-    width = max(len(sample.ids) for sample in batch)
-    tokens = torch.full((len(batch), width), pad_id)
-    labels = torch.full((len(batch), width), -100)
-    for i, sample in enumerate(batch):
-        tokens[i, : len(sample.ids)] = torch.tensor(sample.ids)
-        labels[i, sample.n_prompt : len(sample.ids)] = torch.tensor(sample.ids[sample.n_prompt :])
-    return tokens, labels
 
 
 if __name__ == "__main__":

@@ -246,8 +246,8 @@ def test_the_user_is_asked_where_the_client_can_ask(lab: Path):
 def test_a_long_tool_reports_progress(lab: Path):
     seen: list[tuple[float, float | None, str | None]] = []
 
-    async def note(done: float, total: float | None, words: str | None) -> None:
-        seen.append((done, total, words))
+    async def note(progress: float, total: float | None, message: str | None) -> None:
+        seen.append((progress, total, message))
 
     async def steps(client: Client) -> None:
         await answer(client, "plan_experiment", **{**ASK, "models": {"S": "small"}, "variables": {"lora_rank": [4]}})

@@ -270,7 +270,7 @@ JSON = st.recursive(
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary() | JSON.map(lambda value: json.dumps(value).encode()))
 def test_no_bytes_make_it_raise_anything_but_its_own_error(name: str, content: bytes, tmp_path: Path):
     (tmp_path / name).write_bytes(content)
@@ -282,7 +282,7 @@ def test_no_bytes_make_it_raise_anything_but_its_own_error(name: str, content: b
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz"])
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255), keep=st.floats(0, 1))
 def test_one_changed_byte_or_a_cut_in_a_whole_file_makes_no_other_error(
     name: str, at: float, byte: int, keep: float, tmp_path: Path

@@ -1,0 +1,136 @@
+"""The command line: the same tools, exit codes that mean something."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+CHIPLOG = [sys.executable, "-m", "chiplog.cli"]
+
+
+def chiplog(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*CHIPLOG, *arguments], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    return done
+
+
+def plan(name: str, *more: str) -> None:
+    chiplog("plan-experiment", "--question", "Which rank?", "--models", "S=small", "--dataset", "words",
+            "--name", name, "--variables", "lora_rank=[4, 16]", *more)  # fmt: skip
+
+
+def test_the_command_line_gets_from_a_question_to_a_summary(lab: Path):
+    plan("ranks")
+    chiplog("setup-experiment-dirs", "ranks")
+    asked = chiplog("submit-experiment", "ranks", code=2)
+    assert "Submit 3 runs" in asked.stderr and "--confirm" in asked.stderr
+    chiplog("submit-experiment", "ranks", "--confirm")
+    chiplog("experiment-status", "ranks", "--wait-s", "60")
+    answer = json.loads(chiplog("summarize-experiment", "ranks", "--json").stdout)
+    assert [row["run"] for row in answer["rows"]] == ["rank4", "rank16", "S_base"]
+    shown = chiplog("summarize-experiment", "ranks").stdout
+    assert "Not shown:" in shown and "exact_match, % (95 % CI)" in shown
+
+
+def test_a_check_that_fails_answers_with_exit_code_1(lab: Path):
+    good = chiplog("check-dataset", "words", "--model", "small", "--json")
+    assert json.loads(good.stdout)["report"]["splits"]["train"]["rows"] == 20
+    words = json.loads((lab / "data" / "words.json").read_text())
+    words["test"].append(words["train"][0])
+    (lab / "data" / "leak.json").write_text(json.dumps(words))
+    leak = chiplog("check-dataset", "leak", code=1)
+    assert "failed" in leak.stdout
+    with (lab / "models" / "small" / "model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    assert "failed" in chiplog("check-model", "small", code=1).stdout
+    for cause in (("--dataset", "leak", "--models", "S=large"), ("--dataset", "words", "--models", "S=small")):
+        refused = chiplog("plan-experiment", "--question", "q", *cause, code=2)
+        assert "cannot be used" in refused.stderr and not (lab / "experiments").exists()
+
+
+def test_a_mistake_is_one_error_in_words_and_exit_code_2(lab: Path):
+    for arguments in (
+        ("experiment-status", "nothere"),
+        ("check-model", "nothere"),
+        ("check-dataset", "../../../etc/passwd"),
+        ("plan-experiment", "--question", "q", "--models", "small"),
+        ("plan-experiment", "--plan", "demo"),
+        ("create-dataset", "nothere", "--options", "n=3"),
+        ("plan-experiment", "--quesion", "q"),
+    ):
+        done = chiplog(*arguments, code=2)
+        assert "rror" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_wrong_settings_file_is_named_with_its_key(lab: Path):
+    (lab / "chiplog.toml").write_text("[slurm]\nacount = 'lab'\n")
+    done = chiplog("list-studies", code=0)
+    done = chiplog("check-model", "small", code=2)
+    assert "chiplog.toml" in done.stderr and "slurm.acount: there is no such field" in done.stderr
+    (lab / "chiplog.toml").write_text("[slurm\n")
+    assert "is not TOML" in chiplog("init", code=2).stderr
+
+
+def test_init_writes_the_settings_once_and_checks_them(workspace: Path):
+    (workspace / "chiplog.toml").unlink()
+    assert "was written" in chiplog("init").stdout
+    text = (workspace / "chiplog.toml").read_text()
+    again = chiplog("init").stdout
+    assert "is sound" in again and "warning: models" in again
+    assert (workspace / "chiplog.toml").read_text() == text
+
+
+def test_two_plans_do_not_share_a_folder(lab: Path):
+    plan("ranks")
+    plan("ranks")
+    refused = chiplog("plan-experiment", "--question", "Another?", "--models", "S=small", "--dataset", "words",
+                      "--name", "ranks", code=2)  # fmt: skip
+    assert "-question: Which rank?" in refused.stderr and "+question: Another?" in refused.stderr
+    assert "Which rank?" in (lab / "experiments" / "ranks" / "plan.yaml").read_text()
+
+
+def test_data_that_changed_after_planning_are_not_trained_on(lab: Path):
+    plan("ranks")
+    chiplog("setup-experiment-dirs", "ranks")
+    file = lab / "data" / "words.json"
+    file.write_text(file.read_text().replace("Wordaa", "WordAA"))
+    assert "has changed since it was planned" in chiplog("submit-experiment", "ranks", "--confirm", code=2).stderr
+
+
+def test_a_plan_that_was_not_set_up_is_not_submitted(lab: Path):
+    plan("ranks")
+    assert "not set up" in chiplog("submit-experiment", "ranks", "--confirm", code=2).stderr
+
+
+def test_ctrl_c_ends_the_waiting_and_not_the_jobs(lab: Path):
+    plan("ranks", "--controls", "seconds_a_step=0.5")
+    chiplog("setup-experiment-dirs", "ranks")
+    chiplog("submit-experiment", "ranks", "--confirm")
+    waiting = subprocess.Popen([*CHIPLOG, "experiment-status", "ranks", "--wait-s", "60"], stderr=subprocess.PIPE)
+    time.sleep(2)
+    waiting.send_signal(signal.SIGINT)
+    assert "interrupted" in waiting.communicate()[1].decode() and waiting.returncode == 130
+    assert "3 COMPLETED" in chiplog("experiment-status", "ranks", "--wait-s", "60").stdout
+
+
+def test_the_experiment_goes_on_with_its_own_code_when_the_repo_changes(lab: Path):
+    plan("ranks")
+    chiplog("setup-experiment-dirs", "ranks")
+    (lab / "recipes").unlink()
+    (lab / "recipes").mkdir()
+    chiplog("submit-experiment", "ranks", "--confirm")
+    assert "3 COMPLETED" in chiplog("experiment-status", "ranks", "--wait-s", "60").stdout
+
+
+def test_a_ledger_that_cannot_be_written_is_an_error_in_words(lab: Path, monkeypatch: pytest.MonkeyPatch):
+    (lab / "file").write_text("")
+    monkeypatch.setitem(os.environ, "CHIPLOG_HOME", str(lab / "file" / "below"))
+    plan_words = ("plan-experiment", "--question", "q", "--models", "S=small", "--dataset", "words")
+    assert "the ledger" in chiplog(*plan_words, code=2).stderr
