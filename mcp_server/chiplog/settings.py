@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
@@ -17,6 +17,10 @@ from chiplog.errors import OutsideRootsError, SettingsError
 from chiplog.schema import Frozen, plain_errors
 
 FILE_NAME = "chiplog.toml"
+
+# Both end up in shell scripts: an option is one plain word, a set-up line is one line.
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:,=+@/&|()\[\]*-]+$")]
+Line = Annotated[str, Field(pattern=r"^[^\r\n\x00]*$")]
 
 
 class Paths(Frozen):
@@ -31,9 +35,9 @@ class Paths(Frozen):
 class Slurm(Frozen):
     """How to ask this cluster for a job."""
 
-    account: str | None = Field(default=None, description="Account to charge.")
-    partition: str | None = Field(default=None, description="Partition for jobs whose GPU names none.")
-    setup: list[str] = Field(default=[], description="Shell lines that make the environment, run on the cluster only.")
+    account: Word | None = Field(default=None, description="Account to charge.")
+    partition: Word | None = Field(default=None, description="Partition for jobs whose GPU names none.")
+    setup: list[Line] = Field(default=[], description="Shell lines that make the environment, run on the cluster only.")
     max_submit: int | None = Field(default=None, ge=1, description="Jobs that may stand in the queue at once.")
 
 
@@ -48,10 +52,10 @@ class Local(Frozen):
 class Gpu(Frozen):
     """One kind of GPU that can be asked for."""
 
-    name: str = Field(description="Name, such as a100-80gb.")
-    partition: str | None = Field(default=None, description="Slurm partition that has it.")
-    gres: str | None = Field(default=None, description="Slurm generic resource, such as gpu:a100:1.")
-    constraint: str | None = Field(default=None, description="Slurm feature to ask for.")
+    name: Word = Field(description="Name, such as a100-80gb.")
+    partition: Word | None = Field(default=None, description="Slurm partition that has it.")
+    gres: Word | None = Field(default=None, description="Slurm generic resource, such as gpu:a100:1.")
+    constraint: Word | None = Field(default=None, description="Slurm feature to ask for.")
     count: int = Field(default=1, ge=1, description="How many there are.")
 
 

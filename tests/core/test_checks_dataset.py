@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from chiplog.checks.dataset import DatasetReport, SplitReport, check_dataset
 from chiplog.checks.lookup import find_near, missing_dataset, resolve_dataset
 from chiplog.checks.samples import TokenCounts
 from chiplog.errors import NotFoundError
 from chiplog.trainer_files import load_trainer_file
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from tests.conftest import make_model, make_words
 
 Row = dict[str, object]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from chiplog.compare import holm, paired, proportion
 from scipy import stats
+
+from chiplog.compare import holm, paired, proportion
 
 
 @pytest.mark.parametrize(("count", "n"), [(0, 100), (1, 7), (71, 100), (100, 100)])

@@ -10,8 +10,9 @@ from typing import Any
 
 import anyio
 import pytest
-from chiplog.server import build_server
 from mcp import Client
+
+from chiplog.server import build_server
 
 ASK: dict[str, Any] = {
     "question": "Which rank?",

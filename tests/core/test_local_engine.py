@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from chiplog.engines import Job, LocalEngine
 from chiplog.engines.job import read_options, seconds
 from chiplog.engines.local import available_cpus

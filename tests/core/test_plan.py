@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from chiplog.errors import PlanError
-from chiplog.plan import NAME, Experiment, Plan, dump_plan, expand, parse_plan
 from hypothesis import given
 from hypothesis import strategies as st
+
+from chiplog.errors import PlanError
+from chiplog.plan import NAME, Experiment, Plan, dump_plan, expand, parse_plan
 
 SETTINGS = {
     "model": None,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from chiplog import render as rendering
 from chiplog.errors import ConfirmationNeeded, RenderError
 from chiplog.plan import Experiment, Plan, Resources, expand

@@ -40,9 +40,7 @@ class ModelReport(Report):
     weight_bytes: int = Field(description="Bytes of the weight files that are there.")
     shards: int = Field(description="Weight files that a loader opens.")
     tokenizer: str | None = Field(description="Kind of the tokenizer, such as BPE; null: it cannot be read.")
-    chat_template: bool | None = Field(
-        description="Whether its chat template works; null: no tokenizer to try it with."
-    )
+    chat_template: bool | None = Field(description="Whether its chat template works; null: could not be tried.")
 
 
 def check_model(path: Path, *, needs_chat: bool = True) -> ModelReport:
@@ -53,13 +51,14 @@ def check_model(path: Path, *, needs_chat: bool = True) -> ModelReport:
     if not path.is_dir():
         raise missing_model(str(path), [path.parent])
     config, checks = _config(path)
+    config_ok = all_ok(checks)
     weights = check_weights(path)
     checks += weights.checks
     if weights.tensors and config.vocab_size and config.embedding_width:
         checks += check_embedding(weights.tensors, config.vocab_size, config.embedding_width)
     tokenizer, tokenizer_checks = _tokenizer(path, config.vocab_size)
     checks += tokenizer_checks
-    chat = _chat_template(path, needs_chat) if tokenizer else None
+    chat = _chat_template(path, needs_chat) if tokenizer and config_ok else None
     checks += [chat] if chat else []
     checks += _leftovers(path)
     elements: Counter[str] = Counter()

@@ -1,0 +1,100 @@
+"""What every study keeps: plans that expand and render, data that are the same twice, a scorer that can tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from chiplog.bundle import bundle, study_folder, study_names
+from chiplog.plan import expand, parse_plan
+from chiplog.recipes import choose_recipe, defaults
+from chiplog.render import render
+from chiplog.settings import Settings
+from chiplog.studies import list_studies, run_command
+from chiplog.trainer_files import load_trainer_file
+
+STUDIES = study_names()
+PLANS = [(study.name, plan) for study in list_studies() for plan in study.plans]
+
+
+def test_there_is_a_study():
+    assert "capitalization" in STUDIES
+
+
+@pytest.mark.parametrize(("study", "plan"), PLANS)
+def test_a_plan_of_a_study_expands_and_renders(study: str, plan: str, workspace: Path):
+    values = yaml.safe_load((study_folder(study) / "experiments.yaml").read_text())[plan]
+    for experiment in values["experiments"]:
+        experiment.setdefault("recipe", choose_recipe(experiment.get("resources", {}).get("gpus", 0), False).name)
+    checked = parse_plan({**values, "name": "p", "study": study}, f"{study}/{plan}")
+    runs = expand(checked, defaults)
+    files = render(checked, runs, Settings.model_validate({"workspace": workspace}))
+    assert {f"runs/{run.name}/run.sbatch" for run in runs} <= files.keys()
+    assert any(run.kind == "control" for run in runs)
+
+
+def test_the_counts_of_the_published_plan_come_out():
+    plan = yaml.safe_load((study_folder("capitalization") / "experiments.yaml").read_text())["batch_from_logs"]
+    plan["experiments"][0]["recipe"] = "lora_finetune_single_device"
+    runs = expand(parse_plan({**plan, "name": "p"}, "test"), defaults)
+    steps = {run.name: 8000 // run.config["batch_size"] * run.config["epochs"] for run in runs if run.kind != "control"}
+    assert steps == {
+        "1B_rank4_batch16": 1500,
+        "1B_rank64_batch16": 1500,
+        "3B_rank4_batch8": 3000,
+        "3B_rank64_batch8": 3000,
+    }
+
+
+TINY = {"capitalization": {"words_len": 5, "train_percent": 80, "n": 50, "seed": 3}}
+
+
+@pytest.mark.parametrize("study", [name for name in STUDIES if (study_folder(name) / "data.py").is_file()])
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_same_options_make_the_same_bytes(study: str, chat: bool, tmp_path: Path):
+    made = [run_command(study, "data.py", {**TINY[study], "chat": chat, "out": tmp_path / name}) for name in "ab"]
+    assert made[0]["sha256"] == made[1]["sha256"]
+    contents = [
+        {
+            file.relative_to(tmp_path / name): file.read_bytes()
+            for file in (tmp_path / name).rglob("*")
+            if file.is_file()
+        }
+        for name in "ab"
+    ]
+    assert contents[0] == contents[1] and contents[0]
+    other = run_command(study, "data.py", {**TINY[study], "seed": 4, "chat": chat, "out": tmp_path / "c"})
+    assert other["sha256"] != made[0]["sha256"]
+
+
+@pytest.mark.parametrize("study", [name for name in STUDIES if (study_folder(name) / "evaluate.py").is_file()])
+def test_an_oracle_scores_full_marks_and_a_constant_scores_chance(study: str, tmp_path: Path):
+    made = run_command(study, "data.py", {**TINY[study], "out": tmp_path})
+    rows = load_trainer_file("rows").read_rows(Path(made["path"]), "test")
+    targets = [row["output"] for row in rows]
+    scope: dict = {}
+    exec((study_folder(study) / "evaluate.py").read_text(), scope)
+    oracle = [scope["score"](target, target) for target in targets]
+    constant = [scope["score"](targets[0], target) for target in targets]
+    assert all(all(marks.values()) for marks in oracle)
+    assert sum(marks["exact_match"] for marks in constant) == 1
+    assert not any(scope["score"](target.lower(), target)["exact_match"] for target in targets)
+
+
+def test_a_word_list_that_is_too_short_says_how_many_there_are(tmp_path: Path):
+    from chiplog.errors import StudyError
+
+    options = {"words_len": 5, "train_percent": 80, "n": 10**6, "out": tmp_path}
+    with pytest.raises(StudyError, match=r"there are \d+ words of 5 letters"):
+        run_command("capitalization", "data.py", options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demo_names_plans_that_exist():
+    text = (bundle() / "tasks" / "capitalization" / "demo.py").read_text()
+    plans = yaml.safe_load((study_folder("capitalization") / "experiments.yaml").read_text())
+    assert all(f'"{name}"' in text for name in ("demo", "demo_longer")) and {"demo", "demo_longer"} <= plans.keys()
+    assert json.dumps(plans)
