@@ -17,7 +17,7 @@ from torch import Tensor
 from torchtune import training
 from torchtune.models.convert_weights import hf_to_tune, tune_to_peft_adapter_weights
 from torchtune.models.llama3_2._component_builders import lora_llama3_2
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import RMSNorm, TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from trainer import job
@@ -78,7 +78,7 @@ def llama_shape(model_dir: Path, max_seq_len: int) -> dict[str, Any]:
 def load_model(
     model_dir: Path, shape: dict[str, Any], config: SimpleNamespace, device: torch.device
 ) -> TransformerDecoder:
-    """The frozen model with a new adapter, all in `config.dtype`; only the adapter is trainable.
+    """The frozen model with a new adapter, all but the norms in `config.dtype`; only the adapter is trainable.
 
     Raises UserError when a weight is missing or the hardware lacks the dtype.
     """
@@ -95,6 +95,9 @@ def load_model(
             lora_dropout=config.lora_dropout,
             **shape,
         )
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.float()  # torchtune normalises in float32, and torch fuses that only with a float32 scale
     adapter = get_adapter_params(model)
     set_trainable_params(model, adapter)
     missing = set(model.state_dict()) - set(adapter)

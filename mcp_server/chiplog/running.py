@@ -10,7 +10,6 @@ from pathlib import Path
 
 from pydantic import Field
 
-from chiplog.checks.lookup import resolve_dataset
 from chiplog.collect import jobs_of
 from chiplog.engines import Job, engine_for
 from chiplog.errors import EngineError, NotFoundError, PlanError
@@ -72,8 +71,11 @@ def check_data_unchanged(folder: ExperimentFolder) -> None:
     """Raises PlanError if a data set is gone or differs from what was planned."""
     plan = folder.plan
     for key, path in plan.datasets.items():
-        resolve_dataset(path, [])
-        found = load_trainer_file("rows").file_hash(Path(path))
+        rows = load_trainer_file("rows")
+        try:
+            found = rows.file_hash(Path(path))
+        except (rows.RowsError, OSError) as error:
+            raise PlanError(f"the data set {key} ({path}) cannot be read any more: {error}") from error
         if found != plan.dataset_sha256.get(key, found):
             raise PlanError(
                 f"the data set {key} ({path}) has changed since it was planned: plan again, or put the old one back"

@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chiplog.checks.dataset import DatasetReport, SplitReport, check_dataset
-from chiplog.checks.lookup import find_near, missing_dataset, resolve_dataset
 from chiplog.checks.samples import TokenCounts
 from chiplog.errors import NotFoundError
 from chiplog.trainer_files import load_trainer_file
@@ -243,6 +242,14 @@ def without_template(model: Path) -> None:
     (model / "tokenizer_config.json").write_text('{"eos_token": "~"}')
 
 
+def with_a_wrong_template(model: Path) -> None:
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "~", "chat_template": "{{ 1 + 'a' }}"}))
+
+
+def with_a_wrong_tokenizer_config(model: Path) -> None:
+    (model / "tokenizer_config.json").write_text("[]")
+
+
 def with_short_context(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 30}))
@@ -253,6 +260,8 @@ def with_short_context(model: Path) -> None:
     [
         (without_tokenizer, "failed", "tokenizer.json is missing"),
         (without_template, "failed", "train row 1: "),
+        (with_a_wrong_template, "failed", "train row 1: unsupported operand"),
+        (with_a_wrong_tokenizer_config, "failed", "unsupported operand"),
         (with_short_context, "warning", "the longest sample has 31 tokens, the context of tiny 30"),
     ],
 )
@@ -274,44 +283,6 @@ def test_a_data_set_that_is_not_there_is_an_error_with_the_names_near_it(tmp_pat
         check_dataset(tmp_path / "word_5L.jsn")
     path = tmp_path / "word_5L.jsn"
     assert str(error.value) == f"there is no data set {path}. Did you mean\n  {tmp_path / 'words_5L.json'}"
-
-
-def test_a_name_far_from_all_lists_what_is_there_and_none_says_how_to_make_one(tmp_path: Path):
-    error = missing_dataset(Path("xyz"), [tmp_path])
-    assert str(error).startswith(f"there is no data set xyz, and none under {tmp_path}: make one with create_dataset")
-    for i in range(12):
-        make_words(tmp_path / f"words_{i:02}.json")
-    lines = str(missing_dataset(Path("xyz"), [tmp_path])).splitlines()
-    assert lines[0] == f"there is no data set xyz. Under {tmp_path} there are"
-    assert lines[1:] == [*(f"  {tmp_path / f'words_{i:02}.json'}" for i in range(10)), "  and 2 more"]
-
-
-def test_near_names_are_the_likest_first_and_folders_count(tmp_path: Path):
-    for name in ("words_5L.json", "words_5L_chat/train.json", "words_8L.json", "other.json"):
-        make_words(tmp_path / name)
-    assert find_near(Path("words_5L.jsonl"), [tmp_path])[0] == tmp_path / "words_5L.json"
-    near = find_near(Path("words_5L"), [tmp_path])
-    assert near == [tmp_path / "words_5L.json", tmp_path / "words_5L_chat", tmp_path / "words_8L.json"]
-
-
-def test_a_data_set_is_found_by_path_name_or_bare_name(tmp_path: Path):
-    root, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
-    make_words(root / "lab" / "words.json")
-    make_words(elsewhere / "numbers.json")
-    file = root / "lab" / "words.json"
-    for name in (str(file), "data/lab/words.json", "lab/words.json", "words.json", "lab/words", "words", "lab"):
-        assert resolve_dataset(name, [root], tmp_path) == (file.parent if name == "lab" else file)
-    assert resolve_dataset("numbers.json", [root], elsewhere) == elsewhere / "numbers.json"
-    for name in ("numbers", "x" * 5_000, "a\0b", "~nobody/words.json"):
-        with pytest.raises(NotFoundError):
-            resolve_dataset(name, [root], tmp_path)
-
-
-def test_a_name_of_two_data_sets_is_refused_with_both(tmp_path: Path):
-    for folder in ("a", "b"):
-        make_words(tmp_path / folder / "words.json")
-    with pytest.raises(NotFoundError, match=r"words may be any of 2: give the path of one\n.*a/words\.json\n.*b/words"):
-        resolve_dataset("words", [tmp_path])
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet"])

@@ -102,6 +102,8 @@ def test_data_that_changed_after_planning_are_not_trained_on(lab: Path):
     file = lab / "data" / "words.json"
     file.write_text(file.read_text().replace("Wordaa", "WordAA"))
     assert "has changed since it was planned" in chiplog("submit-experiment", "ranks", "--confirm", code=2).stderr
+    file.unlink()
+    assert "cannot be read any more" in chiplog("submit-experiment", "ranks", "--confirm", code=2).stderr
 
 
 def test_a_plan_that_was_not_set_up_is_not_submitted(lab: Path):

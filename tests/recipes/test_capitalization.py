@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, load
 
+from tests.recipes.helpers import ROOT, load
 from trainer.rows import file_hash, read_rows, split_names
 
 SPLITS = ["train", "validation", "test"]

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import finetune, load, start
 
+from tests.recipes.helpers import finetune, load, make_llama, start
 from trainer.chat import ChatError, ChatTokenizer
 from trainer.job import UserError
 
@@ -132,11 +132,8 @@ def test_what_cannot_be_evaluated_is_refused_in_words(evaluation: Any, settings:
 
 def test_an_adapter_of_another_model_or_kind_is_refused(evaluation: Any, settings: dict, llama: Path, tmp_path: Path):
     finetune(settings | {"max_steps": 1}, tmp_path)
-    wide = SimpleNamespace(hidden_size=64)
-    from conftest import make_llama
-
-    other = make_llama(tmp_path / "wide", hidden_size=wide.hidden_size)
-    with pytest.raises(UserError, match=r"adapts model\.layers\.0\.\S+ as \(\d+, 32\), the model has"):
+    other = make_llama(tmp_path / "wide", hidden_size=64)
+    with pytest.raises(UserError, match=r"adapts model\.layers\.0\.\S+ as \(.*\), the model has"):
         evaluation.merge_adapter(evaluation.load_model(other, torch.float32), tmp_path / "adapter")
     about = tmp_path / "adapter" / "adapter_config.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"use_dora": True}))

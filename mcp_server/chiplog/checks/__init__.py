@@ -42,17 +42,21 @@ class Report(Frozen):
         return sorted((check for check in self.checks if check.mend), key=lambda check: check.ok)
 
 
-def passed(subject: Words, found: str) -> Check:
+def passed(subject: str, found: str) -> Check:
+    """A check that leaves nothing to do."""
     return Check(subject=subject, ok=True, found=found, mend=None)
 
 
-def warning(subject: Words, found: str, mend: str) -> Check:
+def warning(subject: str, found: str, mend: str) -> Check:
+    """A check that stops no run, and still has something to mend."""
     return Check(subject=subject, ok=True, found=found, mend=mend)
 
 
-def failed(subject: Words, found: str, mend: str) -> Check:
+def failed(subject: str, found: str, mend: str) -> Check:
+    """A check that stops a run until it is mended."""
     return Check(subject=subject, ok=False, found=found, mend=mend)
 
 
 def all_ok(checks: list[Check]) -> bool:
+    """Whether none failed: a Report's `ok`."""
     return all(check.ok for check in checks)

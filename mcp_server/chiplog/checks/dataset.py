@@ -113,10 +113,9 @@ def _counter(
     """What makes a row's token ids; or None, and why there is none."""
     if model is None:
         return None, None
-    chat = load_trainer_file("chat")
     try:
-        tokenizer = chat.ChatTokenizer(model)
-    except chat.ChatError as error:
+        tokenizer = load_trainer_file("chat").ChatTokenizer(model)
+    except Exception as error:  # ChatError, or whatever a broken tokenizer makes of itself
         return None, str(error)
     return lambda row: tokenizer.row_example(row, system_prompt, prompt), None
 

@@ -119,7 +119,7 @@ def _look(
         return
     try:
         example = count(row)
-    except chat.ChatError as error:
+    except Exception as error:  # ChatError, or anything: a chat template is a program
         found.uncounted.add(f"{place}: {error}")
         return
     found.lengths.append(len(example.ids))
