@@ -73,23 +73,18 @@ def evaluate(config: SimpleNamespace, adapter: Path | None, out: Path) -> dict[s
     model = load_model(model_dir, DTYPES[config.dtype])
     if adapter is not None:
         merge_adapter(model, adapter)
-    model.to(device).eval()  # type: ignore[arg-type]
+    model.to(device)  # pyright: ignore[reportArgumentType]
 
     setup_s, began = job.age_s(), time.perf_counter()
     answers = answer(model, tokenizer, [item.prompt_ids for item in items], config)
     outputs = [tokenizer.decode(ids) for ids in answers]
     scores = [score(output, item.target) for output, item in zip(outputs, items, strict=True)]
     out.mkdir(parents=True, exist_ok=True)
+    (out / "scores.json").unlink(missing_ok=True)  # an earlier evaluation's, of other predictions
     with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
         for item, output, marks in zip(items, outputs, scores, strict=True):
-            line = {
-                "index": item.index,
-                "prompt": item.prompt,
-                "target": item.target,
-                "output": output,
-                "scores": marks,
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            asked = {"index": item.index, "prompt": item.prompt, "target": item.target}
+            file.write(json.dumps({**asked, "output": output, "scores": marks}, ensure_ascii=False) + "\n")
     result = {
         "split": config.eval_split,
         "n": len(items),
@@ -104,7 +99,7 @@ def evaluate(config: SimpleNamespace, adapter: Path | None, out: Path) -> dict[s
         **job.peak_memory(device),
         "device": job.describe_device(device)["device"],
         # Two evaluations with the same hash answered the same rows, so they can be compared pairwise.
-        "dataset_sha256_of_items": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
+        "dataset_sha256_of_items": hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest(),
     }
     job.write_json(out / "scores.json", result)
     for name, counted in result["scores"].items():
@@ -216,7 +211,7 @@ def answer(
             width = len(prompts[chosen[0]])
             ids = [[tokenizer.pad_id] * (width - len(prompts[i])) + prompts[i] for i in chosen]
             mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]
-            written = model.generate(  # type: ignore[operator]
+            written = model.generate(  # pyright: ignore[reportCallIssue]
                 torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device)
             )
             for i, new in zip(chosen, written[:, width:].tolist(), strict=True):

@@ -18,13 +18,19 @@ from torchtune import training
 from torchtune.models.convert_weights import hf_to_tune, tune_to_peft_adapter_weights
 from torchtune.models.llama3_2._component_builders import lora_llama3_2
 from torchtune.modules import RMSNorm, TransformerDecoder
-from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from torchtune.modules.peft import LORA_ATTN_MODULES, get_adapter_params, set_trainable_params
 
 from trainer import job
 from trainer.job import UserError
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
-ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "output_proj"}  # PEFT: torchtune
+# PEFT's names: torchtune's
+ATTENTION: dict[str, LORA_ATTN_MODULES] = {
+    "q_proj": "q_proj",
+    "k_proj": "k_proj",
+    "v_proj": "v_proj",
+    "o_proj": "output_proj",
+}
 # torchtune/models/llama3_1/_position_embeddings.py; every Llama 3.1, 3.2 and 3.3 has these.
 ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
@@ -88,7 +94,7 @@ def load_model(
         raise UserError(f"{device} cannot compute in {config.dtype}: set dtype to fp32") from error
     with training.set_default_dtype(dtype), device:
         model = lora_llama3_2(
-            lora_attn_modules=[ATTENTION[target] for target in config.lora_targets if target in ATTENTION],  # type: ignore
+            lora_attn_modules=[ATTENTION[target] for target in config.lora_targets if target in ATTENTION],
             apply_lora_to_mlp=MLP[0] in config.lora_targets,
             lora_rank=config.lora_rank,
             lora_alpha=config.lora_alpha,

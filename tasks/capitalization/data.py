@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from english_words import get_english_words_set
-
 from trainer import job
 from trainer.job import UserError
 from trainer.rows import file_hash
@@ -42,6 +40,10 @@ def main() -> int:
 
 def make_splits(words_len: int, train_percent: int, n: int, seed: int) -> dict[str, list[str]]:
     """Lower-case words, no word twice. Raises UserError when there are too few, or a split would be empty."""
+    try:
+        from english_words import get_english_words_set
+    except ImportError as error:
+        raise UserError("the package english-words is not installed: pip install english-words") from error
     words = sorted(w for w in get_english_words_set(["web2"], alpha=True, lower=True) if len(w) == words_len)
     if n > len(words):
         raise UserError(f"there are {len(words)} words of {words_len} letters, fewer than {n}: ask for fewer")

@@ -46,6 +46,15 @@ def test_the_merged_adapter_computes_what_the_trained_model_does(
     assert (merged - base).abs().max() > 0.01
 
 
+def test_training_and_evaluation_give_the_model_the_same_prompt(evaluation: Any, settings: dict, tmp_path: Path):
+    settings |= {"system_prompt": "Be brief.", "prompt": "Say {input}!"}
+    trained = finetune(settings | {"max_steps": 1}, tmp_path).samples
+    rows = json.loads(Path(settings["dataset"]).read_text())["train"]
+    tokenizer = ChatTokenizer(settings["model"])
+    asked = [evaluation.make_item(0, row, tokenizer, SimpleNamespace(**settings)) for row in rows]
+    assert [item.prompt_ids for item in asked] == [sample.ids[: sample.n_prompt] for sample in trained]
+
+
 def test_answers_in_batches_are_those_of_one_prompt_at_a_time(evaluation: Any, settings: dict, llama: Path):
     tokenizer, model = ChatTokenizer(llama), evaluation.load_model(llama, torch.float32)
     prompts = [tokenizer.prompt_ids([{"role": "user", "content": "ab" * n}]) for n in (3, 1, 7, 2)]

@@ -153,7 +153,7 @@ def sum_steps(out: Path) -> int:
 def test_a_signal_ends_the_job_with_75_and_the_next_start_finishes_it_with_the_same_bits(
     settings: dict, tmp_path: Path
 ):
-    settings |= {"epochs": 40}
+    settings |= {"epochs": 30}
     finetune(settings, tmp_path / "whole")
     out = tmp_path / "killed"
     job = start(SCRIPT, settings, out)
@@ -165,7 +165,7 @@ def test_a_signal_ends_the_job_with_75_and_the_next_start_finishes_it_with_the_s
     _, log = job.communicate(timeout=120)
     assert job.returncode == 75, log
     stopped = sum_steps(out)
-    assert 5 <= stopped < 400
+    assert 5 <= stopped < 300
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step_{stopped}"]
 
     again = start(SCRIPT, settings, out)
@@ -177,12 +177,16 @@ def test_a_signal_ends_the_job_with_75_and_the_next_start_finishes_it_with_the_s
     # The log is one that reads like torchtune's.
     assert log.startswith("Running lora_finetune_single_device with resolved config:\n\nbatch_size: 4\n")
     assert "Starting checkpoint save...\nCheckpoint saved in 0.0" in log
-    assert "40|400|Loss: " in log
+    assert "30|300|Loss: " in log
     assert len(log) < 20_000
 
-    third = start(SCRIPT, settings, out)
-    said, _ = third.communicate(timeout=120)
-    assert (third.returncode, said) == (0, f"{out / 'DONE'} is there: nothing to do\n")
+
+def test_a_run_that_is_done_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    (tmp_path / "DONE").write_text('{"step": 3}')
+    monkeypatch.setattr("sys.argv", [SCRIPT, "--config", "none.yaml", "--out", str(tmp_path)])
+    assert load(SCRIPT).main() == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'DONE'} is there: nothing to do\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["DONE"]
 
 
 def test_checkpoints_come_every_n_steps_and_only_the_last_is_kept(settings: dict, tmp_path: Path):
