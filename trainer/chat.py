@@ -176,9 +176,9 @@ class ChatTokenizer:
     def _template(self):
         file = self.model_dir / "chat_template.jinja"
         source = file.read_text(encoding="utf-8") if file.is_file() else self._config.get("chat_template")
-        if isinstance(source, list):
-            source = {each["name"]: each["template"] for each in source}.get("default")
-        if source is None:
+        if isinstance(source, list) and all(isinstance(each, dict) for each in source):
+            source = next((each.get("template") for each in source if each.get("name") == "default"), None)
+        if not isinstance(source, str):
             raise ChatError(
                 f"{self.model_dir} has no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json): take the model's instruct variant, or copy its template into the folder"
@@ -202,7 +202,7 @@ class ChatTokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **self._special,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:  # TypeError: {{ 1 + 'a' }}
             raise ChatError(f"the chat template of {self.model_dir} refuses these messages: {error}") from error
 
     def _encode(self, text: str) -> list[int]:
@@ -227,9 +227,12 @@ class ChatTokenizer:
     def _read(self, name: str) -> dict[str, Any]:
         file = self.model_dir / name
         try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        except ValueError as error:
+            values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except (ValueError, RecursionError) as error:
             raise ChatError(f"{file} is not JSON ({error}): download it again") from error
+        if not isinstance(values, dict):
+            raise ChatError(f"{file} is no JSON object: download it again")
+        return values
 
 
 class _Generation(Extension):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,6 +148,11 @@ def expand(plan: Plan, defaults: Callable[[str], Config]) -> list[Run]:
     if not runs:
         raise PlanError("the plan has no run: give variables or runs")
     return runs
+
+
+def columns(varied: Iterable[Mapping[str, Value]]) -> list[str]:
+    """The settings that differ between runs, beside the model, which has a column of its own in every table."""
+    return [key for key in dict.fromkeys(key for one in varied for key in one) if key != "model"]
 
 
 def _expand_one(plan: Plan, experiment: Experiment, defaults: Callable[[str], Config]) -> list[Run]:

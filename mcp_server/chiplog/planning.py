@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from chiplog.bundle import study_folder
-from chiplog.checks import Check, Report
+from chiplog.checks import Check, Report, warning
 from chiplog.checks.dataset import DatasetReport, check_dataset
 from chiplog.checks.lookup import resolve_dataset, resolve_model
 from chiplog.checks.model import ModelReport, check_model
@@ -57,6 +57,7 @@ class PlannedRun(Frozen):
     """One row of the plan's table."""
 
     run: Run = Field(description="The run.")
+    steps: int = Field(description="Optimiser steps that it will take; 0 for a control.")
     estimate: RunEstimate = Field(description="What it will need.")
 
 
@@ -99,9 +100,7 @@ def make_plan(request: Request, settings: Settings, ledger: Ledger, progress=Non
         _check_split(run, datasets[run.dataset][0])
     records = ledger.records()
     counted = {key: dict(zip(plan.models, reports, strict=True)) for key, reports in datasets.items()}
-    rows = [
-        PlannedRun(run=run, estimate=estimate(run, counted[run.dataset][run.model], records, settings)) for run in runs
-    ]
+    rows = [plan_run(run, counted[run.dataset][run.model], records, settings) for run in runs]
     if settings.slurm and request.time_limit_s is None:
         plan = _with_time_limits(plan, rows)
         limited = {run.name: run for run in expand(plan, defaults)}
@@ -114,7 +113,8 @@ def make_plan(request: Request, settings: Settings, ledger: Ledger, progress=Non
             "take fewer values, fewer seeds or fewer epochs, or raise [budget] gpu_hours"
         )
     reports: list[Report] = [*models.values(), *(reports[0] for reports in datasets.values())]
-    return Planned(plan=plan, rows=rows, totals=totals, warnings=[c for report in reports for c in report.problems])
+    warnings = [check for report in reports for check in report.problems] + _check_warm_up(rows)
+    return Planned(plan=plan, rows=rows, totals=totals, warnings=warnings)
 
 
 def _draft(request: Request, settings: Settings) -> Plan:
@@ -214,8 +214,17 @@ def _check_split(run: Run, report: DatasetReport) -> None:
         )
 
 
-def estimate(run: Run, report: DatasetReport, records: Sequence[Record], settings: Settings) -> RunEstimate:
-    """What a run will need, from the records of the device that it will run on."""
+def _check_warm_up(rows: Sequence[PlannedRun]) -> list[Check]:
+    """A warm-up that outlasts the run: the learning rate that the plan names would never be reached."""
+    short = {row.run.name: row.steps for row in rows if row.run.config.get("warmup_steps", 0) >= row.steps > 0}
+    if not short:
+        return []
+    found = f"it outlasts the {min(short.values())} steps of {', '.join(short)}, which never reach their lr"
+    return [warning("warmup_steps", found, "Lower it, or train for more epochs")]
+
+
+def plan_run(run: Run, report: DatasetReport, records: Sequence[Record], settings: Settings) -> PlannedRun:
+    """A run with its estimate, from the records of the device that it will run on."""
     gpu = find_gpu(run, settings)
     kind = gpu.name.split("-")[0].lower() if gpu else ""
 
@@ -228,7 +237,8 @@ def estimate(run: Run, report: DatasetReport, records: Sequence[Record], setting
     tokens = train.tokens.total if train and train.tokens else None
     scored = report.splits[run.config["eval_split"]].rows
     work = workload(run, train.rows if train else 0, tokens, scored)
-    return estimate_run(run, work, [record for record in records if same_device(record.usage.device)])
+    usable = [record for record in records if same_device(record.usage.device)]
+    return PlannedRun(run=run, steps=work.steps, estimate=estimate_run(run, work, usable))
 
 
 def _with_time_limits(plan: Plan, rows: Sequence[PlannedRun]) -> Plan:

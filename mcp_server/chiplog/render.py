@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from chiplog.bundle import bundle, study_folder
 from chiplog.errors import ConfirmationNeeded, NotFoundError, RenderError
 from chiplog.files import write_atomic
-from chiplog.plan import Plan, Run, dump_plan
+from chiplog.plan import Plan, Run, columns, dump_plan
 from chiplog.provenance import packages, revision, revision_text
 from chiplog.recipes import load_recipe
 from chiplog.settings import Gpu, Settings
@@ -131,13 +131,10 @@ def find_gpu(run: Run, settings: Settings) -> Gpu | None:
 
 
 def _readme(jinja: Environment, plan: Plan, runs: Sequence[Run]) -> bytes:
-    columns = list(dict.fromkeys(key for run in runs for key in run.varied))
-    rows = [
-        {"name": run.name, "kind": run.kind, "cells": [str(run.varied.get(key, "–")) for key in columns]}
-        for run in runs
-    ]
+    varied = columns(run.varied for run in runs)
+    rows = [[run.name, run.model, run.kind, *(str(run.varied.get(key, "–")) for key in varied)] for run in runs]
     has_control = any(run.kind == "control" for run in runs)
-    text = jinja.get_template("README.md.j2").render(plan=plan, columns=columns, rows=rows, has_control=has_control)
+    text = jinja.get_template("README.md.j2").render(plan=plan, varied=varied, rows=rows, has_control=has_control)
     return text.encode()
 
 

@@ -18,6 +18,7 @@ from chiplog.files import write_atomic
 from chiplog.folder import ExperimentFolder, Submission
 from chiplog.ledger.metrics import last_step, read_events
 from chiplog.plan import Run
+from chiplog.planning import PlannedRun
 from chiplog.record import Prediction, State
 from chiplog.schema import Frozen
 from chiplog.trainer_files import load_trainer_file
@@ -82,21 +83,18 @@ def check_data_unchanged(folder: ExperimentFolder) -> None:
             )
 
 
-def submit(
-    folder: ExperimentFolder, runs: Sequence[Run], estimates: dict[str, RunEstimate], engine_name: str
-) -> list[Submission]:
+def submit(folder: ExperimentFolder, rows: Sequence[PlannedRun], engine_name: str) -> list[Submission]:
     """Queues one job a run, each with its prediction on record before it starts."""
     engine = engine_for(engine_name)
     attempts = {submission.run: submission.attempt for submission in folder.submissions()}
-    for run in runs:
-        prediction = _prediction(estimates[run.name])
-        file = folder.path / "runs" / run.name / "estimate.json"
-        write_atomic(file, prediction.model_dump_json(indent=1).encode() + b"\n")
-    jobs = engine.submit([folder.path / "runs" / run.name / "run.sbatch" for run in runs])
+    folders = {row.run.name: folder.path / "runs" / row.run.name for row in rows}
+    for row in rows:
+        text = _prediction(row.estimate).model_dump_json(indent=1) + "\n"
+        write_atomic(folders[row.run.name] / "estimate.json", text.encode())
+    jobs = engine.submit([path / "run.sbatch" for path in folders.values()])
     done = []
-    for run, job in zip(runs, jobs, strict=True):
-        attempt = attempts.get(run.name, 0) + 1
-        done.append(Submission(run=run.name, engine=engine_name, job_id=job.id, attempt=attempt))
+    for name, job in zip(folders, jobs, strict=True):
+        done.append(Submission(run=name, engine=engine_name, job_id=job.id, attempt=attempts.get(name, 0) + 1))
         folder.add(done[-1])
     return done
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from chiplog.compare import Interval
-from chiplog.plan import Plan, Value
+from chiplog.plan import Value, columns
 from chiplog.planning import PlannedRun, Totals
 from chiplog.record import State
 from chiplog.summary import Row
@@ -18,7 +18,7 @@ NO_EVIDENCE = "no evidence"
 
 def plan_table(rows: Sequence[PlannedRun]) -> str:
     """The experiment before it runs, in Markdown."""
-    columns = list(dict.fromkeys(key for row in rows for key in row.run.varied))
+    varied = columns(row.run.varied for row in rows)
     cells = []
     for number, row in enumerate(rows, start=1):
         run, guess = row.run, row.estimate
@@ -29,11 +29,12 @@ def plan_table(rows: Sequence[PlannedRun]) -> str:
             else NO_EVIDENCE
         )
         limit = clock(run.resources.time_limit_s) if run.resources.time_limit_s else "–"
-        varied = [str(run.varied.get(column, "–")) for column in columns]
-        batch = str(run.config.get("batch_size", "–"))
+        settings = [_cell(value) for value in (*map(run.varied.get, varied), run.config.get("batch_size"))]
         time_words = span((told.value, told.low, told.high), duration) if told else NO_EVIDENCE
-        cells.append([str(number), run.name, run.kind, *varied, batch, time_words, limit, memory, guess.basis])
-    return markdown(["#", "run", "type", *columns, "batch", "est. time", "time limit", "est. memory", "basis"], cells)
+        cells.append([str(number), run.name, run.model, run.kind, *settings, time_words, limit, memory, guess.basis])
+    return markdown(
+        ["#", "run", "model", "type", *varied, "batch", "est. time", "time limit", "est. memory", "basis"], cells
+    )
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -60,30 +61,41 @@ def cut_note(there: int, limit: int) -> str | None:
     return f"... and {there - limit} more: raise limit to see them" if there > limit else None
 
 
-def table_headings(plan: Plan, columns: Sequence[str]) -> list[str]:
-    """The headings of the table; units stand here, so that the cells hold numbers."""
-    shared = ["batch", "est. time", "time limit", "actual", "est. memory", "peak memory"]
-    return ["#", "run", "type", *columns, *shared, *(f"{metric}, % (95 % CI)" for metric in plan.metrics)]
+def summary_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+    """The experiment after it ran, in Markdown."""
+    varied = columns(row.varied for row in rows)
+    numbers = ["batch", "est. time", "time limit", "actual", "est. memory", "peak memory"]
+    scores = [f"{metric}, % (95 % CI)" for metric in metrics]
+    headings = ["#", "run", "model", "type", *varied, *numbers, *scores]
+    return markdown(headings, [_summary_row(number, row, varied, metrics) for number, row in enumerate(rows, start=1)])
 
 
-def table_row(number: int, row: Row, plan: Plan, columns: Sequence[str]) -> list[str]:
-    """The cells of one run."""
-    elapsed = duration(row.elapsed_s) if row.state is State.COMPLETED else f"{row.state or 'not run'}"
-    peak = (
-        "–" if row.peak_mem_bytes is None else f"{size(row.peak_mem_bytes)} ({MEM_WORDS.get(row.mem_kind or '', '?')})"
-    )
+def _summary_row(number: int, row: Row, varied: Sequence[str], metrics: Sequence[str]) -> list[str]:
+    peak = f"{size(row.peak_mem_bytes)} ({MEM_WORDS[row.mem_kind]})" if row.mem_kind in MEM_WORDS else "–"
     return [
         str(number),
         row.run,
+        row.model,
         row.kind,
-        *(_cell(row.varied.get(column)) for column in columns),
+        *(_cell(row.varied.get(key)) for key in varied),
         _cell(row.batch_size),
         span(row.predicted_s, duration),
         clock(row.time_limit_s) if row.time_limit_s else "–",
-        elapsed,
+        duration(row.elapsed_s) if row.state is State.COMPLETED else f"{row.state or 'not run'}",
         span(row.predicted_bytes, size),
         peak,
-        *(_score_cell(row.scores.get(metric)) for metric in plan.metrics),
+        *(_score_cell(row.scores.get(metric)) for metric in metrics),
+    ]
+
+
+def probe_words(rows: Sequence[PlannedRun]) -> list[str]:
+    """What to do about the runs that nothing is known of, in at most one line."""
+    unknown = [row.run.name for row in rows if row.estimate.elapsed is None]
+    if not unknown:
+        return []
+    return [
+        f"No evidence for {', '.join(unknown)}: no run like these has completed on this device. To get some, "
+        "plan a probe with max_steps 20 and eval_limit 20, run it, and plan again."
     ]
 
 

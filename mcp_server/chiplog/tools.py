@@ -29,11 +29,12 @@ from chiplog.answers import (
     SummaryAnswer,
 )
 from chiplog.checks import Check, Report
+from chiplog.checks.dataset import DatasetReport
 from chiplog.checks.dataset import check_dataset as inspect_dataset
 from chiplog.checks.lookup import resolve_dataset, resolve_model
 from chiplog.checks.model import check_model as inspect_model
 from chiplog.errors import ConfirmationNeeded
-from chiplog.folder import ExperimentFolder, find_experiment
+from chiplog.folder import find_experiment
 from chiplog.ledger import Ledger
 from chiplog.plan import Run, Value, dump_plan, expand
 from chiplog.planning import PlannedRun, Request
@@ -43,7 +44,7 @@ from chiplog.render import render, write_experiment
 from chiplog.report import write_summary
 from chiplog.settings import load_settings
 from chiplog.summary import summarize
-from chiplog.tables import cut_note, markdown, plan_table, span, table_headings, table_row, totals_words
+from chiplog.tables import cut_note, plan_table, probe_words, span, summary_table, totals_words
 from chiplog.text import duration
 
 Progress = Callable[[float, float | None, str], None] | None
@@ -87,11 +88,12 @@ def check_dataset(
 
 def check_model(
     name: Annotated[str, Field(description="Folder of the model, or its name under the model folders.")],
+    needs_chat: Annotated[bool, Field(description="Whether its chat template is needed.")] = True,
 ) -> ModelAnswer:
     """Checks a model folder: configuration, every weight file whole, tokenizer, chat template, parameter count."""
     settings = load_settings()
     folder = settings.allowed(resolve_model(name, settings.model_roots, settings.workspace))
-    report = inspect_model(folder)
+    report = inspect_model(folder, needs_chat=needs_chat)
     params = f"{report.n_params:,} parameters" if report.n_params else "parameters not counted"
     head = f"{folder.name} is {'usable' if report.ok else 'not usable as it is'}: {report.model_type}, {params}."
     return ModelAnswer(summary=_with_checks(head, report), ok=report.ok, report=report)
@@ -157,7 +159,7 @@ def plan_experiment(
     lines = [planned.plan.question, "", table, cut_note(len(planned.rows), limit), totals_words(totals)]
     if totals.controls:
         lines.append("A control is the base model, evaluated without fine-tuning; it has no training job.")
-    lines += sorted({row.estimate.probe for row in planned.rows if row.estimate.probe})
+    lines += [f"warning: {_check_words(check)}" for check in planned.warnings] + probe_words(planned.rows)
     return PlanAnswer(
         summary="\n".join(line for line in lines if line is not None),
         next=[f"show the table to the user, then setup_experiment_dirs(experiment={planned.plan.name!r})"],
@@ -166,7 +168,7 @@ def plan_experiment(
         table=table,
         rows=[_plan_row(row) for row in planned.rows[:limit]],
         totals=totals,
-        warnings=[f"{check.subject}: {check.found}. {check.mend}" for check in planned.warnings],
+        warnings=[_check_words(check) for check in planned.warnings],
     )
 
 
@@ -198,13 +200,12 @@ def submit_experiment(experiment: Name, runs: Runs = None, confirm: Confirm = Fa
                 summary="Every run has a job that waits, runs or completed: nothing to submit.", jobs={}
             )
         running.check_data_unchanged(folder)
-        estimates = _estimates(folder, chosen)
-        rows = [PlannedRun(run=run, estimate=estimates[run.name]) for run in chosen]
+        rows = _planned(chosen)
         if not confirm:
             names = ", ".join(run.name for run in chosen)
             words = totals_words(planning.make_totals(rows))
             raise ConfirmationNeeded(f"Submit {len(chosen)} runs to this machine ({names})? {words}")
-        done = running.submit(folder, chosen, estimates, "local")
+        done = running.submit(folder, rows, "local")
     return SubmitAnswer(
         summary=f"Submitted {len(done)} runs to this machine; they go on when this command ends.",
         next=[f"experiment_status(experiment={folder.path.name!r})"],
@@ -281,9 +282,7 @@ def summarize_experiment(experiment: Name, limit: Limit = 200) -> SummaryAnswer:
     summary = summarize(folder, records)
     files = write_summary(folder, summary)
     plan = folder.plan
-    columns = list(dict.fromkeys(key for row in summary.rows for key in row.varied))
-    cells = [table_row(number, row, plan, columns) for number, row in enumerate(summary.rows[:limit], start=1)]
-    table = markdown(table_headings(plan, columns), cells)
+    table = summary_table(summary.rows[:limit], plan.metrics)
     shown = [f"- {c.words}" for c in summary.comparisons if c.shown] or ["- nothing"]
     not_shown = [f"- {words}" for words in summary.not_shown] or ["- nothing is left open by this design"]
     cut = cut_note(len(summary.rows), limit)
@@ -305,13 +304,12 @@ def estimate_resources(experiment: Name, limit: Limit = 200) -> PlanAnswer:
     settings = load_settings()
     folder = find_experiment(experiment, settings)
     runs = expand(folder.plan, defaults)
-    estimates = _estimates(folder, runs)
-    rows = [PlannedRun(run=run, estimate=estimates[run.name]) for run in runs]
+    rows = _planned(runs)
     totals, table = planning.make_totals(rows), plan_table(rows[:limit])
     evidence = sorted({name for row in rows if row.estimate.elapsed for name in row.estimate.elapsed.evidence})
     lines = [table, cut_note(len(rows), limit), totals_words(totals)]
     lines += [f"Evidence: {', '.join(evidence[:LISTED])}."] if evidence else []
-    lines += sorted({row.estimate.probe for row in rows if row.estimate.probe})
+    lines += probe_words(rows)
     return PlanAnswer(
         summary="\n".join(line for line in lines if line),
         plan_file=None,
@@ -323,18 +321,19 @@ def estimate_resources(experiment: Name, limit: Limit = 200) -> PlanAnswer:
     )
 
 
-def _estimates(folder: ExperimentFolder, runs: Sequence[Run]) -> dict[str, Any]:
+def _planned(runs: Sequence[Run]) -> list[PlannedRun]:
+    """Runs of a plan that stands, with estimates as of now."""
     settings, records = load_settings(), Ledger().records()
-    reports: dict[tuple[str, str], Any] = {}
-    found = {}
+    reports: dict[tuple[str, str], DatasetReport] = {}
+    rows = []
     for run in runs:
         config = run.config
         key = (config["dataset"], config["model"])
         if key not in reports:
             prompts = {"system_prompt": config["system_prompt"], "prompt": config["prompt"]}
             reports[key] = inspect_dataset(Path(key[0]), model=Path(key[1]), **prompts)
-        found[run.name] = planning.estimate(run, reports[key], records, settings)
-    return found
+        rows.append(planning.plan_run(run, reports[key], records, settings))
+    return rows
 
 
 def _plan_row(row: PlannedRun) -> PlanRow:
@@ -360,11 +359,11 @@ def _status_words(row: running.RunStatus) -> str:
 
 
 def _with_checks(head: str, report: Report) -> str:
-    return "\n".join([head, *(_check_words(check) for check in report.problems)])
+    return "\n".join([head, *(f"{check.level}: {_check_words(check)}" for check in report.problems)])
 
 
 def _check_words(check: Check) -> str:
-    return f"- {check.level}: {check.subject}: {check.found}. {check.mend}"
+    return f"{check.subject}: {check.found}. {check.mend}"
 
 
 class Tool(NamedTuple):

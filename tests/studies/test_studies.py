@@ -84,15 +84,6 @@ def test_an_oracle_scores_full_marks_and_a_constant_scores_chance(study: str, tm
     assert not any(scope["score"](target.lower(), target)["exact_match"] for target in targets)
 
 
-def test_a_word_list_that_is_too_short_says_how_many_there_are(tmp_path: Path):
-    from chiplog.errors import StudyError
-
-    options = {"words_len": 5, "train_percent": 80, "n": 10**6, "out": tmp_path}
-    with pytest.raises(StudyError, match=r"there are \d+ words of 5 letters"):
-        run_command("capitalization", "data.py", options)
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_demo_names_plans_that_exist():
     text = (bundle() / "tasks" / "capitalization" / "demo.py").read_text()
     plans = yaml.safe_load((study_folder("capitalization") / "experiments.yaml").read_text())

@@ -38,14 +38,7 @@ def estimate_run(run: Run, work: Workload, records: Sequence[Record]) -> RunEsti
     near = [r for r in usable if differs[r.key] <= AMOUNT | NEAR]
     elapsed = _same_elapsed(same) or _scaled_elapsed(run, work, near)
     peak, kind = _peak(same, [r for r in near if "dataset" not in differs[r.key]])
-    probe = None
-    if elapsed is None:
-        what = "fine-tuning" if run.recipe else "evaluation"
-        probe = (
-            f"No completed {what} of {run.model} is on record for this device. For evidence, plan a probe of it with "
-            "max_steps 20 and eval_limit 20, run it, and estimate again."
-        )
-    return RunEstimate(elapsed=elapsed, peak_mem=peak, mem_kind=kind, probe=probe)
+    return RunEstimate(elapsed=elapsed, peak_mem=peak, mem_kind=kind)
 
 
 def _differs(one: Config, other: Config) -> set[str]:

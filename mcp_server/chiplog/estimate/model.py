@@ -32,12 +32,11 @@ class Estimate(Frozen):
 
 
 class RunEstimate(Frozen):
-    """What one run will need. A null says that there is no evidence, and `probe` how to get some."""
+    """What one run will need. A null says that there is no evidence."""
 
     elapsed: Estimate | None = Field(description="Seconds from start to end of the job.")
     peak_mem: Estimate | None = Field(description="Peak memory in bytes.")
     mem_kind: str | None = Field(description="What the memory figure counts, such as host_rss.")
-    probe: str | None = Field(description="What to run to get evidence.")
 
     @property
     def basis(self) -> Basis:
