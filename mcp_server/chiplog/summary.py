@@ -193,7 +193,7 @@ def _comparison(
         change, low, high = (
             f"{100 * x:+.1f}" for x in (difference.interval.value, difference.interval.low, difference.interval.high)
         )
-        verdict = "shown" if shown else "not shown"
+        verdict = ("shown" if shown else "not shown") + (" for one training each" if difference.seeds == 1 else "")
         words = f"{one} against {other}: {metric} {change} points ({low} to {high}), {verdict}"
     return Comparison(
         first=one,

@@ -260,8 +260,8 @@ def with_short_context(model: Path) -> None:
     [
         (without_tokenizer, "failed", "tokenizer.json is missing"),
         (without_template, "failed", "train row 1: "),
-        (with_a_wrong_template, "failed", "train row 1: unsupported operand"),
-        (with_a_wrong_tokenizer_config, "failed", "unsupported operand"),
+        (with_a_wrong_template, "failed", "refuses these messages: unsupported operand"),
+        (with_a_wrong_tokenizer_config, "failed", "is no JSON object"),
         (with_short_context, "warning", "the longest sample has 31 tokens, the context of tiny 30"),
     ],
 )
