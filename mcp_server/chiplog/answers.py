@@ -56,7 +56,6 @@ class PlanRow(Frozen):
 class PlanAnswer(Answer):
     plan_file: str | None = Field(description="The plan that was written; null where nothing was written.")
     experiment: str = Field(description="Name of the experiment.")
-    table: str = Field(description="The experiment as a table, in Markdown.")
     rows: list[PlanRow] = Field(description="One for each run.")
     totals: Totals = Field(description="What all runs need together.")
     warnings: list[str] = Field(description="What was found and does not stop the plan.")
@@ -88,7 +87,6 @@ class RecordsAnswer(Answer):
 
 class SummaryAnswer(Answer):
     files: list[str] = Field(description="What was written.")
-    table: str = Field(description="The runs as a table, in Markdown.")
     rows: list[Row] = Field(description="One for each run of the plan.")
     comparisons: list[Comparison] = Field(description="Which differences are shown and which are not.")
     not_shown: list[str] = Field(description="What the experiment does not show.")

@@ -18,7 +18,7 @@ from chiplog.checks.lookup import resolve_dataset, resolve_model
 from chiplog.checks.model import ModelReport, check_model
 from chiplog.engines.local import available_cpus
 from chiplog.errors import NotFoundError, PlanError
-from chiplog.estimate import Estimate, RunEstimate, estimate_run, workload
+from chiplog.estimate import NAMED, Estimate, RunEstimate, estimate_run, workload
 from chiplog.ledger import Ledger
 from chiplog.plan import Experiment, Plan, Run, Value, expand, parse_plan
 from chiplog.recipes import choose_recipe, defaults, load_recipe
@@ -255,6 +255,7 @@ def make_totals(rows: Sequence[PlannedRun]) -> Totals:
     complete = len(known) == len(rows)
     jobs = [(time.value, run.resources) for run, time in times if time]
     together = None
+    names = sorted({name for time in known for name in time.evidence})
     if complete and known:
         together = Estimate(
             value=sum(time.value for time in known),
@@ -262,7 +263,8 @@ def make_totals(rows: Sequence[PlannedRun]) -> Totals:
             high=sum(time.high for time in known),
             coverage=None,
             basis="scaled" if any(time.basis == "scaled" for time in known) else "same-configuration",
-            evidence=sorted({name for time in known for name in time.evidence}),
+            evidence=names[:NAMED],
+            n_evidence=len(names),
         )
     return Totals(
         runs=len(rows),

@@ -18,10 +18,11 @@ def write_summary(folder: ExperimentFolder, summary: Summary) -> list[Path]:
     plan = folder.plan
     template = template_environment().get_template("summary.md.j2")
     table = summary_table(summary.rows, plan.metrics)
-    text = template.render(plan=plan, summary=summary, table=table, duration=duration)
+    figure = any(row.scores for row in summary.rows)
+    text = template.render(plan=plan, summary=summary, table=table, figure=figure, duration=duration)
     files = [folder.path / "summary.md"]
     write_atomic(files[0], text.encode())
-    if any(row.scores for row in summary.rows):
+    if figure:
         files.append(folder.path / "figures" / "scores.png")
         write_atomic(files[1], scores_figure(summary, plan.metrics[0]))
     return files

@@ -17,11 +17,20 @@ from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.mcpserver.tools import Tool as McpTool
-from mcp_types import ElicitRequest, ElicitRequestFormParams, ElicitResult, InputRequiredResult, ToolAnnotations
+from mcp_types import (
+    CallToolResult,
+    ElicitRequest,
+    ElicitRequestFormParams,
+    ElicitResult,
+    InputRequiredResult,
+    TextContent,
+    ToolAnnotations,
+)
 from mcp_types.version import is_version_at_least
 from pydantic import BaseModel, ConfigDict, Field
 
 from chiplog import __version__
+from chiplog.answers import Answer
 from chiplog.errors import ChiplogError, ConfirmationNeeded
 from chiplog.tools import TOOLS, Tool
 
@@ -61,7 +70,7 @@ def _wrap(tool: Tool) -> McpTool:
         if asks:
             arguments["confirm"] = arguments["confirm"] or _agreed(ctx)
         try:
-            return await anyio.to_thread.run_sync(functools.partial(function, **arguments))
+            return _result(await anyio.to_thread.run_sync(functools.partial(function, **arguments)))
         except ConfirmationNeeded as question:
             return await _ask(ctx, str(question), functools.partial(function, **{**arguments, "confirm": True}))
         except ChiplogError as error:
@@ -93,6 +102,13 @@ def _forbid_unknown(tool: McpTool) -> McpTool:
     return tool.model_copy(update={"parameters": strict.model_json_schema(by_alias=True)})
 
 
+def _result(answer: Answer) -> CallToolResult:
+    """The summary as text, once; everything as structured content."""
+    text = "\n".join([answer.summary, *(f"next: {step}" for step in answer.next)])
+    structured = answer.model_dump(mode="json")
+    return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=structured)
+
+
 def _report(ctx: Context, done: float, total: float | None, words: str) -> None:
     """Called on the tool's worker thread."""
     anyio.from_thread.run(ctx.report_progress, done, total, words)
@@ -112,7 +128,7 @@ async def _ask(ctx: Context, question: str, go_on: functools.partial[Any]) -> An
     if answer.action != "accept" or not answer.data.agreed:
         raise ToolError(f"The user did not agree. The question was: {question}")
     try:
-        return await anyio.to_thread.run_sync(go_on)
+        return _result(await anyio.to_thread.run_sync(go_on))
     except ChiplogError as error:
         raise ToolError(str(error)) from error
 

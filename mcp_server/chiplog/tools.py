@@ -145,7 +145,7 @@ def plan_experiment(
     gpu: Annotated[str | None, Field(description="Name of the GPU in chiplog.toml.")] = None,
     cpus: Annotated[int | None, Field(ge=1, description="CPU cores of each run.")] = None,
     time_limit_s: Annotated[int | None, Field(ge=1, description="Seconds after which a run is ended.")] = None,
-    limit: Limit = 200,
+    limit: Limit = 50,
     confirm: Confirm = False,
     progress: Progress = None,
 ) -> PlanAnswer:
@@ -165,7 +165,6 @@ def plan_experiment(
         next=[f"show the table to the user, then setup_experiment_dirs(experiment={planned.plan.name!r})"],
         plan_file=str(folder / "plan.yaml"),
         experiment=planned.plan.name,
-        table=table,
         rows=[_plan_row(row) for row in planned.rows[:limit]],
         totals=totals,
         warnings=[_check_words(check) for check in planned.warnings],
@@ -219,7 +218,7 @@ def experiment_status(
     log_of: Annotated[str | None, Field(description="Run whose log's last lines are wanted.")] = None,
     lines: Annotated[int, Field(ge=1, le=500, description="How many lines of the log.")] = 20,
     wait_s: Annotated[float, Field(ge=0, le=86_400, description="Seconds to wait for the jobs to end.")] = 0,
-    limit: Limit = 200,
+    limit: Limit = 50,
     progress: Progress = None,
 ) -> StatusAnswer:
     """How the runs stand: state, step, loss, time left; with log_of the end of a log. Can wait for the jobs to end."""
@@ -256,7 +255,7 @@ def cancel_experiment(experiment: Name, runs: Runs = None, confirm: Confirm = Fa
     return CancelAnswer(summary=f"Cancelled {', '.join(ended)}.", cancelled=ended)
 
 
-def collect_records(experiment: Name, limit: Limit = 200) -> RecordsAnswer:
+def collect_records(experiment: Name, limit: Limit = 50) -> RecordsAnswer:
     """Reads what the jobs left behind into records.jsonl and the ledger; predicted against actual."""
     folder = find_experiment(experiment, load_settings())
     records = collecting.collect(folder, Ledger())
@@ -275,7 +274,7 @@ def collect_records(experiment: Name, limit: Limit = 200) -> RecordsAnswer:
     )
 
 
-def summarize_experiment(experiment: Name, limit: Limit = 200) -> SummaryAnswer:
+def summarize_experiment(experiment: Name, limit: Limit = 50) -> SummaryAnswer:
     """Writes summary.md and its figure: what was shown and what was not, every run with its interval."""
     folder = find_experiment(experiment, load_settings())
     records = collecting.collect(folder, Ledger())
@@ -292,14 +291,13 @@ def summarize_experiment(experiment: Name, limit: Limit = 200) -> SummaryAnswer:
         next=[f"read {files[0]}"],
         ok=summary.complete,
         files=[str(file) for file in files],
-        table=table,
         rows=summary.rows[:limit],
         comparisons=summary.comparisons[:limit],
         not_shown=summary.not_shown[:limit],
     )
 
 
-def estimate_resources(experiment: Name, limit: Limit = 200) -> PlanAnswer:
+def estimate_resources(experiment: Name, limit: Limit = 50) -> PlanAnswer:
     """Estimates the time and memory of a planned experiment from past runs, with intervals and their evidence."""
     settings = load_settings()
     folder = find_experiment(experiment, settings)
@@ -314,7 +312,6 @@ def estimate_resources(experiment: Name, limit: Limit = 200) -> PlanAnswer:
         summary="\n".join(line for line in lines if line),
         plan_file=None,
         experiment=folder.path.name,
-        table=table,
         rows=[_plan_row(row) for row in rows[:limit]],
         totals=totals,
         warnings=[],

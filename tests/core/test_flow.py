@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -262,9 +263,15 @@ def test_a_long_tool_reports_progress(lab: Path):
     assert seen[-1][:2] == (2.0, 2.0) and len(seen) > 1
 
 
-def test_an_answer_stays_within_the_rows_asked_for(lab: Path):
-    async def steps(client: Client) -> dict[str, Any]:
-        return await answer(client, "plan_experiment", **{**ASK, "limit": 2})
+def test_an_answer_stays_within_its_budget(lab: Path):
+    async def steps(client: Client) -> tuple[dict[str, Any], str, dict[str, Any]]:
+        many = {**ASK, "variables": {"model": ["S", "L"], "lora_rank": list(range(1, 251))}}
+        result = await client.call_tool("plan_experiment", many)
+        few = await answer(client, "plan_experiment", **{**ASK, "limit": 2, "name": "few"})
+        return result.structured_content, result.content[0].text, few  # pyright: ignore
 
-    planned = calls(steps)
-    assert len(planned["rows"]) == 2 and "and 4 more" in planned["summary"] and planned["totals"]["runs"] == 6
+    planned, text, few = calls(steps)
+    assert planned["totals"]["runs"] == 502 and len(planned["rows"]) == 50
+    assert "and 452 more" in text and text.startswith(planned["summary"])
+    assert len(text) < 10_000 and len(json.dumps(planned)) < 60_000
+    assert len(few["rows"]) == 2 and "and 4 more" in few["summary"] and few["totals"]["runs"] == 6

@@ -24,7 +24,8 @@ def test_a_wheel_plans_and_sets_up_without_a_clone(lab: Path, tmp_path: Path):
 
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     where = [sys.executable, "-c", "import chiplog; print(chiplog.__file__)"]
-    assert str(tmp_path / "site") in subprocess.run(where, env=environment, capture_output=True, text=True).stdout
+    done = subprocess.run(where, env=environment, capture_output=True, text=True, check=True)
+    assert str(tmp_path / "site") in done.stdout
     ask = ["--question", "Which rank?", "--models", "S=small", "--dataset", "words", "--variables", "lora_rank=[4, 8]"]
     for command in (["plan-experiment", *ask, "--name", "ranks"], ["setup-experiment-dirs", "ranks"], ["list-studies"]):
         done = subprocess.run(

@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from chiplog.estimate.model import Basis, Estimate, RunEstimate, Workload
+from chiplog.estimate.model import NAMED, Basis, Estimate, RunEstimate, Workload
 from chiplog.plan import Config, Run
 from chiplog.record import Record, State
 
@@ -100,11 +100,13 @@ def _estimate(values: Sequence[float], spread: float, basis: Basis, records: Seq
     freedom = n - 1 + PRIOR_WEIGHT
     pooled = math.sqrt((sum((x - centre) ** 2 for x in logs) + PRIOR_WEIGHT * spread**2) / freedom)
     half = float(stdtrit(freedom, (1 + COVERAGE) / 2)) * pooled * math.sqrt(1 + 1 / n)
+    names = sorted({f"{r.experiment}/{r.run}" for r in records})
     return Estimate(
         value=math.exp(centre),
         low=math.exp(centre - half),
         high=math.exp(centre + half),
         coverage=None,
         basis=basis,
-        evidence=sorted({f"{r.experiment}/{r.run}" for r in records}),
+        evidence=names[:NAMED],
+        n_evidence=len(names),
     )

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from chiplog.schema import Frozen
 
+NAMED = 8  # runs of the evidence that an estimate names
+
 Basis = Literal["same-configuration", "scaled", "none"]
 
 
@@ -27,7 +29,8 @@ class Estimate(Frozen):
     high: float = Field(description="Upper end of the interval.")
     coverage: float | None = Field(description="Share of such intervals that hold; null where that was not measured.")
     basis: Basis = Field(description="What the number rests on.")
-    evidence: list[str] = Field(description="The runs it comes from, as experiment/run.")
+    evidence: list[str] = Field(description="The runs it comes from, as experiment/run; the first few if many.")
+    n_evidence: int = Field(description="How many runs it comes from.")
     assumed: list[str] = Field(default=[], description="What was taken for granted.")
 
 
