@@ -16,7 +16,7 @@ from chiplog.checks import Check, Report, warning
 from chiplog.checks.dataset import DatasetReport, check_dataset
 from chiplog.checks.lookup import resolve_dataset, resolve_model
 from chiplog.checks.model import ModelReport, check_model
-from chiplog.engines.local import available_cpus
+from chiplog.engines.local import available_cpus, available_gpus
 from chiplog.errors import NotFoundError, PlanError
 from chiplog.estimate import NAMED, Estimate, RunEstimate, estimate_run, workload
 from chiplog.ledger import Ledger
@@ -142,11 +142,11 @@ def _draft(request: Request, settings: Settings) -> Plan:
         key: str(settings.allowed(_find_dataset(path, request.study, settings)))
         for key, path in values["datasets"].items()
     }
-    values["experiments"] = [_experiment(request, dict(e)) for e in values.get("experiments") or [{}]]
+    values["experiments"] = [_experiment(request, dict(e), settings) for e in values.get("experiments") or [{}]]
     return parse_plan(values, "the request")
 
 
-def _experiment(request: Request, values: dict[str, Any]) -> dict[str, Any]:
+def _experiment(request: Request, values: dict[str, Any], settings: Settings) -> dict[str, Any]:
     for key in ("variables", "runs", "seeds", "control", "recipe"):
         if (given := getattr(request, key)) is not None:
             values[key] = given
@@ -157,7 +157,9 @@ def _experiment(request: Request, values: dict[str, Any]) -> dict[str, Any]:
     for key in ("gpus", "gpu", "cpus", "time_limit_s"):
         if (given := getattr(request, key)) is not None:
             resources[key] = given
-    values.setdefault("recipe", choose_recipe(resources.get("gpus", 0), request.validation).name)
+    has_gpus = bool(settings.gpus) or (settings.slurm is None and bool(available_gpus()))
+    resources.setdefault("gpus", 1 if has_gpus else 0)
+    values.setdefault("recipe", choose_recipe(resources["gpus"], request.validation).name)
     return {**values, "controls": controls, "resources": resources}
 
 

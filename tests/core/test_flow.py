@@ -193,6 +193,15 @@ def test_every_tool_has_an_output_schema_annotations_and_refuses_a_misspelt_argu
     calls(steps)
 
 
+def test_one_gpu_is_the_default_where_there_are_any(lab: Path):
+    async def steps(client: Client) -> None:
+        await answer(client, "plan_experiment", **ASK)
+
+    (lab / "chiplog.toml").write_text("[slurm]\n[[gpus]]\nname = 'a100-80gb'\ngres = 'gpu:a100:1'\n")
+    calls(steps)
+    assert "gpus: 1" in (lab / "experiments" / "ranks" / "plan.yaml").read_text()
+
+
 def test_a_wrong_argument_comes_back_as_words_that_say_how_to_mend_it(lab: Path):
     async def steps(client: Client) -> None:
         asks = {
