@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from chiplog.answers import Answer
-from chiplog.errors import ChiplogError, ConfirmationNeeded
+from chiplog.errors import ChiplogError, ConfirmationNeeded, in_words
 from chiplog.tools import TOOLS
 
 app = typer.Typer(
@@ -40,8 +40,8 @@ def main() -> None:
     """Runs the command line; a ChiplogError is its words and exit code 2."""
     try:
         app()
-    except ChiplogError as error:
-        err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    except (ChiplogError, OSError, UnicodeDecodeError) as error:
+        err.print(f"error: {in_words(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

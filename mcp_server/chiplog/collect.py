@@ -10,9 +10,9 @@ from pathlib import Path
 from chiplog.engines import Job, engine_for
 from chiplog.folder import ExperimentFolder, Submission
 from chiplog.ledger import Ledger
-from chiplog.ledger.metrics import read_events, read_scores, score_table, train_usage, with_evaluation
+from chiplog.ledger.metrics import of_job, read_events, read_scores, score_table, train_usage, with_evaluation
 from chiplog.plan import Run
-from chiplog.record import Prediction, Record, State, Usage, read_records, write_records
+from chiplog.record import Record, State, Usage, read_records, write_records
 
 LOG_TAIL = 64_000  # bytes of a log in which the reason of a failure is looked for
 ERROR_LINE = re.compile(r"^(error: .*|[\w.]*(?:Error|Exception|Interrupt)\b.*|.*Killed.*)$", re.MULTILINE)
@@ -33,7 +33,7 @@ def collect(folder: ExperimentFolder, ledger: Ledger) -> list[Record]:
     for submission in submissions:
         old = before.get(submission.key)
         is_newest = newest[submission.run] is submission
-        if old and old.state.ended and not (is_newest and old.state is State.UNKNOWN):
+        if old and old.state.ended and not (is_newest and _may_have_changed(folder, old)):
             records.append(old)
         elif submission.run in runs:
             job = jobs.get(submission.key)
@@ -43,6 +43,14 @@ def collect(folder: ExperimentFolder, ledger: Ledger) -> list[Record]:
     write_records(folder.path / "records.jsonl", records)
     ledger.put([record for record in records if record.state.ended])
     return records
+
+
+def _may_have_changed(folder: ExperimentFolder, record: Record) -> bool:
+    """Whether its job is not known to have ended, or was evaluated again since."""
+    if record.state is State.UNKNOWN or record.ended is None:
+        return True
+    scores = read_scores(folder.path / "runs" / record.run / "eval" / "scores.json")
+    return scores is not None and _later(scores["ended"], record.ended)
 
 
 def jobs_of(submissions: list[Submission]) -> dict[str, Job]:
@@ -62,7 +70,7 @@ def _record(
     usage, metrics, packages = Usage(), {}, {}
     steps: dict[str, State] = {}
     if newest:  # the folder holds what the last attempt left
-        events = read_events(run_folder / "metrics.jsonl")
+        events = of_job(read_events(run_folder / "metrics.jsonl"), job.started if job else None)
         usage = train_usage(events)
         packages = next((e["packages"] for e in events if e["event"] == "start"), {})
         if run.kind != "control":
@@ -72,7 +80,7 @@ def _record(
             usage, metrics = with_evaluation(usage, scores), score_table(scores)
             steps["eval"] = State.COMPLETED
         elif steps.get("train", State.COMPLETED) is State.COMPLETED:
-            steps["eval"] = state
+            steps["eval"] = State.INCOMPLETE if state is State.COMPLETED else state
     elapsed = _seconds(job.started, job.ended) if job and job.started and job.ended else None
     reason = job.reason if job else "the engine no longer knows this job"
     if state is State.FAILED and job and (words := _last_error(job.log)):
@@ -91,18 +99,21 @@ def _record(
         steps=steps,
         config=run.config,
         metrics=metrics,
-        usage=usage.model_copy(update={"elapsed_s": elapsed}),
-        predicted=_prediction(run_folder / "estimate.json"),
+        usage=usage.model_copy(
+            update={
+                "elapsed_s": elapsed,
+                "cpus": run.resources.cpus,
+                "gpus": run.resources.gpus,
+                "resumed": usage.resumed or submission.attempt > 1 or bool(job and job.restarts),
+            }
+        ),
+        predicted=submission.predicted,
         commit=revision["commit"],
         dirty=revision["dirty"],
         packages=packages,
         started=job.started if job else None,
         ended=job.ended if job else None,
     )
-
-
-def _prediction(file: Path) -> Prediction | None:
-    return Prediction.model_validate_json(file.read_text()) if file.is_file() else None
 
 
 def _last_error(log: Path) -> str | None:

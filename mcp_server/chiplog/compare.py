@@ -52,7 +52,7 @@ def paired(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) ->
     """Compares two arms; each is a list over seeds of a list over items, the same items in the same order.
 
     Over items: the exact sign test on per-item means (with one seed each: McNemar's exact test), and the interval of
-    Bonett and Price (2012), which adds one item to either side. Over seeds, where an arm has several: Student's t on
+    Bonett and Price (2012), which adds one item to either side. Over seeds, where an arm has several: Welch's t on
     the per-seed shares. The larger p and the wider interval count.
     """
     import numpy as np
@@ -83,8 +83,8 @@ def _over_seeds(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float
 
     variances = [float(arm.var(ddof=1)) / len(arm) if len(arm) > 1 else 0.0 for arm in (one, other)]
     difference, error = float(one.mean() - other.mean()), math.sqrt(sum(variances))
-    if error == 0.0:
-        return (1.0 if difference == 0 else 0.0), difference, difference
+    if error == 0.0:  # the seeds agree to the item: they add no doubt, and the items alone decide
+        return 0.0, difference, difference
     # Welch-Satterthwaite
     freedom = sum(variances) ** 2 / sum(
         v**2 / (len(arm) - 1) for v, arm in zip(variances, (one, other), strict=True) if len(arm) > 1

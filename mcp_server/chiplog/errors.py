@@ -53,3 +53,12 @@ class StudyError(ChiplogError):
 
 class ConfirmationNeeded(ChiplogError):
     """Raised by a tool called without `confirm`; the message is the question to put to the user."""
+
+
+def in_words(error: Exception) -> str:
+    """What a person should read: our own words, or what the system said of which file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}. Mend that (space, permissions) and try again"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file is not UTF-8 text ({error.reason} at byte {error.start}): restore or remove it"
+    return str(error)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import fcntl
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
 from chiplog.errors import NotFoundError, RecordError, RenderError
+from chiplog.files import write_atomic
 from chiplog.plan import Plan, Run, expand, read_plan
 from chiplog.recipes import defaults
+from chiplog.record import Prediction
 from chiplog.schema import Frozen
 from chiplog.settings import Settings
 
@@ -24,6 +25,7 @@ class Submission(Frozen):
     engine: str = Field(description="Engine that has the job.")
     job_id: str = Field(description="Id that the engine gave it.")
     attempt: int = Field(ge=1, description="Which attempt at the run, from 1.")
+    predicted: Prediction | None = Field(default=None, description="What was foretold at submission.")
 
     @property
     def key(self) -> str:
@@ -43,13 +45,18 @@ class ExperimentFolder:
             raise NotFoundError(f"{self.path} holds no plan.yaml: plan an experiment there, or name another folder")
         return read_plan(self.path / "plan.yaml")
 
+    @property
+    def is_set_up(self) -> bool:
+        """Whether the folder carries the code of its runs."""
+        return (self.path / "code" / "recipes").is_dir()
+
     def runs(self) -> list[Run]:
         """The runs, as the copy of the recipes in `code/` expands them: a later change of the repo changes nothing.
 
         Raises RenderError if the folder was not set up, or not to the end.
         """
         plan = self.plan
-        if not (self.path / "code" / "recipes").is_dir():
+        if not self.is_set_up:
             raise RenderError(f"{self.path} is not set up: call setup_experiment_dirs on it first")
         runs = expand(plan, lambda name: defaults(name, self.path / "code" / "recipes"))
         if missing := [run.name for run in runs if not (self.path / "runs" / run.name / "run.sbatch").is_file()]:
@@ -65,10 +72,21 @@ class ExperimentFolder:
         except ValidationError as error:
             raise RecordError(f"{file} has a line that is no submission: remove that line. {error}") from error
 
-    def add(self, submission: Submission) -> None:
-        """Notes a job that the engine has taken."""
-        with (self.path / "jobs.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(submission.model_dump()) + "\n")
+    def add(self, submissions: Sequence[Submission]) -> None:
+        """Notes jobs that the engine has taken: all of them or none."""
+        lines = [submission.model_dump_json() + "\n" for submission in (*self.submissions(), *submissions)]
+        write_atomic(self.path / "jobs.jsonl", "".join(lines).encode())
+
+    def refuse_change(self, files: Mapping[str, bytes]) -> None:
+        """Raises RenderError if jobs were submitted and what they read would change under them."""
+        if not self.submissions():
+            return
+        changed = [name for name, content in files.items() if _content(self.path / name) not in (None, content)]
+        if changed:
+            raise RenderError(
+                f"{self.path} has jobs, and {', '.join(changed[:3])} would change under them and their results: "
+                "plan it under another name"
+            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -76,6 +94,10 @@ class ExperimentFolder:
         with (self.path / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
 
 
 def find_experiment(name: str, settings: Settings) -> ExperimentFolder:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,10 @@ Value = bool | int | float | str | list[str] | None
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 # Settings that read better short in a run's name.
 SHORT = {"lora_rank": "rank", "batch_size": "batch", "micro_batch_size": "micro", "model": "", "dataset": ""}
+
+
+# Whole numbers that may be 0 though their default is another.
+MAY_BE_ZERO = {"seed", "warmup_steps"}
 
 
 class Resources(Frozen):
@@ -171,6 +177,10 @@ def _expand_one(plan: Plan, experiment: Experiment, defaults: Callable[[str], Co
         chosen = {**_only(plan.models, "model"), **_only(plan.datasets, "dataset"), **experiment.controls, **cell}
         model = _pick(chosen, "model", plan.models)
         dataset = _pick(chosen, "dataset", plan.datasets)
+        if "seed" in chosen:
+            raise PlanError(
+                "seed is a setting of a run: give seeds=[...] instead, so that replicates are known as such"
+            )
         settings = {**chosen, "seed": seed}
         config = _complete(settings, base) | {"model": plan.models[model], "dataset": plan.datasets[dataset]}
         shown = {"model": model, **cell} if len(plan.models) > 1 or not cell else cell
@@ -227,6 +237,10 @@ def _complete(settings: Mapping[str, Value], base: Config) -> Config:
             raise PlanError(f"there is no setting {key!r}: {hint}")
         config[key] = _typed(key, value, base[key])
     batch, micro = config.get("batch_size"), config.get("micro_batch_size")
+    for key in ("batch_size", "micro_batch_size", "max_steps", "eval_limit"):
+        value = config.get(key)
+        if not isinstance(value, int | None) or isinstance(value, bool):
+            raise PlanError(f"{key} is {value!r}, which is no whole number")
     if isinstance(batch, int) and isinstance(micro, int) and batch % micro:
         divisors = [str(n) for n in range(1, batch + 1) if batch % n == 0]
         raise PlanError(
@@ -237,20 +251,17 @@ def _complete(settings: Mapping[str, Value], base: Config) -> Config:
 
 
 def _typed(key: str, value: Value, default: Value) -> Value:
-    """`value`, if it is of the kind that the setting's default is of; a null default tells nothing."""
-    if default is None or value is None:
-        return value
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(default, float) and isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-4 as a word
-        except ValueError:
-            pass
-    if type(value) is not type(default):
+    """`value`, if it is of the kind that the setting's default is of; a null default tells only what is no number."""
+    if isinstance(default, float) and isinstance(value, int | str) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            value = float(value)  # YAML 1.1 reads 1e-4 as a word
+    if default is not None and type(value) is not type(default):
         raise PlanError(f"{key} is {value!r}, which is no {type(default).__name__} (its default is {default!r})")
-    if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
-        raise PlanError(f"{key} is {value!r}: it cannot be negative")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value) or value < 0:
+            raise PlanError(f"{key} is {value!r}: give a number of at least 0")
+        if isinstance(value, int) and value == 0 and default != 0 and key not in MAY_BE_ZERO:
+            raise PlanError(f"{key} is 0: give a number of at least 1")
     return value
 
 

@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from chiplog.bundle import study_folder
 from chiplog.checks import Check, Report, warning
@@ -24,7 +24,7 @@ from chiplog.plan import Experiment, Plan, Run, Value, expand, parse_plan
 from chiplog.recipes import choose_recipe, defaults, load_recipe
 from chiplog.record import Record
 from chiplog.render import find_gpu
-from chiplog.schema import Frozen
+from chiplog.schema import Frozen, plain_errors
 from chiplog.settings import Settings
 from chiplog.studies import study_plan
 
@@ -68,7 +68,9 @@ class Totals(Frozen):
     controls: int = Field(description="Of these, evaluations of a base model.")
     unknown: int = Field(description="Runs whose time nothing tells yet.")
     in_sequence_s: Estimate | None = Field(description="Seconds one after another; null if a run is unknown.")
-    in_parallel_s: float | None = Field(description="Seconds with as many at once as this machine has CPUs for.")
+    in_parallel_s: float | None = Field(
+        description="Seconds with as many at once as this machine has CPUs for; null for GPU runs."
+    )
     gpu_hours: float | None = Field(description="GPU hours; null if a run is unknown.")
 
 
@@ -81,6 +83,14 @@ class Planned(Frozen):
     warnings: list[Check] = Field(description="What was found and does not stop it.")
 
 
+def make_request(values: Mapping[str, Any]) -> Request:
+    """A request from plain values. Raises PlanError that names what is wrong."""
+    try:
+        return Request.model_validate(dict(values))
+    except ValidationError as error:
+        raise PlanError(f"the plan is asked for wrongly:\n{plain_errors(error)}\nMend these.") from error
+
+
 def make_plan(request: Request, settings: Settings, ledger: Ledger, progress=None) -> Planned:
     """Checks everything that can be checked before a job runs.
 
@@ -89,8 +99,11 @@ def make_plan(request: Request, settings: Settings, ledger: Ledger, progress=Non
     plan = _draft(request, settings)
     models = {key: check_model(Path(path)) for key, path in plan.models.items()}
     datasets = _check_datasets(plan, progress)
-    _stop_on(plan.models, models, "model")
-    _stop_on(plan.datasets, {key: reports[0] for key, reports in datasets.items()}, "data set")
+    for key, model in models.items():
+        stop_on(model, f"model {key}", plan.models[key])
+    for key, path in plan.datasets.items():
+        for report in datasets[key]:
+            stop_on(report, f"data set {key}", path)
     for experiment in plan.experiments:
         _check_family(experiment, models)
     plan = plan.model_copy(update={"dataset_sha256": {key: reports[0].sha256 for key, reports in datasets.items()}})
@@ -190,11 +203,11 @@ def _check_datasets(plan: Plan, progress) -> dict[str, list[DatasetReport]]:
     return found
 
 
-def _stop_on(paths: Mapping[str, str], reports: Mapping[str, Report], what: str) -> None:
-    for key, report in reports.items():
-        if not report.ok:
-            lines = [f"  {check.subject}: {check.found}. {check.mend}" for check in report.problems if not check.ok]
-            raise PlanError(f"the {what} {key} ({paths[key]}) cannot be used:\n" + "\n".join(lines))
+def stop_on(report: Report, what: str, path: str) -> None:
+    """Raises PlanError with every check that failed."""
+    if not report.ok:
+        lines = [f"  {check.subject}: {check.found}. {check.mend}" for check in report.problems if not check.ok]
+        raise PlanError(f"the {what} ({path}) cannot be used:\n" + "\n".join(lines))
 
 
 def _check_family(experiment: Experiment, models: Mapping[str, ModelReport]) -> None:
@@ -256,6 +269,7 @@ def make_totals(rows: Sequence[PlannedRun]) -> Totals:
     known = [time for _, time in times if time]
     complete = len(known) == len(rows)
     jobs = [(time.value, run.resources) for run, time in times if time]
+    fits_here = complete and all(asked.cpus <= available_cpus() and not asked.gpus for _, asked in jobs)
     together = None
     names = sorted({name for time in known for name in time.evidence})
     if complete and known:
@@ -273,14 +287,14 @@ def make_totals(rows: Sequence[PlannedRun]) -> Totals:
         controls=sum(row.run.kind == "control" for row in rows),
         unknown=len(rows) - len(known),
         in_sequence_s=together,
-        in_parallel_s=_parallel([(seconds, asked.cpus) for seconds, asked in jobs]) if complete else None,
+        in_parallel_s=_parallel([(seconds, asked.cpus) for seconds, asked in jobs]) if fits_here else None,
         gpu_hours=sum(seconds * asked.gpus for seconds, asked in jobs) / 3600 if complete else None,
     )
 
 
 def _parallel(jobs: Sequence[tuple[float, int]]) -> float:
     """Seconds until the last job ends if each starts, in order, as soon as its CPUs are free."""
-    free = [0.0] * max([available_cpus(), *(cpus for _, cpus in jobs)])
+    free = [0.0] * available_cpus()
     last = 0.0
     for seconds, cpus in jobs:
         taken = [heapq.heappop(free) for _ in range(cpus)]

@@ -44,6 +44,9 @@ class Usage(Frozen):
     """What a run used. The terms of its time stand apart, since they scale apart."""
 
     device: str | None = Field(default=None, description="cpu, or the GPU's name.")
+    cpus: int | None = Field(default=None, description="CPU cores that it asked for.")
+    gpus: int | None = Field(default=None, description="GPUs that it asked for.")
+    resumed: bool = Field(default=False, description="Whether the job did not do the whole run: its times are parts.")
     elapsed_s: float | None = Field(default=None, description="Seconds from start to end of the job.")
     setup_s: float | None = Field(default=None, description="Seconds from the start of training until the first step.")
     train_s: float | None = Field(default=None, description="Seconds in training steps.")

@@ -142,7 +142,7 @@ def _code(plan: Plan) -> dict[str, bytes]:
     """The code that the jobs run: their recipes, the trainer, the study, and where it all came from."""
     root = bundle()
     folders = {load_recipe(name).file.parent: None for name in [*(e.recipe for e in plan.experiments), "evaluate"]}
-    sources = {f"recipes/{file.name}": file for folder in folders for file in sorted(folder.iterdir())}
+    sources = {f"recipes/{file.name}": file for folder in reversed(folders) for file in sorted(folder.iterdir())}
     sources = {name: file for name, file in sources.items() if file.suffix in (".py", ".yaml")}
     sources |= {f"trainer/{file.name}": file for file in sorted((root / "trainer").glob("*.py"))}
     if plan.study:
@@ -187,7 +187,7 @@ def write_experiment(folder: Path, files: Mapping[str, bytes], *, confirm: bool 
     except BaseException as error:
         for name in moved:
             if name in replaced:
-                shutil.copy2(old / name, folder / name)
+                (old / name).replace(folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)
         _remove_empty(folder, {Path(name).parts[0] for name in changed} - {Path(name).parts[0] for name in replaced})

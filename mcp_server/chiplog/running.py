@@ -16,7 +16,7 @@ from chiplog.errors import EngineError, NotFoundError, PlanError
 from chiplog.estimate import RunEstimate
 from chiplog.files import write_atomic
 from chiplog.folder import ExperimentFolder, Submission
-from chiplog.ledger.metrics import last_step, read_events
+from chiplog.ledger.metrics import last_step, of_job, read_events
 from chiplog.plan import Run
 from chiplog.planning import PlannedRun
 from chiplog.record import Prediction, State
@@ -88,14 +88,19 @@ def submit(folder: ExperimentFolder, rows: Sequence[PlannedRun], engine_name: st
     engine = engine_for(engine_name)
     attempts = {submission.run: submission.attempt for submission in folder.submissions()}
     folders = {row.run.name: folder.path / "runs" / row.run.name for row in rows}
-    for row in rows:
-        text = _prediction(row.estimate).model_dump_json(indent=1) + "\n"
-        write_atomic(folders[row.run.name] / "estimate.json", text.encode())
+    predictions = {row.run.name: _prediction(row.estimate) for row in rows}
+    for name, prediction in predictions.items():
+        write_atomic(folders[name] / "estimate.json", prediction.model_dump_json(indent=1).encode() + b"\n")
     jobs = engine.submit([path / "run.sbatch" for path in folders.values()])
-    done = []
-    for name, job in zip(folders, jobs, strict=True):
-        done.append(Submission(run=name, engine=engine_name, job_id=job.id, attempt=attempts.get(name, 0) + 1))
-        folder.add(done[-1])
+    done = [
+        Submission(run=name, engine=engine_name, job_id=job.id, attempt=attempts.get(name, 0) + 1, predicted=predicted)
+        for (name, predicted), job in zip(predictions.items(), jobs, strict=True)
+    ]
+    try:
+        folder.add(done)
+    except BaseException:
+        engine.cancel([job.id for job in jobs])  # a job that nobody knows of would run twice
+        raise
     return done
 
 
@@ -116,7 +121,7 @@ def status(folder: ExperimentFolder, runs: Sequence[Run]) -> list[RunStatus]:
 
 def _status(folder: ExperimentFolder, run: Run, submission: Submission | None, job: Job | None) -> RunStatus:
     state = job.state if job else State.UNKNOWN if submission else None
-    events = read_events(folder.path / "runs" / run.name / "metrics.jsonl") if submission else []
+    events = of_job(read_events(folder.path / "runs" / run.name / "metrics.jsonl"), job.started if job else None)
     step = last_step(events)
     total = next((event["total_steps"] for event in events if event["event"] == "start"), None)
     left = None
@@ -186,16 +191,20 @@ def log_tail(status_row: RunStatus, lines: int) -> list[str]:
     ]
 
 
-def cancel(folder: ExperimentFolder, runs: Sequence[Run]) -> list[str]:
-    """Ends the jobs of these runs that have not ended; returns the runs' names.
+def cancel(folder: ExperimentFolder, names: Sequence[str] | None) -> list[str]:
+    """Ends the jobs of these runs (null: of all) that have not ended; returns the runs' names. Needs no run folder.
 
     Raises EngineError if there is none to end.
     """
     standing = latest_jobs(folder)
+    if unknown := [name for name in names or [] if name not in standing]:
+        raise NotFoundError(
+            f"{unknown[0]!r} has no job: those of {', '.join(sorted(standing)) or 'no run'} were submitted"
+        )
     chosen = [
         submission
-        for run in runs
-        if (pair := standing.get(run.name)) and (submission := pair[0]) and pair[1] and not pair[1].state.ended
+        for name, (submission, job) in standing.items()
+        if job and not job.state.ended and (not names or name in names)
     ]
     if not chosen:
         raise EngineError("no job of these runs waits or runs: there is nothing to cancel")

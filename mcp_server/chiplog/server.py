@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from chiplog import __version__
 from chiplog.answers import Answer
-from chiplog.errors import ChiplogError, ConfirmationNeeded
+from chiplog.errors import ChiplogError, ConfirmationNeeded, in_words
 from chiplog.tools import TOOLS, Tool
 
 INSTRUCTIONS = """chiplog plans machine-learning experiments from what past jobs actually did.
@@ -62,19 +62,17 @@ def serve() -> None:
 def _wrap(tool: Tool) -> McpTool:
     function = tool.function
     signature = inspect.signature(function, eval_str=True)
-    asks, reports = "confirm" in signature.parameters, "progress" in signature.parameters
+    reports = "progress" in signature.parameters
 
     async def call(ctx: Context, **arguments: Any) -> Any:
         if reports:
             arguments["progress"] = functools.partial(_report, ctx)
-        if asks:
-            arguments["confirm"] = arguments["confirm"] or _agreed(ctx)
         try:
-            return _result(await anyio.to_thread.run_sync(functools.partial(function, **arguments)))
+            return _result(await _in_thread(functools.partial(function, **arguments)))
         except ConfirmationNeeded as question:
             return await _ask(ctx, str(question), functools.partial(function, **{**arguments, "confirm": True}))
-        except ChiplogError as error:
-            raise ToolError(str(error)) from error
+        except (ChiplogError, OSError, UnicodeDecodeError) as error:
+            raise ToolError(in_words(error)) from error
 
     kept = [parameter for name, parameter in signature.parameters.items() if name != "progress"]
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=Context)
@@ -120,20 +118,22 @@ async def _ask(ctx: Context, question: str, go_on: functools.partial[Any]) -> An
     if capabilities is None or capabilities.elicitation is None:
         raise ToolError(f"{question}\nAsk the user; if they agree, call again with confirm=true.")
     if ctx.protocol_version and is_version_at_least(ctx.protocol_version, ASKS_BY_ANSWER):
-        if ctx.input_responses:
-            raise ToolError(f"The user did not agree. The question was: {question}")
-        form = ElicitRequestFormParams(message=question, requested_schema=Consent.model_json_schema())
-        return InputRequiredResult(input_requests={"consent": ElicitRequest(params=form)})
-    answer = await ctx.elicit(question, Consent)
-    if answer.action != "accept" or not answer.data.agreed:
+        answer = (ctx.input_responses or {}).get("consent")
+        if not isinstance(answer, ElicitResult) or ctx.request_state != question:  # a yes to another question is none
+            form = ElicitRequestFormParams(message=question, requested_schema=Consent.model_json_schema())
+            return InputRequiredResult(input_requests={"consent": ElicitRequest(params=form)}, request_state=question)
+        agreed = answer.action == "accept" and bool((answer.content or {}).get("agreed"))
+    else:
+        reply = await ctx.elicit(question, Consent)
+        agreed = reply.action == "accept" and reply.data.agreed
+    if not agreed:
         raise ToolError(f"The user did not agree. The question was: {question}")
     try:
-        return _result(await anyio.to_thread.run_sync(go_on))
-    except ChiplogError as error:
-        raise ToolError(str(error)) from error
+        return _result(await _in_thread(go_on))
+    except (ChiplogError, OSError, UnicodeDecodeError) as error:
+        raise ToolError(in_words(error)) from error
 
 
-def _agreed(ctx: Context) -> bool:
-    """Whether this call brings the user's yes to the question that the last one asked."""
-    answer = (ctx.input_responses or {}).get("consent")
-    return isinstance(answer, ElicitResult) and answer.action == "accept" and bool((answer.content or {}).get("agreed"))
+async def _in_thread(call: functools.partial[Any]) -> Any:
+    """Runs a tool beside the server's loop; a client that leaves does not wait for it."""
+    return await anyio.to_thread.run_sync(call, abandon_on_cancel=True)

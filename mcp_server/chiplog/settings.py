@@ -41,14 +41,6 @@ class Slurm(Frozen):
     max_submit: int | None = Field(default=None, ge=1, description="Jobs that may stand in the queue at once.")
 
 
-class Local(Frozen):
-    """How the local engine shares this machine."""
-
-    cpus: int | None = Field(
-        default=None, ge=1, description="CPUs that jobs may use together; null: all that are allowed."
-    )
-
-
 class Gpu(Frozen):
     """One kind of GPU that can be asked for."""
 
@@ -71,7 +63,6 @@ class Settings(Frozen):
     workspace: Path = Field(description="The folder that relative paths start at.")
     paths: Paths = Field(default=Paths(), description="Where things are.")
     slurm: Slurm | None = Field(default=None, description="The cluster; null: jobs run on this machine.")
-    local: Local = Field(default=Local(), description="The local engine.")
     gpus: list[Gpu] = Field(default=[], description="The kinds of GPU that can be asked for.")
     budget: Budget = Field(default=Budget(), description="What a plan may use.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -39,6 +40,13 @@ def study_plan(study: str, plan: str) -> dict[str, Any]:
     if plan not in plans:
         raise NotFoundError(f"the study {study} has no plan {plan!r}: it has {', '.join(plans) or 'none'}")
     return plans[plan]
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises StudyError for an option that is no plain name, or that chiplog gives itself."""
+    for key in options:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", key) or "out".startswith(key):
+            raise StudyError(f"{key!r} is no option of a generator: use lower-case words such as words_len")
 
 
 def run_command(study: str, file: str, options: Mapping[str, Any], *positional: str) -> Any:

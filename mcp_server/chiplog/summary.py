@@ -14,12 +14,14 @@ from pathlib import Path
 from pydantic import Field
 
 from chiplog.compare import Difference, Interval, holm, paired, proportion
+from chiplog.errors import RecordError
 from chiplog.folder import ExperimentFolder
 from chiplog.plan import Run, Value
 from chiplog.record import Record, State
 from chiplog.schema import Frozen
 
 ALPHA = 0.05
+MOST_PAIRS = 200  # of more, only those with a control or with the best arm are compared
 
 
 class Row(Frozen):
@@ -127,7 +129,11 @@ def _answers(run_folder: Path, metric: str) -> dict[str, bool] | None:
     found: dict[str, bool] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
-        found[json.dumps([item["index"], item["prompt"], item["target"]])] = bool(item["scores"].get(metric, False))
+        if metric not in item["scores"]:
+            raise RecordError(
+                f"{file} has no metric {metric!r}: it has {', '.join(item['scores'])}; plan with one of these"
+            )
+        found[json.dumps([item["index"], item["prompt"], item["target"]])] = bool(item["scores"][metric])
     return found
 
 
@@ -139,10 +145,9 @@ def _comparisons(metric: str, runs: Sequence[Run], answers: Mapping[str, Mapping
     pairs += [
         (one, other, False) for one, other in itertools.combinations(arms, 2) if _one_apart(arms[one], arms[other])
     ]
+    pairs = _limited([(one, other, flag) for one, other, flag in pairs if other], arms, answers)
     found = []
     for one, other, is_control in pairs:
-        if other is None:
-            continue
         scored = [[answers[run.name] for run in arms[name] if run.name in answers] for name in (one, other)]
         found.append((one, other, is_control, _difference(*scored)))
     adjusted = iter(holm([difference.p for *_, difference in found if difference]))
@@ -150,6 +155,23 @@ def _comparisons(metric: str, runs: Sequence[Run], answers: Mapping[str, Mapping
         _comparison(one, other, is_control, metric, difference, next(adjusted) if difference else None)
         for one, other, is_control, difference in found
     ]
+
+
+def _limited(
+    pairs: list[tuple[str, str, bool]], arms: Mapping[str, Sequence[Run]], answers: Mapping[str, Mapping[str, bool]]
+) -> list[tuple[str, str, bool]]:
+    """The pairs in which both arms have answers; of very many, those with a control or with the best arm."""
+    shares = {
+        arm: sum(sum(answers[run.name].values()) for run in runs if run.name in answers)
+        / max(1, sum(len(answers[run.name]) for run in runs if run.name in answers))
+        for arm, runs in arms.items()
+        if any(run.name in answers for run in runs)
+    }
+    pairs = [pair for pair in pairs if pair[0] in shares and pair[1] in shares]
+    if len(pairs) <= MOST_PAIRS:
+        return pairs
+    best = max((pair[0] for pair in pairs), key=lambda arm: shares[arm])
+    return [pair for pair in pairs if pair[2] or best in pair[:2]]
 
 
 def arm_name(run: Run) -> str:
@@ -167,10 +189,10 @@ def _control_of(arms: Mapping[str, Sequence[Run]], name: str) -> str | None:
 
 
 def _one_apart(one: Sequence[Run], other: Sequence[Run]) -> bool:
-    """Whether two arms differ in exactly one variable."""
-    if "control" in (one[0].kind, other[0].kind):
+    """Whether two arms differ in exactly one setting, whatever their names say."""
+    if "control" in (one[0].kind, other[0].kind) or one[0].recipe != other[0].recipe:
         return False
-    first, second = one[0].varied, other[0].varied
+    first, second = one[0].config, other[0].config
     return sum(first.get(key) != second.get(key) for key in (first.keys() | second.keys()) - {"seed"}) == 1
 
 
@@ -186,7 +208,9 @@ def _difference(first: list[Mapping[str, bool]], second: list[Mapping[str, bool]
 def _comparison(
     one: str, other: str, is_control: bool, metric: str, difference: Difference | None, p: float | None
 ) -> Comparison:
-    shown = p is not None and p < ALPHA
+    # The test asks which arm wins more items, the interval how much: where they disagree, nothing is shown.
+    ends = (difference.interval.low, difference.interval.high) if difference else (0.0, 0.0)
+    shown = p is not None and p < ALPHA and (ends[0] > 0 or ends[1] < 0)
     if difference is None:
         words = f"{one} against {other}: not shown, since one of them has no answers to the same items"
     else:

@@ -50,10 +50,21 @@ def totals_words(totals: Totals) -> str:
         return f"{head}; no evidence for the time of {totals.unknown}, so no total."
     together = totals.in_sequence_s
     assert together is not None
-    return (
-        f"{head}: {span((together.value, together.low, together.high), duration)} one after another, "
-        f"{duration(totals.in_parallel_s)} on this machine, {totals.gpu_hours:.2f} GPU hours."
-    )
+    here = f" {duration(totals.in_parallel_s)} on this machine," if totals.in_parallel_s is not None else ""
+    in_sequence = span((together.value, together.low, together.high), duration)
+    return f"{head}: {in_sequence} one after another,{here} {totals.gpu_hours:.2f} GPU hours."
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Names in one line, the first few if there are many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def bullets(lines: Sequence[str], most: int) -> list[str]:
+    """Lines as a list, the first few if there are many."""
+    more = [f"- ... and {len(lines) - most} more, in summary.md"] if len(lines) > most else []
+    return [f"- {line}" for line in lines[:most]] + more
 
 
 def cut_note(there: int, limit: int) -> str | None:
@@ -94,7 +105,7 @@ def probe_words(rows: Sequence[PlannedRun]) -> list[str]:
     if not unknown:
         return []
     return [
-        f"No evidence for {', '.join(unknown)}: no run like these has completed on this device. To get some, "
+        f"No evidence for {listed(unknown)}: no run like these has completed on this device. To get some, "
         "plan a probe with max_steps 20 and eval_limit 20, run it, and plan again."
     ]
 

@@ -28,13 +28,14 @@ from chiplog.answers import (
     SubmitAnswer,
     SummaryAnswer,
 )
+from chiplog.bundle import study_folder
 from chiplog.checks import Check, Report
 from chiplog.checks.dataset import DatasetReport
 from chiplog.checks.dataset import check_dataset as inspect_dataset
 from chiplog.checks.lookup import resolve_dataset, resolve_model
 from chiplog.checks.model import check_model as inspect_model
 from chiplog.errors import ConfirmationNeeded
-from chiplog.folder import find_experiment
+from chiplog.folder import ExperimentFolder, find_experiment
 from chiplog.ledger import Ledger
 from chiplog.plan import Run, Value, dump_plan, expand
 from chiplog.planning import PlannedRun, Request
@@ -44,7 +45,7 @@ from chiplog.render import render, write_experiment
 from chiplog.report import write_summary
 from chiplog.settings import load_settings
 from chiplog.summary import summarize
-from chiplog.tables import cut_note, plan_table, probe_words, span, summary_table, totals_words
+from chiplog.tables import bullets, cut_note, listed, plan_table, probe_words, span, summary_table, totals_words
 from chiplog.text import duration
 
 Progress = Callable[[float, float | None, str], None] | None
@@ -105,7 +106,9 @@ def create_dataset(
 ) -> CreatedAnswer:
     """Makes a study's data set from a seed: the same options give the same bytes."""
     settings = load_settings()
-    out = settings.workspace / "tasks" / study / "input"
+    study_commands.check_options(options)
+    study_folder(study)  # so that its name is a folder under tasks/ and nothing else
+    out = settings.allowed(settings.workspace / "tasks" / study / "input")
     made = study_commands.run_command(study, "data.py", {**options, "out": str(out)})
     rows = ", ".join(f"{name} {count}" for name, count in made["rows"].items())
     return CreatedAnswer(
@@ -154,9 +157,11 @@ def plan_experiment(
     """Plans an experiment: checks data and models, names the runs, estimates them from past runs, writes plan.yaml."""
     settings = load_settings()
     given = {key: value for key, value in locals().items() if key in Request.model_fields}
-    planned = planning.make_plan(Request(**given), settings, Ledger(), progress)
+    planned = planning.make_plan(planning.make_request(given), settings, Ledger(), progress)
     folder = settings.experiments / planned.plan.name
-    write_experiment(folder, {"plan.yaml": dump_plan(planned.plan).encode()}, confirm=confirm)
+    files = {"plan.yaml": dump_plan(planned.plan).encode()}
+    ExperimentFolder(folder).refuse_change(files)
+    write_experiment(folder, files, confirm=confirm)
     totals, table = planned.totals, plan_table(planned.rows[:limit])
     lines = [planned.plan.question, "", table, cut_note(len(planned.rows), limit), totals_words(totals)]
     if totals.controls:
@@ -179,7 +184,9 @@ def setup_experiment_dirs(experiment: Name, confirm: Confirm = False) -> SetupAn
     folder = find_experiment(experiment, settings)
     plan = folder.plan
     runs = expand(plan, defaults)
-    written = write_experiment(folder.path, render(plan, runs, settings), confirm=confirm)
+    files = render(plan, runs, settings)
+    folder.refuse_change(files)
+    written = write_experiment(folder.path, files, confirm=confirm)
     what = f"{len(written)} files written" if written else "everything was there already"
     return SetupAnswer(
         summary=f"{folder.path}: {len(runs)} runs, {what}.",
@@ -203,7 +210,7 @@ def submit_experiment(experiment: Name, runs: Runs = None, confirm: Confirm = Fa
         running.check_data_unchanged(folder)
         rows = _planned(chosen)
         if not confirm:
-            names = ", ".join(run.name for run in chosen)
+            names = listed([run.name for run in chosen])
             words = totals_words(planning.make_totals(rows))
             raise ConfirmationNeeded(f"Submit {len(chosen)} runs to this machine ({names})? {words}")
         done = running.submit(folder, rows, "local")
@@ -219,7 +226,7 @@ def experiment_status(
     runs: Runs = None,
     log_of: Annotated[str | None, Field(description="Run whose log's last lines are wanted.")] = None,
     lines: Annotated[int, Field(ge=1, le=500, description="How many lines of the log.")] = 20,
-    wait_s: Annotated[float, Field(ge=0, le=86_400, description="Seconds to wait for the jobs to end.")] = 0,
+    wait_s: Annotated[float, Field(ge=0, le=600, description="Seconds to wait for the jobs to end.")] = 0,
     limit: Limit = 50,
     progress: Progress = None,
 ) -> StatusAnswer:
@@ -250,10 +257,9 @@ def experiment_status(
 def cancel_experiment(experiment: Name, runs: Runs = None, confirm: Confirm = False) -> CancelAnswer:
     """Ends the jobs of an experiment that wait or run; a training that runs saves a checkpoint first."""
     folder = find_experiment(experiment, load_settings())
-    chosen = running.pick_runs(folder, runs)
     if not confirm:
-        raise ConfirmationNeeded(f"Cancel the jobs of {folder.path.name} that wait or run?")
-    ended = running.cancel(folder, chosen)
+        raise ConfirmationNeeded(f"Cancel the jobs of {listed(runs or [folder.path.name])} that wait or run?")
+    ended = running.cancel(folder, runs)
     return CancelAnswer(summary=f"Cancelled {', '.join(ended)}.", cancelled=ended)
 
 
@@ -284,8 +290,8 @@ def summarize_experiment(experiment: Name, limit: Limit = 50) -> SummaryAnswer:
     files = write_summary(folder, summary)
     plan = folder.plan
     table = summary_table(summary.rows[:limit], plan.metrics)
-    shown = [f"- {c.words}" for c in summary.comparisons if c.shown] or ["- nothing"]
-    not_shown = [f"- {words}" for words in summary.not_shown] or ["- nothing is left open by this design"]
+    shown = bullets([c.words for c in summary.comparisons if c.shown], limit) or ["- nothing"]
+    not_shown = bullets(summary.not_shown, limit) or ["- nothing is left open by this design"]
     cut = cut_note(len(summary.rows), limit)
     lines = [plan.question, "", table, *([cut] if cut else []), "", "Shown:", *shown, "", "Not shown:", *not_shown]
     return SummaryAnswer(
@@ -303,8 +309,7 @@ def estimate_resources(experiment: Name, limit: Limit = 50) -> PlanAnswer:
     """Estimates the time and memory of a planned experiment from past runs, with intervals and their evidence."""
     settings = load_settings()
     folder = find_experiment(experiment, settings)
-    runs = expand(folder.plan, defaults)
-    rows = _planned(runs)
+    rows = _planned(folder.runs() if folder.is_set_up else expand(folder.plan, defaults))
     totals, table = planning.make_totals(rows), plan_table(rows[:limit])
     evidence = sorted({name for row in rows if row.estimate.elapsed for name in row.estimate.elapsed.evidence})
     lines = [table, cut_note(len(rows), limit), totals_words(totals)]
@@ -331,6 +336,7 @@ def _planned(runs: Sequence[Run]) -> list[PlannedRun]:
         if key not in reports:
             prompts = {"system_prompt": config["system_prompt"], "prompt": config["prompt"]}
             reports[key] = inspect_dataset(Path(key[0]), model=Path(key[1]), **prompts)
+            planning.stop_on(reports[key], f"data set {run.dataset}", key[0])
         rows.append(planning.plan_run(run, reports[key], records, settings))
     return rows
 

@@ -22,7 +22,7 @@ from trainer.rows import file_hash
 
 def main() -> int:
     """Exit code 0, when the data are there."""
-    parser = argparse.ArgumentParser(description="Makes the words of the capitalization study.")
+    parser = argparse.ArgumentParser(description="Makes the words of the capitalization study.", allow_abbrev=False)
     parser.add_argument("--words-len", type=int, required=True, help="letters of each word")
     parser.add_argument("--train-percent", type=int, required=True, help="share of the words to train on, in %%")
     parser.add_argument("--n", type=int, required=True, help="words in all")

@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -32,6 +33,9 @@ CREATE TABLE IF NOT EXISTS jobs (
 """
 
 
+EPOCH = 1_767_225_600  # 2026-01-01
+
+
 class LocalEngine:
     """Runs scripts on this machine as Slurm would, as many at once as its CPUs and GPUs allow."""
 
@@ -41,7 +45,10 @@ class LocalEngine:
         self.folder = folder or home() / "local"
 
     def submit(self, scripts: Sequence[Path]) -> list[Job]:
-        """Queues the scripts. Raises EngineError if one asks for more than this machine has."""
+        """Queues the scripts; one that waits or runs already is not queued again.
+
+        Raises EngineError if one asks for more than this machine has.
+        """
         asked = [(script.resolve(), read_options(script)) for script in scripts]
         cpus, gpus = available_cpus(), len(available_gpus()) if any(o.gpus for _, o in asked) else 0
         for script, options in asked:
@@ -54,6 +61,10 @@ class LocalEngine:
         with self.open() as queue:
             ids: list[int] = []
             for script, options in asked:
+                live = "SELECT id FROM jobs WHERE script = ? AND state IN ('PENDING', 'RUNNING')"
+                if found := queue.execute(live, (str(script),)).fetchone():
+                    ids.append(found["id"])
+                    continue
                 values = (options.job_name, str(script), "", options.cpus, options.gpus, options.time_limit_s)
                 cursor = queue.execute(
                     "INSERT INTO jobs (name, script, log, cpus, gpus, time_limit_s, bin, state, submitted) "
@@ -99,6 +110,12 @@ class LocalEngine:
             try:
                 connection.execute(_SCHEMA)
                 connection.execute("BEGIN IMMEDIATE")
+                # A new queue does not count from 1 again: a job's id stands for it in records and in the ledger.
+                connection.execute(
+                    "INSERT INTO sqlite_sequence (name, seq) SELECT 'jobs', ? "
+                    "WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'jobs')",
+                    (int(time.time()) - EPOCH,),
+                )
                 with connection:
                     yield connection
             finally:
@@ -158,8 +175,8 @@ def utc_now() -> str:
 
 
 def kill_group(pid: int, number: signal.Signals) -> None:
-    """Signals a job and all its children; a job that is gone already is no error."""
-    with suppress(ProcessLookupError):
+    """Signals a job and all its children; a group that is gone, or another user's by now, is none of ours."""
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
 
 
@@ -167,6 +184,6 @@ def group_alive(pid: int) -> bool:
     """Whether the job or anything it started still runs."""
     try:
         os.killpg(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         return False
     return True

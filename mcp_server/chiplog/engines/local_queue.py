@@ -100,6 +100,12 @@ class Worker:
             "SLURM_LOCALID": "0",
             "SLURM_RESTART_COUNT": str(row["restarts"]),
         }
+        # Noted before it starts: a worker that dies here leaves a job that vanished, never one that starts twice.
+        queue.execute(
+            "UPDATE jobs SET state = 'RUNNING', reason = NULL, started = ?, pid = NULL, gpu_ids = ? WHERE id = ?",
+            (utc_now(), ",".join(gpus), row["id"]),
+        )
+        queue.commit()
         wrapper = 'bash "$1"; code=$?; echo "$code" > "$2.tmp" && mv "$2.tmp" "$2"; exit "$code"'
         try:
             with Path(row["log"]).open("ab") as log:
@@ -116,23 +122,22 @@ class Worker:
             self._end(queue, row, State.FAILED, f"it could not be started: {error}", None)
             return
         self.children[row["id"]] = child
-        queue.execute(
-            "UPDATE jobs SET state = 'RUNNING', reason = NULL, started = ?, pid = ?, pid_started = ?, gpu_ids = ? "
-            "WHERE id = ?",
-            (utc_now(), child.pid, _start_mark(child.pid), ",".join(gpus), row["id"]),
-        )
+        mark = (child.pid, _start_mark(child.pid), row["id"])
+        queue.execute("UPDATE jobs SET pid = ?, pid_started = ? WHERE id = ?", mark)
+        queue.commit()
 
     def _look(self, queue: sqlite3.Connection, row: sqlite3.Row) -> None:
         """One running job: has it ended, must it end?"""
         number = row["id"]
         child = self.children.get(number)
-        alive = child.poll() is None if child else _start_mark(row["pid"]) == row["pid_started"]
+        ours = child is not None or (row["pid"] is not None and _start_mark(row["pid"]) == row["pid_started"])
+        alive = child.poll() is None if child else ours and not self._exit_file(number).is_file()
         why = self._must_end(row)
         if number in self.asked:
             # The script dies of the signal at once; what it started may still be writing a checkpoint.
-            alive = group_alive(row["pid"])
+            alive = ours and group_alive(row["pid"])
         if alive:
-            if why and number not in self.asked:
+            if why and number not in self.asked and row["pid"] is not None:
                 self.asked[number] = time.monotonic()
                 kill_group(row["pid"], signal.SIGTERM)
             elif why and time.monotonic() - self.asked[number] > GRACE_S:
@@ -140,8 +145,9 @@ class Worker:
             return
         self.children.pop(number, None)
         code = self._exit_code(number, child)
-        kill_group(row["pid"], signal.SIGKILL)  # what the script left running in its background
-        if number in self.asked and why is State.CANCELLED:
+        if ours:
+            kill_group(row["pid"], signal.SIGKILL)  # what the script left running in its background
+        if why is State.CANCELLED:
             self._say(row, f"CANCELLED AT {_clock()} ***")
             self._end(queue, row, State.CANCELLED, "cancelled by the user", code)
         elif number in self.asked and why is State.TIMEOUT:
@@ -167,8 +173,12 @@ class Worker:
         self, queue: sqlite3.Connection, row: sqlite3.Row, state: State, reason: str | None, code: int | None
     ) -> None:
         self.asked.pop(row["id"], None)
-        self._exit_file(row["id"]).unlink(missing_ok=True)
-        values = (state, reason, code, utc_now(), row["id"])
+        exit_file = self._exit_file(row["id"])
+        # When the job itself said so: nobody may have looked for a while.
+        at = datetime.fromtimestamp(exit_file.stat().st_mtime, UTC) if exit_file.is_file() else datetime.now(UTC)
+        ended = at.isoformat(timespec="milliseconds")
+        exit_file.unlink(missing_ok=True)
+        values = (state, reason, code, ended, row["id"])
         queue.execute("UPDATE jobs SET state = ?, reason = ?, exit_code = ?, ended = ? WHERE id = ?", values)
 
     def _say(self, row: sqlite3.Row, words: str) -> None:
@@ -187,11 +197,15 @@ class Worker:
 
 
 def _start_mark(pid: int) -> str | None:
-    """When the process began, in clock ticks since boot, so that a reused pid is not taken for the job."""
+    """When the process began, in clock ticks since boot, so that a reused pid is not taken for the job.
+
+    Null for a process that is gone, or dead and not yet reaped.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    return None if fields[0] == "Z" else fields[19]
 
 
 def _clock() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from chiplog.estimate.model import NAMED, Basis, Estimate, RunEstimate, Workload
 from chiplog.plan import Config, Run
@@ -22,9 +22,11 @@ PRIOR_WEIGHT = 4  # measurements that the spread above counts as
 SCALED_SPREAD = 2.0  # a scaled estimate is taken to spread this much more
 COVERAGE = 0.90
 # Settings that change neither the time nor the memory of a step.
-NEUTRAL = {"seed", "lr", "lr_schedule", "warmup_steps", "weight_decay", "system_prompt", "prompt", "scorer"}
+NEUTRAL = {"seed", "lr", "lr_schedule", "warmup_steps", "weight_decay", "scorer"}
 # Settings that change how much is done, not how fast a token goes through.
-AMOUNT = {"dataset", "epochs", "max_steps", "eval_split", "eval_limit"}
+AMOUNT = {"dataset", "system_prompt", "prompt", "epochs", "max_steps", "eval_split", "eval_limit"}
+# Of these, what changes how long the samples are, and so the memory.
+LENGTH = {"dataset", "system_prompt", "prompt"}
 # Settings that move time and memory little enough to scale across, with a wider interval.
 NEAR = {"lora_rank", "lora_alpha", "save_every_n_steps", "log_every_n_steps", "max_new_tokens"}
 
@@ -33,16 +35,30 @@ def estimate_run(run: Run, work: Workload, records: Sequence[Record]) -> RunEsti
     """Time and memory of `run` from completed records of the same device; those of other devices must not be given."""
     usable = [r for r in records if r.state is State.COMPLETED and r.kind == run.kind and r.recipe == run.recipe]
     usable = [r for r in usable if r.config.get("model") == run.config["model"]]
+    usable = [r for r in usable if (r.usage.cpus, r.usage.gpus) == (run.resources.cpus, run.resources.gpus)]
     differs = {r.key: _differs(run.config, r.config) - NEUTRAL for r in usable}
-    same = [r for r in usable if not differs[r.key]]
+    same = [r for r in usable if not differs[r.key] and _same_work(r, work)]
     near = [r for r in usable if differs[r.key] <= AMOUNT | NEAR]
-    elapsed = _same_elapsed(same) or _scaled_elapsed(run, work, near)
-    peak, kind = _peak(same, [r for r in near if "dataset" not in differs[r.key]])
+    elapsed = _same_elapsed([r for r in same if not r.usage.resumed]) or _scaled_elapsed(
+        run, work, _nearest(near, differs)
+    )
+    peak, kind = _peak(same, _nearest([r for r in near if not differs[r.key] & LENGTH], differs))
     return RunEstimate(elapsed=elapsed, peak_mem=peak, mem_kind=kind)
 
 
 def _differs(one: Config, other: Config) -> set[str]:
     return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+
+
+def _same_work(record: Record, work: Workload) -> bool:
+    """Whether it did as much: a file may hold other rows than it did."""
+    return (record.usage.steps or 0, record.usage.eval_samples) == (work.steps, work.eval_samples)
+
+
+def _nearest(records: Sequence[Record], differs: Mapping[str, set[str]]) -> list[Record]:
+    """The records that differ in the fewest settings."""
+    fewest = min((len(differs[r.key]) for r in records), default=0)
+    return [r for r in records if len(differs[r.key]) == fewest]
 
 
 def _same_elapsed(records: Sequence[Record]) -> Estimate | None:

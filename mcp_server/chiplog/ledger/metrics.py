@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import statistics
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from chiplog.record import Score, Usage
 
+# What an event must have to be one; a line that was cut off has less.
+NEEDED = {
+    "start": {"started", "device", "n_params", "total_steps", "setup_s", "packages"},
+    "step": {"step", "loss", "tokens", "seconds", "peak_mem_bytes", "mem_kind"},
+    "checkpoint": {"seconds"},
+}
 WARM_UP = 0.1  # share of the steps, at the start, that the steady speed leaves out
 
 
@@ -22,9 +29,18 @@ def read_events(file: Path) -> list[dict[str, Any]]:
             event = json.loads(line)
         except ValueError:
             continue
-        if isinstance(event, dict) and "event" in event:
+        if isinstance(event, dict) and all(key in event for key in NEEDED.get(event.get("event", ""), {"event"})):
             events.append(event)
     return events
+
+
+def of_job(events: list[dict[str, Any]], started: str | None) -> list[dict[str, Any]]:
+    """The events, if the job that began at `started` wrote the last of them; none if an earlier attempt did."""
+    begun = [event["started"] for event in events if event["event"] == "start"]
+    if not begun or started is None:
+        return []
+    # Events note whole seconds.
+    return events if datetime.fromisoformat(begun[-1]) >= datetime.fromisoformat(started).replace(microsecond=0) else []
 
 
 def last_step(events: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -35,7 +51,13 @@ def last_step(events: list[dict[str, Any]]) -> dict[str, Any] | None:
 def train_usage(events: list[dict[str, Any]]) -> Usage:
     """What the training used. A resumed run repeats the steps since its checkpoint: the last line of a step counts."""
     of = {kind: [e for e in events if e["event"] == kind] for kind in ("start", "step", "checkpoint")}
-    steps = list({event["step"]: event for event in of["step"]}.values())
+    by_step: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if event["event"] == "start":  # what the last attempt did after its checkpoint is lost, and done again
+            by_step = {step: old for step, old in by_step.items() if step <= event.get("step", 0)}
+        elif event["event"] == "step":
+            by_step[event["step"]] = event
+    steps = list(by_step.values())
     if not of["start"]:
         return Usage()
     first = of["start"][-1]
@@ -47,6 +69,7 @@ def train_usage(events: list[dict[str, Any]]) -> Usage:
     tokens = sum(event["tokens"] for event in steps) * share
     return Usage(
         device=first["device"],
+        resumed=len(of["start"]) > 1,
         setup_s=sum(event["setup_s"] for event in of["start"]),
         train_s=sum(seconds) * share if steps else None,
         checkpoint_s=sum(event["seconds"] for event in of["checkpoint"]),

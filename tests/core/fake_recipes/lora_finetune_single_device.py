@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
@@ -25,7 +26,13 @@ def say(event: str, **values: object) -> None:
 
 memory = {"peak_mem_bytes": 1_000_000 * config["batch_size"], "mem_kind": "host_rss"}
 say(
-    "start", device="cpu", n_params=1000, total_steps=total, setup_s=time.perf_counter() - BEGAN, packages={"yaml": "1"}
+    "start",
+    started=datetime.now(UTC).isoformat(timespec="seconds"),
+    device="cpu",
+    n_params=1000,
+    total_steps=total,
+    setup_s=time.perf_counter() - BEGAN,
+    packages={"yaml": "1"},
 )
 for step in range(1, total + 1):
     began = time.perf_counter()
