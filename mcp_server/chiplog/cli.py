@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 import yaml
+from pydantic import ValidationError, validate_call
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from chiplog.answers import Answer
 from chiplog.errors import ChiplogError, ConfirmationNeeded, in_words
+from chiplog.schema import plain_errors
 from chiplog.tools import TOOLS
 
 app = typer.Typer(
@@ -143,14 +145,18 @@ def _yaml(text: str) -> Any:
 
 
 def _call(function: Callable[..., Any], arguments: dict[str, Any], reports: bool) -> Answer:
-    call = functools.partial(_with_progress, function) if reports else function
+    checked = validate_call(function)
+    call = functools.partial(_with_progress, checked) if reports else checked
     try:
         return call(**arguments)
+    except ValidationError as error:
+        raise ChiplogError(f"wrong arguments:\n{plain_errors(error)}\nMend these; --help explains them.") from error
     except ConfirmationNeeded as question:
         err.print(str(question), markup=False, highlight=False, soft_wrap=True)
         if not sys.stdin.isatty():
             raise ChiplogError("nobody is here to answer: call again with --confirm if it should be done") from question
-        typer.confirm("Go on?", abort=True, err=True)
+        if not typer.confirm("Go on?", err=True):
+            raise typer.Exit(2) from question
         return call(**{**arguments, "confirm": True})
     except KeyboardInterrupt as key:
         err.print("interrupted: jobs that were submitted go on", style="red")

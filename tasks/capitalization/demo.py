@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CHIPLOG = str(Path(sys.executable).with_name("chiplog"))
 WORDS = {"words_len": 5, "train_percent": 80, "n": 1000, "seed": 0, "chat": "false"}
-WAIT_S = 1800
+WAIT_S = 600
 FAR = 0.2  # the interval of fine-tuned minus base must lie wholly above this share
 
 

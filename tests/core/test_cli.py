@@ -64,6 +64,9 @@ def test_a_mistake_is_one_error_in_words_and_exit_code_2(lab: Path):
         ("plan-experiment", "--plan", "demo"),
         ("create-dataset", "nothere", "--options", "n=3"),
         ("plan-experiment", "--quesion", "q"),
+        ("plan-experiment", "--question", "q", "--models", "S=5", "--variables", "lora_rank=4"),
+        ("list-studies", "--limit", "3"),
+        ("summarize-experiment", "x", "--limit", "0"),
     ):
         done = chiplog(*arguments, code=2)
         assert "rror" in done.stderr and "Traceback" not in done.stderr
@@ -116,7 +119,9 @@ def test_ctrl_c_ends_the_waiting_and_not_the_jobs(lab: Path):
     chiplog("setup-experiment-dirs", "ranks")
     chiplog("submit-experiment", "ranks", "--confirm")
     waiting = subprocess.Popen([*CHIPLOG, "experiment-status", "ranks", "--wait-s", "60"], stderr=subprocess.PIPE)
-    time.sleep(2)
+    while not (lab / "experiments" / "ranks" / "records.jsonl").is_file() and not list(lab.rglob("metrics.jsonl")):
+        time.sleep(0.1)
+    time.sleep(1)
     waiting.send_signal(signal.SIGINT)
     assert "interrupted" in waiting.communicate()[1].decode() and waiting.returncode == 130
     assert "3 COMPLETED" in chiplog("experiment-status", "ranks", "--wait-s", "60").stdout

@@ -96,7 +96,6 @@ def test_a_second_plan_is_estimated_from_the_first_and_its_error_recorded(lab: P
         estimate = row["estimate"]["elapsed"]
         assert estimate["low"] < estimate["value"] < estimate["high"]
         assert all(name.startswith("first/") for name in estimate["evidence"])
-        # Steps double from 5 to 10: neither equal to nor far from the evidence.
     assert all(record["predicted"]["elapsed_s"] and record["usage"]["elapsed_s"] for record in collected["records"])
 
 
@@ -119,6 +118,46 @@ def test_a_run_that_dies_is_shown_and_only_it_is_submitted_again(lab: Path):
         await answer(client, "experiment_status", experiment="ranks", wait_s=60)
         records = (await answer(client, "collect_records", experiment="ranks"))["records"]
         assert {record["run"]: record["attempt"] for record in records}[failing] == 2
+
+    calls(steps)
+
+
+def test_a_plan_does_not_change_under_its_jobs(lab: Path):
+    async def steps(client: Client) -> None:
+        await answer(client, "plan_experiment", **ASK)
+        await answer(client, "setup_experiment_dirs", experiment="ranks")
+        await answer(client, "submit_experiment", experiment="ranks", confirm=True)
+        changed = {**ASK, "controls": {"epochs": 3}, "confirm": True}
+        assert "another name" in await refusal(client, "plan_experiment", **changed)
+        (lab / "recipes").unlink()
+        words = await refusal(client, "setup_experiment_dirs", experiment="ranks", confirm=True)
+        assert "another name" in words
+        status = await answer(client, "experiment_status", experiment="ranks", wait_s=60)
+        assert {run["state"] for run in status["runs"]} == {"COMPLETED"}
+
+    calls(steps)
+
+
+def test_a_metric_that_nothing_scored_is_named_and_not_taken_for_zero(lab: Path):
+    async def steps(client: Client) -> None:
+        await answer(client, "plan_experiment", **{**ASK, "metrics": ["exactmatch"]})
+        await answer(client, "setup_experiment_dirs", experiment="ranks")
+        await answer(client, "submit_experiment", experiment="ranks", confirm=True)
+        await answer(client, "experiment_status", experiment="ranks", wait_s=60)
+        words = await refusal(client, "summarize_experiment", experiment="ranks")
+        assert "no metric 'exactmatch': it has exact_match" in words
+
+    calls(steps)
+
+
+def test_a_generators_options_cannot_choose_where_it_writes(lab: Path):
+    async def steps(client: Client) -> None:
+        options = {"words_len": 5, "train_percent": 80, "n": 10}
+        for key in ("out", "ou", "out=/x --seed", "--out", "x\0"):
+            words = await refusal(client, "create_dataset", study="capitalization", options={**options, key: "/tmp"})
+            assert "is no option of a generator" in words
+        for study in ("../x", "nothere", ""):
+            assert "there is no study" in await refusal(client, "create_dataset", study=study, options=options)
 
     calls(steps)
 

@@ -136,3 +136,20 @@ def test_options_after_the_first_command_do_not_count(tmp_path: Path):
     file.write_text("#!/bin/bash\n#SBATCH --time=5 --cpus-per-task=2\n# words\n\necho hi\n#SBATCH --gres=gpu:4\n")
     options = read_options(file)
     assert (options.time_limit_s, options.cpus, options.gpus) == (300, 2, 0)
+
+
+def test_a_new_queue_does_not_count_from_the_same_number_again(tmp_path: Path):
+    first = LocalEngine(tmp_path / "a").submit([script(tmp_path, "one", "true")])
+    time.sleep(1.1)
+    second = LocalEngine(tmp_path / "b").submit([script(tmp_path, "two", "true")])
+    assert first[0].id != second[0].id and int(second[0].id) > 1000
+
+
+def test_a_script_that_waits_or_runs_is_not_queued_again(engine: LocalEngine, tmp_path: Path):
+    file = script(tmp_path, "one", "sleep 1")
+    jobs = engine.submit([file])
+    assert [job.id for job in engine.submit([file])] == [jobs[0].id]
+    ended(engine, jobs)
+    again = engine.submit([file])
+    assert again[0].id != jobs[0].id
+    ended(engine, again)

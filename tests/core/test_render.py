@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from chiplog import render as rendering
+from chiplog.bundle import bundle
 from chiplog.errors import ConfirmationNeeded, RenderError
 from chiplog.plan import Experiment, Plan, Resources, expand
 from chiplog.recipes import defaults
@@ -74,6 +75,16 @@ def test_the_folder_carries_the_code_it_runs(lab: Path):
     assert files["code/recipes/evaluate.py"] == (lab / "recipes" / "evaluate.py").read_bytes()
     assert b'"commit"' in files["code/REVISION"] and b"pydantic==" in files["code/environment.txt"]
     assert "code/trainer/chat.py" in files
+
+
+def test_a_recipe_of_ones_own_is_not_replaced_by_the_bundled_one(lab: Path):
+    (lab / "recipes").unlink()
+    (lab / "recipes").mkdir()
+    for file in (bundle() / "recipes").glob("lora_*"):
+        (lab / "recipes" / file.name).write_text(file.read_text() + "# mine\n")
+    files = rendered(lab)
+    assert files["code/recipes/lora_finetune_single_device.py"].endswith(b"# mine\n")
+    assert "code/recipes/llama_lora.py" in files and "code/recipes/evaluate.py" in files
 
 
 def test_a_control_has_no_training_step(lab: Path):
