@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,9 +110,9 @@ def find_experiment(name: str, settings: Settings) -> ExperimentFolder:
     if (by_path / "plan.yaml").is_file():
         return ExperimentFolder(settings.allowed(by_path))
     there = sorted(file.parent.name for file in settings.experiments.glob("*/plan.yaml"))
-    found = [folder for folder in there if folder == name or folder[11:] == name]
+    found = [folder for folder in there if name in (folder, re.sub(r"^\d{4}-\d\d-\d\d-", "", folder))]
     if len(found) == 1:
-        return ExperimentFolder(settings.experiments / found[0])
+        return ExperimentFolder(settings.allowed(settings.experiments / found[0]))
     words = f"more than one experiment is called {name!r}: {', '.join(found)}" if found else f"no experiment {name!r}"
     listed = f"there are: {', '.join(there[-20:])}" if there else "there is none yet: plan one with plan_experiment"
     raise NotFoundError(f"{words} under {settings.experiments}; {listed}")

@@ -127,8 +127,11 @@ def _answers(run_folder: Path, metric: str) -> dict[str, bool] | None:
     if not file.is_file():
         return None
     found: dict[str, bool] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        item = json.loads(line)
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            raise RecordError(f"{file}, line {number} is not whole: evaluate the run again. {error}") from error
         if metric not in item["scores"]:
             raise RecordError(
                 f"{file} has no metric {metric!r}: it has {', '.join(item['scores'])}; plan with one of these"

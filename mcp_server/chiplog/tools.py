@@ -158,7 +158,7 @@ def plan_experiment(
     settings = load_settings()
     given = {key: value for key, value in locals().items() if key in Request.model_fields}
     planned = planning.make_plan(planning.make_request(given), settings, Ledger(), progress)
-    folder = settings.experiments / planned.plan.name
+    folder = settings.allowed(settings.experiments / planned.plan.name)
     files = {"plan.yaml": dump_plan(planned.plan).encode()}
     ExperimentFolder(folder).refuse_change(files)
     write_experiment(folder, files, confirm=confirm)

@@ -150,6 +150,31 @@ def test_a_metric_that_nothing_scored_is_named_and_not_taken_for_zero(lab: Path)
     calls(steps)
 
 
+@pytest.mark.parametrize("name", ["scores.json", "predictions.jsonl"])
+def test_a_result_that_is_not_whole_is_named_with_what_to_do(lab: Path, name: str):
+    async def steps(client: Client) -> None:
+        await answer(client, "plan_experiment", **ASK)
+        await answer(client, "setup_experiment_dirs", experiment="ranks")
+        await answer(client, "submit_experiment", experiment="ranks", confirm=True)
+        await answer(client, "experiment_status", experiment="ranks", wait_s=60)
+        (lab / "experiments" / "ranks" / "runs" / "S_rank4" / "eval" / name).write_text('{"half": ')
+        words = await refusal(client, "summarize_experiment", experiment="ranks")
+        assert name in words and "evaluate the run again" in words
+
+    calls(steps)
+
+
+def test_a_link_under_experiments_does_not_lead_out(lab: Path, tmp_path: Path):
+    async def steps(client: Client) -> None:
+        assert "outside the folders" in await refusal(client, "plan_experiment", **{**ASK, "name": "link"})
+
+    (tmp_path / "outside").mkdir()
+    (lab / "experiments").mkdir()
+    (lab / "experiments" / "link").symlink_to(tmp_path / "outside")
+    calls(steps)
+    assert not list((tmp_path / "outside").iterdir())
+
+
 def test_a_generators_options_cannot_choose_where_it_writes(lab: Path):
     async def steps(client: Client) -> None:
         options = {"words_len": 5, "train_percent": 80, "n": 10}

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from chiplog.errors import RecordError
 from chiplog.record import Score, Usage
 
 # What an event must have to be one; a line that was cut off has less.
@@ -16,6 +17,7 @@ NEEDED = {
     "step": {"step", "loss", "tokens", "seconds", "peak_mem_bytes", "mem_kind"},
     "checkpoint": {"seconds"},
 }
+SCORES = {"n", "scores", "ended", "setup_s", "seconds", "peak_mem_bytes", "mem_kind", "device"}
 WARM_UP = 0.1  # share of the steps, at the start, that the steady speed leaves out
 
 
@@ -87,8 +89,17 @@ def train_usage(events: list[dict[str, Any]]) -> Usage:
 
 
 def read_scores(file: Path) -> dict[str, Any] | None:
-    """The evaluation's own account; null if there is none yet."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """The evaluation's own account; null if there is none yet. Raises RecordError for a file that is not whole."""
+    if not file.is_file():
+        return None
+    try:
+        scores = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(f"{file} is not whole: remove it, then evaluate the run again. {error}") from error
+    missing = SCORES - scores.keys() if isinstance(scores, dict) else SCORES
+    if missing:
+        raise RecordError(f"{file} lacks {', '.join(sorted(missing))}: remove it, then evaluate the run again")
+    return scores
 
 
 def with_evaluation(usage: Usage, scores: dict[str, Any]) -> Usage:
