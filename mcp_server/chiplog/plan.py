@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -25,15 +24,25 @@ from chiplog.schema import Frozen, plain_errors
 
 Config = dict[str, Any]
 Value = bool | int | float | str | list[str] | None
+Metric = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,39}$")]
 
 # Names become folders, job names and file names in shell scripts: no character that any of them would read twice.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 # Settings that read better short in a run's name.
 SHORT = {"lora_rank": "rank", "batch_size": "batch", "micro_batch_size": "micro", "model": "", "dataset": ""}
 
+LARGEST = 2**32 - 1  # of whole numbers, since seeds are no larger
 
-# Whole numbers that may be 0 though their default is another.
-MAY_BE_ZERO = {"seed", "warmup_steps"}
+Kind = Literal["text", "integer >= 0", "integer >= 1", "number >= 0", "number > 0", "number 0 to 1"]
+
+
+class Manual(Frozen):
+    """What the YAML beside a recipe says of its settings."""
+
+    defaults: Config = Field(description="Every setting with its default.")
+    takes: dict[str, Kind | list[str]] = Field(
+        default={}, description="Kind or choices of the settings whose default does not say it."
+    )
 
 
 class Resources(Frozen):
@@ -69,7 +78,7 @@ class Plan(Frozen):
     name: str = Field(description="Name of the plan and of its folder.")
     question: str = Field(min_length=1, description="What should be found out.")
     hypothesis: str = Field(default="", description="What is expected, and why.")
-    metrics: list[str] = Field(
+    metrics: list[Metric] = Field(
         default=["exact_match"], min_length=1, description="Scores to report; the first decides."
     )
     study: str | None = Field(default=None, description="Folder under tasks/ that the plan belongs to.")
@@ -130,30 +139,29 @@ def check_name(name: str, what: str) -> str:
     )
 
 
-def expand(plan: Plan, defaults: Callable[[str], Config]) -> list[Run]:
+def expand(plan: Plan, manual: Callable[[str], Manual]) -> list[Run]:
     """All runs of a plan, controls after the runs they belong to.
 
-    `defaults(recipe)` gives every setting that a recipe and the evaluation know, with its default.
+    `manual(recipe)` gives every setting that a recipe and the evaluation know.
     Raises PlanError for a setting, model or data set that does not exist, and for names that collide or are illegal.
     """
     check_name(plan.name, "the plan's name")
     for key in (*plan.models, *plan.datasets):
         check_name(key, "the short name")
-    runs = [
-        _limited(run, experiment) for experiment in plan.experiments for run in _expand_one(plan, experiment, defaults)
-    ]
-    seen: dict[str, Run] = {}
-    for run in runs:
-        check_name(run.name, "the run's name")
-        # Folded: some file systems hold one folder for names that differ only in case.
-        if (other := seen.setdefault(run.name.lower(), run)) is not run:
-            raise PlanError(
-                f"two runs are called {run.name!r}: {other.varied} and {run.varied}. Names are made of what varies: "
-                "remove the repeated value, or let one setting more differ"
-            )
+    runs: dict[str, Run] = {}
+    for experiment in plan.experiments:
+        for run in _limited(_expand_one(plan, experiment, manual), experiment):
+            check_name(run.name, "the run's name")
+            # Folded: some file systems hold one folder for names that differ only in case.
+            other = runs.setdefault(run.name.lower(), run)
+            if other is not run and not (run.kind == other.kind == "control" and run.config == other.config):
+                raise PlanError(
+                    f"two runs are called {run.name!r}: {other.varied} and {run.varied}. Names are made of what "
+                    "varies: remove the repeated value, or let one setting more differ"
+                )
     if not runs:
         raise PlanError("the plan has no run: give variables or runs")
-    return runs
+    return list(runs.values())
 
 
 def columns(varied: Iterable[Mapping[str, Value]]) -> list[str]:
@@ -161,11 +169,11 @@ def columns(varied: Iterable[Mapping[str, Value]]) -> list[str]:
     return [key for key in dict.fromkeys(key for one in varied for key in one) if key != "model"]
 
 
-def _expand_one(plan: Plan, experiment: Experiment, defaults: Callable[[str], Config]) -> list[Run]:
+def _expand_one(plan: Plan, experiment: Experiment, manual: Callable[[str], Manual]) -> list[Run]:
     if experiment.variables and experiment.runs:
         raise PlanError("an experiment has either variables (their product is run) or runs (a list): remove one")
-    base = {**defaults(experiment.recipe)}
-    evaluated = set(defaults("evaluate"))
+    known = manual(experiment.recipe)
+    evaluated = manual("evaluate").defaults
     for name, values in experiment.variables.items():
         if not values:
             raise PlanError(f"the variable {name!r} has no values: give at least one or remove it")
@@ -182,7 +190,7 @@ def _expand_one(plan: Plan, experiment: Experiment, defaults: Callable[[str], Co
                 "seed is a setting of a run: give seeds=[...] instead, so that replicates are known as such"
             )
         settings = {**chosen, "seed": seed}
-        config = _complete(settings, base) | {"model": plan.models[model], "dataset": plan.datasets[dataset]}
+        config = _complete(settings, known) | {"model": plan.models[model], "dataset": plan.datasets[dataset]}
         shown = {"model": model, **cell} if len(plan.models) > 1 or not cell else cell
         many = {"seed": seed} if len(experiment.seeds) > 1 else {}
         run = Run(
@@ -204,11 +212,11 @@ def _expand_one(plan: Plan, experiment: Experiment, defaults: Callable[[str], Co
     return runs + list(controls.values())
 
 
-def _limited(run: Run, experiment: Experiment) -> Run:
-    limit = experiment.time_limits_s.get(run.name)
-    return (
-        run.model_copy(update={"resources": run.resources.model_copy(update={"time_limit_s": limit})}) if limit else run
-    )
+def _limited(runs: Iterable[Run], experiment: Experiment) -> Iterator[Run]:
+    """The runs with their own time limits, where the experiment has such."""
+    for run in runs:
+        limit = experiment.time_limits_s.get(run.name, run.resources.time_limit_s)
+        yield run.model_copy(update={"resources": run.resources.model_copy(update={"time_limit_s": limit})})
 
 
 def _control(run: Run, name: str, varied: dict[str, Value], config: Config) -> Run:
@@ -228,19 +236,20 @@ def _pick(chosen: Mapping[str, Value], setting: str, named: Mapping[str, str]) -
     raise PlanError(f"the {setting} of a run {given}: say which of {', '.join(named)} in variables, controls or runs")
 
 
-def _complete(settings: Mapping[str, Value], base: Config) -> Config:
-    config = dict(base)
+def _complete(settings: Mapping[str, Value], manual: Manual) -> Config:
+    config = dict(manual.defaults)
     for key, value in settings.items():
-        if key not in base:
-            near = difflib.get_close_matches(key, base, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(base))}"
+        if key not in config:
+            near = difflib.get_close_matches(key, config, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(config))}"
             raise PlanError(f"there is no setting {key!r}: {hint}")
-        config[key] = _typed(key, value, base[key])
+        default = manual.defaults[key]
+        if value is None and default is None:
+            continue
+        if isinstance(value, list) != isinstance(default, list):
+            raise PlanError(f"{key} is {value!r}: give {'a list' if isinstance(default, list) else 'one value'}")
+        config[key] = _typed(key, value, manual.takes.get(key) or _kind(default))
     batch, micro = config.get("batch_size"), config.get("micro_batch_size")
-    for key in ("batch_size", "micro_batch_size", "max_steps", "eval_limit"):
-        value = config.get(key)
-        if not isinstance(value, int | None) or isinstance(value, bool):
-            raise PlanError(f"{key} is {value!r}, which is no whole number")
     if isinstance(batch, int) and isinstance(micro, int) and batch % micro:
         divisors = [str(n) for n in range(1, batch + 1) if batch % n == 0]
         raise PlanError(
@@ -250,19 +259,40 @@ def _complete(settings: Mapping[str, Value], base: Config) -> Config:
     return config
 
 
-def _typed(key: str, value: Value, default: Value) -> Value:
-    """`value`, if it is of the kind that the setting's default is of; a null default tells only what is no number."""
-    if isinstance(default, float) and isinstance(value, int | str) and not isinstance(value, bool):
+def _kind(default: Value) -> Kind | type:
+    """What a setting takes whose YAML says no more than this default."""
+    if isinstance(default, bool) or not isinstance(default, int | float | str):
+        return type(default)
+    if isinstance(default, int):
+        return "integer >= 1" if default else "integer >= 0"
+    return "number >= 0" if isinstance(default, float) else "text"
+
+
+def _typed(key: str, value: Value, kind: Kind | list[str] | type) -> Value:
+    """`value` as a setting of that kind, or of those choices, has it. Raises PlanError."""
+    if isinstance(kind, list):
+        given = value if isinstance(value, list) else [value]
+        if not given or any(word not in kind for word in given):
+            raise PlanError(f"{key} is {value!r}: choose from {', '.join(kind)}")
+        return value
+    if kind is bool and not isinstance(value, bool):
+        raise PlanError(f"{key} is {value!r}: give true or false")
+    if kind == "text" and (not isinstance(value, str) or "\0" in value):
+        raise PlanError(f"{key} is {value!r}: give a text")
+    return _number(key, value, kind) if isinstance(kind, str) and kind != "text" else value
+
+
+def _number(key: str, value: Value, kind: str) -> float:
+    whole = kind.startswith("integer")
+    if not whole and isinstance(value, int | str) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
             value = float(value)  # YAML 1.1 reads 1e-4 as a word
-    if default is not None and type(value) is not type(default):
-        raise PlanError(f"{key} is {value!r}, which is no {type(default).__name__} (its default is {default!r})")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value) or value < 0:
-            raise PlanError(f"{key} is {value!r}: give a number of at least 0")
-        if isinstance(value, int) and value == 0 and default != 0 and key not in MAY_BE_ZERO:
-            raise PlanError(f"{key} is 0: give a number of at least 1")
-    return value
+    least, most = (1 if kind == "integer >= 1" else 0), (1 if kind == "number 0 to 1" else LARGEST)
+    right = isinstance(value, int if whole else float) and not isinstance(value, bool)
+    if right and least <= value <= most and (value or kind != "number > 0"):  # pyright: ignore[reportOperatorIssue]
+        return value  # pyright: ignore[reportReturnType]
+    above = "above 0 and" if kind == "number > 0" else f"of at least {least} and"
+    raise PlanError(f"{key} is {value!r}: give a {'whole ' * whole}number {above} at most {most:,}")
 
 
 def _name(varied: Mapping[str, Value]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -11,19 +12,19 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from chiplog.bundle import study_folder
+from chiplog.bundle import study_folder, study_names
 from chiplog.checks import Check, Report, warning
 from chiplog.checks.dataset import DatasetReport, check_dataset
 from chiplog.checks.lookup import resolve_dataset, resolve_model
 from chiplog.checks.model import ModelReport, check_model
-from chiplog.engines.local import available_cpus, available_gpus
+from chiplog.engines.local import available_cpus, available_gpus, gpu_name
 from chiplog.errors import NotFoundError, PlanError
 from chiplog.estimate import NAMED, Estimate, RunEstimate, estimate_run, workload
 from chiplog.ledger import Ledger
 from chiplog.plan import Experiment, Plan, Run, Value, expand, parse_plan
-from chiplog.recipes import choose_recipe, defaults, load_recipe
+from chiplog.recipes import choose_recipe, load_recipe, manual
 from chiplog.record import Record
-from chiplog.render import find_gpu
+from chiplog.render import code_files, find_gpu
 from chiplog.schema import Frozen, plain_errors
 from chiplog.settings import Settings
 from chiplog.studies import study_plan
@@ -105,18 +106,21 @@ def make_plan(request: Request, settings: Settings, ledger: Ledger, progress=Non
         for report in datasets[key]:
             stop_on(report, f"data set {key}", path)
     for experiment in plan.experiments:
-        _check_family(experiment, models)
+        _check_recipe(experiment, models)
     plan = plan.model_copy(update={"dataset_sha256": {key: reports[0].sha256 for key, reports in datasets.items()}})
-    runs = expand(plan, defaults)
+    runs = expand(plan, manual)
     for run in runs:
-        find_gpu(run, settings)
+        _check_gpu(run, settings)
+        _check_scorer(run, plan)
         _check_split(run, datasets[run.dataset][0])
     records = ledger.records()
     counted = {key: dict(zip(plan.models, reports, strict=True)) for key, reports in datasets.items()}
     rows = [plan_run(run, counted[run.dataset][run.model], records, settings) for run in runs]
-    if settings.slurm and request.time_limit_s is None:
+    for row in rows:
+        _check_steps(row, datasets[row.run.dataset][0])
+    if settings.slurm:
         plan = _with_time_limits(plan, rows)
-        limited = {run.name: run for run in expand(plan, defaults)}
+        limited = {run.name: run for run in expand(plan, manual)}
         rows = [row.model_copy(update={"run": limited[row.run.name]}) for row in rows]
     totals = make_totals(rows)
     budget = plan.gpu_hours or settings.budget.gpu_hours
@@ -152,8 +156,7 @@ def _draft(request: Request, settings: Settings) -> Plan:
         for key, path in values["models"].items()
     }
     values["datasets"] = {
-        key: str(settings.allowed(_find_dataset(path, request.study, settings)))
-        for key, path in values["datasets"].items()
+        key: str(find_dataset(path, settings, request.study)) for key, path in values["datasets"].items()
     }
     values["experiments"] = [_experiment(request, dict(e), settings) for e in values.get("experiments") or [{}]]
     return parse_plan(values, "the request")
@@ -172,17 +175,23 @@ def _experiment(request: Request, values: dict[str, Any], settings: Settings) ->
             resources[key] = given
     has_gpus = bool(settings.gpus) or (settings.slurm is None and bool(available_gpus()))
     resources.setdefault("gpus", 1 if has_gpus else 0)
-    values.setdefault("recipe", choose_recipe(resources["gpus"], request.validation).name)
+    if not values.get("recipe"):
+        values["recipe"] = choose_recipe(resources["gpus"], request.validation).name
     return {**values, "controls": controls, "resources": resources}
 
 
-def _find_dataset(name: str, study: str | None, settings: Settings) -> Path:
+def find_dataset(name: str, settings: Settings, study: str | None = None) -> Path:
+    """Its path. Raises NotFoundError with what is near, and which studies can make data sets."""
     try:
-        return resolve_dataset(name, settings.dataset_roots, settings.workspace)
+        return settings.allowed(resolve_dataset(name, settings.dataset_roots, settings.workspace))
     except NotFoundError as error:
-        if study and (study_folder(study) / "data.py").is_file():
-            raise NotFoundError(f"{error}\nThe study {study} can make data sets: call create_dataset") from error
-        raise
+        makers = [
+            maker for maker in ([study] if study else study_names()) if (study_folder(maker) / "data.py").is_file()
+        ]
+        if not makers:
+            raise
+        words = f"create_dataset makes data sets of the study {', '.join(makers)}"
+        raise NotFoundError(f"{error}\n{words}") from error
 
 
 def _short(path: str) -> str:
@@ -210,14 +219,53 @@ def stop_on(report: Report, what: str, path: str) -> None:
         raise PlanError(f"the {what} ({path}) cannot be used:\n" + "\n".join(lines))
 
 
-def _check_family(experiment: Experiment, models: Mapping[str, ModelReport]) -> None:
-    about = load_recipe(experiment.recipe).about
+def _check_recipe(experiment: Experiment, models: Mapping[str, ModelReport]) -> None:
+    about, asked = load_recipe(experiment.recipe).about, experiment.resources.gpus
+    if about.does != "train":
+        raise PlanError(f"the recipe {experiment.recipe} does not train: name one that does, or leave recipe out")
+    if about.max_gpus is not None and asked > about.max_gpus:
+        raise PlanError(f"{asked} GPUs are asked for and the recipe {experiment.recipe} uses {about.max_gpus} at most")
     for key, report in models.items():
         if about.model_types and report.model_type not in about.model_types:
             raise PlanError(
                 f"the recipe {experiment.recipe} cannot load {key}, whose model_type is {report.model_type}: "
                 f"it loads {', '.join(about.model_types)}; take another model or recipe"
             )
+
+
+def _check_gpu(run: Run, settings: Settings) -> None:
+    """Refuses GPUs that chiplog.toml does not name, or, where it names no cluster and no GPU, this machine lacks."""
+    gpu, asked = find_gpu(run, settings), run.resources.gpus
+    if not asked:
+        return
+    if len(settings.gpus) > 1 and not gpu:
+        raise PlanError(f"{run.name} asks for a GPU: say which with gpu, {', '.join(g.name for g in settings.gpus)}")
+    if gpu and gpu.count is not None and asked > gpu.count:
+        raise PlanError(f"{run.name} asks for {asked} {gpu.name} and chiplog.toml counts {gpu.count}: ask for fewer")
+    if settings.slurm and not gpu:
+        raise PlanError(f"{run.name} asks for a GPU and chiplog.toml names none: add its kind under [[gpus]]")
+    if not gpu and asked > (there := len(available_gpus())):
+        raise PlanError(
+            f"{run.name} asks for {asked} GPUs and this machine has {there}: plan with gpus={there}, or describe your "
+            "cluster in chiplog.toml under [slurm] and [[gpus]]"
+        )
+
+
+def _check_scorer(run: Run, plan: Plan) -> None:
+    """Refuses a scorer that the experiment folder would not carry."""
+    scorer, carried = run.config["scorer"], code_files(plan)
+    if scorer is None or scorer in carried:
+        return
+    found = [name for name in carried if name.endswith(".py") and not name.startswith("trainer/")]
+    raise PlanError(f"there is no scorer {scorer!r}: it is a file under recipes/ or the study, {', '.join(found)}")
+
+
+def _check_steps(row: PlannedRun, report: DatasetReport) -> None:
+    if row.run.kind != "control" and not row.steps:
+        raise PlanError(
+            f"{row.run.name} would take no step: its batch_size {row.run.config['batch_size']} is more than the "
+            f"{report.splits['train'].rows} rows of train; lower it"
+        )
 
 
 def _check_split(run: Run, report: DatasetReport) -> None:
@@ -241,12 +289,13 @@ def _check_warm_up(rows: Sequence[PlannedRun]) -> list[Check]:
 def plan_run(run: Run, report: DatasetReport, records: Sequence[Record], settings: Settings) -> PlannedRun:
     """A run with its estimate, from the records of the device that it will run on."""
     gpu = find_gpu(run, settings)
-    kind = gpu.name.split("-")[0].lower() if gpu else ""
+    # Of a GPU that no file names, the kind is what this machine has.
+    kind = gpu.name.split("-")[0] if gpu else gpu_name() if run.resources.gpus else ""
 
     def same_device(device: str | None) -> bool:
         if not run.resources.gpus:
             return device == "cpu"
-        return device not in (None, "cpu") and kind in device.lower()
+        return bool(device and kind and device != "cpu" and kind.lower() in device.lower())
 
     train = report.splits.get("train")
     tokens = train.tokens.total if train and train.tokens else None
@@ -257,9 +306,16 @@ def plan_run(run: Run, report: DatasetReport, records: Sequence[Record], setting
 
 
 def _with_time_limits(plan: Plan, rows: Sequence[PlannedRun]) -> Plan:
-    """The upper end of each estimate and a half more, in full minutes. No evidence: the partition's own limit."""
-    limits = {row.run.name: -(-int(row.estimate.elapsed.high * 1.5) // 60) * 60 for row in rows if row.estimate.elapsed}
-    kept = [e.model_copy(update={"time_limits_s": limits}) for e in plan.experiments]
+    """The upper end of each estimate and a half more, in full minutes, for runs whose plan has no limit of its own.
+
+    No evidence: the partition's own limit.
+    """
+    limits = {
+        row.run.name: 60 * math.ceil(row.estimate.elapsed.high * 1.5 / 60)
+        for row in rows
+        if row.estimate.elapsed and row.run.resources.time_limit_s is None
+    }
+    kept = [e.model_copy(update={"time_limits_s": {**limits, **e.time_limits_s}}) for e in plan.experiments]
     return plan.model_copy(update={"experiments": kept})
 
 

@@ -14,8 +14,14 @@ from pydantic import Field, ValidationError
 
 from chiplog.bundle import places
 from chiplog.errors import NotFoundError, PlanError
-from chiplog.plan import Config
+from chiplog.plan import Config, Kind, Manual
 from chiplog.schema import Frozen, plain_errors
+
+# The settings that planning itself reads.
+NEEDED = {
+    "evaluate": ["model", "dataset", "system_prompt", "prompt", "eval_split", "eval_limit", "scorer"],
+    "train": ["model", "dataset", "system_prompt", "prompt", "seed", "batch_size", "epochs", "max_steps"],
+}
 
 
 class About(Frozen):
@@ -26,6 +32,9 @@ class About(Frozen):
     model_types: list[str] = Field(description="Values of model_type in config.json that it can load.")
     max_gpus: int | None = Field(description="GPUs that it can use; null: any number.")
     validates: bool = Field(description="Whether it validates during training.")
+    takes: dict[str, Kind | list[str]] = Field(
+        default={}, description="Kind or choices of the settings whose default does not say it."
+    )
 
 
 class Recipe(Frozen):
@@ -70,10 +79,12 @@ def choose_recipe(gpus: int, validation: bool) -> Recipe:
     raise PlanError(f"no recipe trains on {wanted}: there are {', '.join(recipe.name for recipe in found)}")
 
 
-def defaults(name: str, folder: Path | None = None) -> Config:
+def manual(name: str, folder: Path | None = None) -> Manual:
     """Every setting that a run of this recipe knows: its own and the evaluation's."""
-    evaluation = load_recipe("evaluate", folder).settings
-    return evaluation if name == "evaluate" else {**evaluation, **load_recipe(name, folder).settings}
+    evaluation, recipe = load_recipe("evaluate", folder), load_recipe(name, folder)
+    return Manual(
+        defaults={**evaluation.settings, **recipe.settings}, takes={**evaluation.about.takes, **recipe.about.takes}
+    )
 
 
 def _folders(folder: Path | None) -> list[Path]:
@@ -91,4 +102,8 @@ def _read(file: Path) -> Recipe:
         about = About.model_validate(documents[0])
     except ValidationError as error:
         raise PlanError(f"{file}, first document:\n{plain_errors(error)}\nMend these fields.") from error
+    if missing := [key for key in NEEDED[about.does] if key not in documents[1]]:
+        raise PlanError(f"{file} lacks {', '.join(missing)}: every recipe that can {about.does} has these settings")
+    if unknown := about.takes.keys() - documents[1].keys():
+        raise PlanError(f"{file} says what {', '.join(sorted(unknown))} takes, and has no such setting")
     return Recipe(name=file.stem, file=file.with_suffix(".py"), about=about, settings=documents[1])

@@ -32,14 +32,14 @@ from chiplog.bundle import study_folder
 from chiplog.checks import Check, Report
 from chiplog.checks.dataset import DatasetReport
 from chiplog.checks.dataset import check_dataset as inspect_dataset
-from chiplog.checks.lookup import resolve_dataset, resolve_model
+from chiplog.checks.lookup import resolve_model
 from chiplog.checks.model import check_model as inspect_model
 from chiplog.errors import ConfirmationNeeded
 from chiplog.folder import ExperimentFolder, find_experiment
 from chiplog.ledger import Ledger
 from chiplog.plan import Run, Value, dump_plan, expand
 from chiplog.planning import PlannedRun, Request
-from chiplog.recipes import defaults
+from chiplog.recipes import manual
 from chiplog.record import State
 from chiplog.render import render, write_experiment
 from chiplog.report import write_summary
@@ -76,7 +76,7 @@ def check_dataset(
 ) -> DatasetAnswer:
     """Checks a data set: splits, rows, shape, empty and duplicate rows, leaks between splits, token counts."""
     settings = load_settings()
-    file = settings.allowed(resolve_dataset(path, settings.dataset_roots, settings.workspace))
+    file = planning.find_dataset(path, settings)
     tokenizer = settings.allowed(resolve_model(model, settings.model_roots, settings.workspace)) if model else None
     report = inspect_dataset(file, model=tokenizer, system_prompt=system_prompt, prompt=prompt, progress=progress)
     splits = ", ".join(
@@ -183,7 +183,7 @@ def setup_experiment_dirs(experiment: Name, confirm: Confirm = False) -> SetupAn
     settings = load_settings()
     folder = find_experiment(experiment, settings)
     plan = folder.plan
-    runs = expand(plan, defaults)
+    runs = expand(plan, manual)
     files = render(plan, runs, settings)
     folder.refuse_change(files)
     written = write_experiment(folder.path, files, confirm=confirm)
@@ -309,7 +309,7 @@ def estimate_resources(experiment: Name, limit: Limit = 50) -> PlanAnswer:
     """Estimates the time and memory of a planned experiment from past runs, with intervals and their evidence."""
     settings = load_settings()
     folder = find_experiment(experiment, settings)
-    rows = _planned(folder.runs() if folder.is_set_up else expand(folder.plan, defaults))
+    rows = _planned(folder.runs() if folder.is_set_up else expand(folder.plan, manual))
     totals, table = planning.make_totals(rows), plan_table(rows[:limit])
     evidence = sorted({name for row in rows if row.estimate.elapsed for name in row.estimate.elapsed.evidence})
     lines = [table, cut_note(len(rows), limit), totals_words(totals)]

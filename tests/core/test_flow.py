@@ -319,6 +319,49 @@ def test_the_user_is_asked_where_the_client_can_ask(lab: Path):
     assert len(asked) == 3 and all(message.startswith("Submit 2 runs") for message in asked)
 
 
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+def test_a_changed_plan_and_folder_are_written_over_after_a_yes_to_the_diff(lab: Path, mode: str):
+    asked: list[str] = []
+    agreed = False
+
+    async def ask(context: Any, params: Any) -> Any:
+        from mcp_types import ElicitResult
+
+        asked.append(params.message)
+        return ElicitResult(action="accept", content={"agreed": agreed})
+
+    changed = {**ASK, "controls": {"epochs": 3}}
+    config = lab / "experiments" / "ranks" / "runs" / "S_rank4" / "config.yaml"
+
+    async def prepare(client: Client) -> None:
+        await answer(client, "plan_experiment", **ASK)
+        await answer(client, "setup_experiment_dirs", experiment="ranks")
+
+    async def refused(client: Client) -> None:
+        assert "did not agree" in await refusal(client, "plan_experiment", **changed)
+
+    async def accepted(client: Client) -> None:
+        await answer(client, "plan_experiment", **changed)
+        await answer(client, "setup_experiment_dirs", experiment="ranks")
+
+    calls(prepare)
+    before = (lab / "experiments" / "ranks" / "plan.yaml").read_bytes()
+    calls(refused, mode, elicitation_callback=ask)
+    assert (lab / "experiments" / "ranks" / "plan.yaml").read_bytes() == before and "epochs: 1" in config.read_text()
+    agreed = True
+    calls(accepted, mode, elicitation_callback=ask)
+    assert "epochs: 3" in config.read_text()
+    assert len(asked) == 3 and "+" in asked[0] and "epochs: 3" in asked[0] and "Overwrite them?" in asked[2]
+
+
+def test_a_data_set_that_is_not_there_can_be_made_where_a_study_has_a_generator(lab: Path):
+    async def steps(client: Client) -> None:
+        words = await refusal(client, "check_dataset", path="words_7L")
+        assert "create_dataset makes data sets of the study capitalization" in words
+
+    calls(steps)
+
+
 def test_a_long_tool_reports_progress(lab: Path):
     seen: list[tuple[float, float | None, str | None]] = []
 

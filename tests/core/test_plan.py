@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chiplog.errors import PlanError
-from chiplog.plan import NAME, Experiment, Plan, dump_plan, expand, parse_plan
+from chiplog.plan import NAME, Experiment, Manual, Plan, dump_plan, expand, parse_plan
 
 SETTINGS = {
     "model": None,
@@ -20,13 +20,26 @@ SETTINGS = {
     "batch_size": 16,
     "micro_batch_size": None,
     "packed": False,
+    "dtype": "bf16",
+    "targets": ["q_proj"],
+    "dropout": 0.0,
+    "alpha": None,
+    "prompt": "{input}",
     "eval_limit": None,
+}
+TAKES: dict[str, Any] = {
+    "micro_batch_size": "integer >= 1",
+    "eval_limit": "integer >= 1",
+    "dtype": ["bf16", "fp32"],
+    "targets": ["q_proj", "v_proj"],
+    "dropout": "number 0 to 1",
+    "alpha": "number > 0",
 }
 EVALUATION = {key: SETTINGS[key] for key in ("model", "dataset", "eval_limit")}
 
 
-def defaults(recipe: str) -> dict[str, Any]:
-    return EVALUATION if recipe == "evaluate" else SETTINGS
+def manual(recipe: str) -> Manual:
+    return Manual(defaults=EVALUATION if recipe == "evaluate" else SETTINGS, takes=TAKES)
 
 
 def a_plan(**experiment: Any) -> Plan:
@@ -40,11 +53,11 @@ def a_plan(**experiment: Any) -> Plan:
 
 
 def names(plan: Plan) -> list[str]:
-    return [run.name for run in expand(plan, defaults)]
+    return [run.name for run in expand(plan, manual)]
 
 
 def test_runs_are_the_product_of_the_variables_with_one_control_for_each_model():
-    runs = expand(a_plan(variables={"model": ["1B", "3B"], "lora_rank": [4, 64]}), defaults)
+    runs = expand(a_plan(variables={"model": ["1B", "3B"], "lora_rank": [4, 64]}), manual)
     assert [(run.name, run.kind) for run in runs] == [
         ("1B_rank4", "finetune"),
         ("1B_rank64", "finetune"),
@@ -59,7 +72,7 @@ def test_runs_are_the_product_of_the_variables_with_one_control_for_each_model()
 
 def test_what_is_no_product_is_a_list_of_runs():
     cells = [{"model": "1B", "batch_size": 16}, {"model": "3B", "batch_size": 8}]
-    runs = expand(a_plan(runs=cells, control="none"), defaults)
+    runs = expand(a_plan(runs=cells, control="none"), manual)
     assert [(run.name, run.config["batch_size"]) for run in runs] == [("1B_batch16", 16), ("3B_batch8", 8)]
 
 
@@ -74,7 +87,7 @@ def test_a_plan_without_controls_has_none():
 
 def test_the_learning_rate_reads_as_a_person_would_write_it():
     plan = a_plan(controls={"model": "1B"}, variables={"lr": [1e-4, "3e-4", 0.01, 2]}, control="none")
-    runs = expand(plan, defaults)
+    runs = expand(plan, manual)
     assert [run.config["lr"] for run in runs] == [1e-4, 3e-4, 0.01, 2.0]
     assert names(a_plan(controls={"model": "1B"}, variables={"lr": [1e-4, 2.5e-5, 0.01]}, control="none")) == [
         "1B_lr1e-4",
@@ -87,33 +100,69 @@ def test_the_learning_rate_reads_as_a_person_would_write_it():
     ("experiment", "words"),
     [
         ({"variables": {"model": ["1B"]}, "controls": {"lora_rnak": 4}}, "did you mean 'lora_rank'"),
-        ({"variables": {"model": ["1B"]}, "controls": {"frobnicate": 4}}, "there are: batch_size"),
+        ({"variables": {"model": ["1B"]}, "controls": {"frobnicate": 4}}, "there are: alpha, batch_size"),
         ({"variables": {"model": ["1B", "1B"]}}, "two runs are called '1B'"),
         ({"variables": {"model": ["7B"]}}, "say which of 1B, 3B"),
         ({"variables": {"lora_rank": [4]}}, "the model of a run is not said"),
         ({"variables": {"model": []}}, "has no values"),
         ({"variables": {"model": ["1B"]}, "runs": [{"model": "1B"}]}, "remove one"),
-        ({"variables": {"model": ["1B"]}, "controls": {"batch_size": "16"}}, "is no int"),
-        ({"variables": {"model": ["1B"]}, "controls": {"batch_size": -1}}, "at least 0"),
+        ({"variables": {"model": ["1B"]}, "controls": {"batch_size": "16"}}, "give a whole number"),
+        ({"variables": {"model": ["1B"]}, "controls": {"batch_size": -1}}, "at least 1"),
+        ({"variables": {"model": ["1B"]}, "controls": {"batch_size": 2**40}}, "at most 4,294,967,295"),
+        ({"variables": {"model": ["1B"]}, "controls": {"batch_size": True}}, "give a whole number"),
+        ({"variables": {"model": ["1B"]}, "controls": {"dtype": "bfloat"}}, "choose from bf16, fp32"),
+        ({"variables": {"model": ["1B"]}, "controls": {"targets": ["q_proj", "x"]}}, "choose from q_proj, v_proj"),
+        ({"variables": {"model": ["1B"]}, "controls": {"targets": []}}, "choose from q_proj"),
+        ({"variables": {"model": ["1B"]}, "controls": {"targets": "q_proj"}}, "give a list"),
+        ({"variables": {"model": ["1B"]}, "controls": {"lr": ["1e-4"]}}, "give one value"),
+        ({"variables": {"model": ["1B"]}, "controls": {"dropout": 1.5}}, "at most 1"),
+        ({"variables": {"model": ["1B"]}, "controls": {"alpha": 0}}, "above 0"),
+        ({"variables": {"model": ["1B"]}, "controls": {"prompt": 7}}, "give a text"),
+        ({"variables": {"model": ["1B"]}, "controls": {"prompt": None}}, "give a text"),
+        ({"variables": {"model": ["1B"]}, "controls": {"lr": "inf"}}, "at least 0"),
+        ({"variables": {"model": ["1B"]}, "seeds": [-1]}, "seed is -1"),
         ({"variables": {"model": ["1B"]}, "controls": {"batch_size": 0}}, "at least 1"),
         ({"variables": {"model": ["1B"]}, "controls": {"lr": "nan"}}, "at least 0"),
-        ({"variables": {"model": ["1B"]}, "controls": {"eval_limit": "x"}}, "no whole number"),
+        ({"variables": {"model": ["1B"]}, "controls": {"eval_limit": "x"}}, "give a whole number"),
         ({"variables": {"model": ["1B"], "seed": [1, 2]}}, "give seeds=[...]"),
-        ({"variables": {"model": ["1B"]}, "controls": {"packed": 1}}, "is no bool"),
+        ({"variables": {"model": ["1B"]}, "controls": {"packed": 1}}, "true or false"),
         ({"variables": {"model": ["1B"]}, "controls": {"batch_size": 12, "micro_batch_size": 5}}, "1, 2, 3, 4, 6, 12"),
     ],
 )
 def test_a_plan_that_cannot_run_is_refused_in_words(experiment: dict[str, Any], words: str):
     with pytest.raises(PlanError) as refused:
-        expand(a_plan(**experiment), defaults)
+        expand(a_plan(**experiment), manual)
     assert words in str(refused.value)
+
+
+def test_settings_are_taken_as_their_kind():
+    chosen = {"alpha": 8, "targets": ["v_proj"], "eval_limit": 5, "dropout": "1e-1", "dtype": "fp32"}
+    (run,) = expand(a_plan(controls={"model": "1B", **chosen}, control="none"), manual)
+    assert {key: run.config[key] for key in chosen} == {**chosen, "alpha": 8.0, "dropout": 0.1}
+    assert isinstance(run.config["alpha"], float)
+
+
+def test_experiments_of_one_model_share_its_control_if_it_is_the_same():
+    first = Experiment(recipe="lora", variables={"model": ["1B"], "lr": [1e-4, 1e-3]})
+    second = Experiment(recipe="lora", variables={"model": ["1B"], "lora_rank": [4, 8]})
+    plan = a_plan().model_copy(update={"experiments": [first, second]})
+    assert names(plan).count("1B_base") == 1
+    other = second.model_copy(update={"controls": {"eval_limit": 5}})
+    with pytest.raises(PlanError, match="two runs are called '1B_base'"):
+        names(plan.model_copy(update={"experiments": [first, other]}))
+
+
+@pytest.mark.parametrize("metric", ["", "a b", "a|b", "<b>", "x" * 41, "$x"])
+def test_a_metric_has_a_name_that_can_head_a_column(metric: str):
+    with pytest.raises(PlanError, match="metrics"):
+        parse_plan({**a_plan(variables={"model": ["1B"]}).model_dump(), "metrics": [metric]}, "test")
 
 
 def test_names_that_differ_only_in_case_collide():
     plan = a_plan(variables={"model": ["1B"]}).model_copy(update={"models": {"a": "/m", "A": "/n"}})
     plan = plan.model_copy(update={"experiments": [Experiment(recipe="lora", variables={"model": ["a", "A"]})]})
     with pytest.raises(PlanError, match="two runs are called"):
-        expand(plan, defaults)
+        expand(plan, manual)
 
 
 @given(st.text(min_size=1, max_size=30))
@@ -122,7 +171,7 @@ def test_no_short_name_puts_a_character_into_a_run_that_a_shell_would_read(key: 
         update={"models": {key: "/m"}, "experiments": [Experiment(recipe="lora", variables={"model": [key]})]}
     )
     try:
-        runs = expand(plan, defaults)
+        runs = expand(plan, manual)
     except PlanError:
         return
     assert all(NAME.fullmatch(run.name) for run in runs)

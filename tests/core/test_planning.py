@@ -1,0 +1,139 @@
+"""Planning: what is refused before a job runs, and what a plan adds up to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chiplog import planning
+from chiplog.engines import local
+from chiplog.errors import PlanError
+from chiplog.ledger import Ledger
+from chiplog.planning import Planned, make_plan, make_request
+from chiplog.record import Record, State, Usage
+from chiplog.settings import load_settings
+from tests.conftest import make_words
+
+ASK: dict[str, Any] = {"question": "q", "name": "p", "models": {"S": "small"}, "dataset": "words"}
+GPUS = "[[gpus]]\nname = 'a100-80gb'\ncount = 4\n[[gpus]]\nname = 'h200'\n"
+
+
+def plan(**change: Any) -> Planned:
+    return make_plan(make_request({**ASK, **change}), load_settings(), Ledger())
+
+
+def done(lab: Path, run: str, kind: str, device: str, seconds: float, **usage: Any) -> Record:
+    """A completed record of the run of `plan()` that has this name."""
+    row = next(row for row in plan().rows if row.run.name == run)
+    used = Usage(device=device, elapsed_s=seconds, steps=row.steps, eval_samples=10, **{"cpus": 1, "gpus": 0, **usage})
+    return Record(
+        key=f"local:{run}{device}{seconds}", experiment="before", run=run, kind=kind, recipe=row.run.recipe,
+        model=row.run.config["model"], state=State.COMPLETED, config=row.run.config, usage=used,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("toml", "change", "words"),
+    [
+        ("", {"gpus": 1}, "this machine has 0: plan with gpus=0"),
+        ("[slurm]\n", {"gpus": 1}, "names none: add its kind under [[gpus]]"),
+        (GPUS, {"gpus": 1}, "say which with gpu, a100-80gb, h200"),
+        (GPUS, {"gpus": 1, "gpu": "v100"}, "it has a100-80gb, h200"),
+        (GPUS, {"gpus": 8, "gpu": "a100-80gb"}, "no recipe trains on 8 GPUs"),
+        (GPUS, {"gpus": 8, "gpu": "a100-80gb", "recipe": "lora_finetune_single_device"}, "uses 1 at most"),
+        ("", {"recipe": "evaluate"}, "does not train"),
+        ("", {"controls": {"batch_size": 21}}, "batch_size 21 is more than the 20 rows of train"),
+        ("", {"controls": {"scorer": "recipes/nothere.py"}}, "no scorer 'recipes/nothere.py'"),
+        ("", {"controls": {"scorer": 3}}, "scorer is 3: give a text"),
+        ("", {"controls": {"dtype": "fp8"}}, "dtype is 'fp8': choose from bf16, fp32"),
+        ("", {"metrics": ["a|b"]}, "metrics.0"),
+        ("", {"seeds": [2**40]}, "seed is 1099511627776"),
+        ("", {"controls": {"epochs": 10**18}}, "epochs is 1000000000000000000"),
+    ],
+)  # fmt: skip
+def test_what_would_not_run_is_refused(lab: Path, toml: str, change: dict[str, Any], words: str, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (lab / "chiplog.toml").write_text(toml)
+    with pytest.raises(Exception, match=r".") as refused:
+        plan(**change)
+    assert type(refused.value).__module__ == "chiplog.errors" and words in str(refused.value)
+    assert not (lab / "experiments").exists()
+
+
+def test_a_model_that_the_recipe_cannot_load_is_refused(lab: Path):
+    config = lab / "models" / "small" / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"gpt2"'))
+    with pytest.raises(PlanError, match="cannot load S, whose model_type is gpt2: it loads llama"):
+        plan()
+
+
+def test_the_one_kind_of_gpu_need_not_be_named(lab: Path):
+    (lab / "chiplog.toml").write_text("[slurm]\n[[gpus]]\nname = 'h200'\n")
+    assert {row.run.resources.gpus for row in plan().rows} == {1}
+
+
+def test_a_scorer_of_the_users_own_stands_among_the_recipes(lab: Path):
+    folder = lab / "recipes"
+    sources = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    folder.unlink()
+    folder.mkdir()
+    for name, content in {**sources, "mine.py": b"def score(output, target): return {'exact_match': True}\n"}.items():
+        (folder / name).write_bytes(content)
+    assert plan(controls={"scorer": "recipes/mine.py"}).rows[0].run.config["scorer"] == "recipes/mine.py"
+
+
+def test_runs_of_another_gpu_are_no_evidence(lab: Path):
+    Ledger().put([done(lab, "S", "finetune", "NVIDIA A100-SXM4-80GB", 30.0, gpus=1)])
+    Ledger().put([done(lab, "S", "finetune", "NVIDIA H200", 10.0, gpus=1)])
+    (lab / "chiplog.toml").write_text(GPUS)
+    for gpu, seconds in (("a100-80gb", 30.0), ("h200", 10.0)):
+        estimate = plan(gpus=1, gpu=gpu).rows[0].estimate.elapsed
+        assert estimate and estimate.value == pytest.approx(seconds) and estimate.n_evidence == 1
+
+
+def test_of_a_gpu_that_no_file_names_the_evidence_is_this_machines(lab: Path, monkeypatch: pytest.MonkeyPatch):
+    Ledger().put([done(lab, "S", "finetune", "NVIDIA A100-SXM4-80GB", 30.0, gpus=1)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for name, seconds in (("NVIDIA H200", None), ("NVIDIA A100-SXM4-80GB", 30.0)):
+        monkeypatch.setattr(local, "_nvidia_smi", lambda name=name: [name])
+        estimate = plan(gpus=1).rows[0].estimate.elapsed
+        assert (estimate and estimate.value) == (seconds and pytest.approx(seconds))
+
+
+def test_on_a_cluster_a_run_gets_the_upper_end_and_a_half_as_its_limit_unless_the_plan_has_one(lab: Path):
+    (lab / "chiplog.toml").write_text("[slurm]\n")
+    Ledger().put([done(lab, "S", "finetune", "cpu", 600.0)])
+    fine, base = plan().rows
+    assert fine.estimate.elapsed and base.estimate.elapsed is None
+    limit = fine.run.resources.time_limit_s
+    assert limit and limit % 60 == 0 and 0 <= limit - 1.5 * fine.estimate.elapsed.high < 60
+    assert base.run.resources.time_limit_s is None
+    assert {row.run.resources.time_limit_s for row in plan(time_limit_s=7200).rows} == {7200}
+
+
+def test_totals_add_up_and_runs_share_the_cpus(lab: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(planning, "available_cpus", lambda: 2)
+    Ledger().put([done(lab, "S", "finetune", "cpu", 100.0), done(lab, "S_base", "control", "cpu", 30.0)])
+    three = plan(seeds=[0, 1, 2])  # seeds change no time: each is the same configuration
+    assert [row.estimate.elapsed and round(row.estimate.elapsed.value) for row in three.rows] == [100, 100, 100, 30]
+    totals = three.totals
+    assert totals.unknown == 0 and totals.controls == 1 and totals.gpu_hours == 0
+    assert totals.in_sequence_s and totals.in_sequence_s.value == pytest.approx(330)
+    assert totals.in_parallel_s == pytest.approx(200)  # 100 + 100 on one CPU, 100 + 30 on the other
+    assert plan(seeds=[0, 1], control="none", cpus=2).totals.in_parallel_s is None  # no run with 2 CPUs is known
+
+
+def test_a_plan_over_its_budget_is_refused_with_what_it_needs(lab: Path):
+    (lab / "chiplog.toml").write_text("[slurm]\n[[gpus]]\nname = 'h200'\n[budget]\ngpu_hours = 1.5\n")
+    for run, kind in (("S", "finetune"), ("S_base", "control")):
+        Ledger().put([done(lab, run, kind, "NVIDIA H200", 3600.0, gpus=1)])
+    with pytest.raises(PlanError, match=r"needs about 2\.0 GPU hours and the budget is 1\.5"):
+        plan()
+    assert plan(control="none").totals.gpu_hours == pytest.approx(1)
+
+
+def test_more_rows_than_a_batch_take_a_step(lab: Path):
+    make_words(lab / "data" / "words.json", n_train=21)
+    assert plan(controls={"batch_size": 21}).rows[0].steps == 1
