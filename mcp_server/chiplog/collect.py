@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from chiplog.engines import Job, engine_for
+from chiplog.errors import RecordError
 from chiplog.folder import ExperimentFolder, Submission
 from chiplog.ledger import Ledger
-from chiplog.ledger.metrics import of_job, read_events, read_scores, score_table, train_usage, with_evaluation
+from chiplog.ledger.metrics import Start, not_before, of_job, read_events, read_scores, train_usage, with_evaluation
 from chiplog.plan import Run
+from chiplog.provenance import Revision
 from chiplog.record import Record, State, Usage, read_records, write_records
 
 LOG_TAIL = 64_000  # bytes of a log in which the reason of a failure is looked for
@@ -21,36 +25,43 @@ ERROR_LINE = re.compile(r"^(error: .*|[\w.]*(?:Error|Exception|Interrupt)\b.*|.*
 def collect(folder: ExperimentFolder, ledger: Ledger) -> list[Record]:
     """The records of all submitted jobs, in the order of the plan's runs; `records.jsonl` and the ledger hold them too.
 
-    An attempt that had ended when it was last collected is kept as it was recorded.
+    An attempt that had ended when it was last collected is kept as it was recorded, and so is one whose job is not
+    listed any more.
     """
     runs = {run.name: run for run in folder.runs()}
     submissions = folder.submissions()
-    before = {record.key: record for record in read_records(folder.path / "records.jsonl")}
+    known = {record.key: record for record in read_records(folder.path / "records.jsonl")}
     jobs = jobs_of(submissions)
     newest = {submission.run: submission for submission in submissions}
-    revision = json.loads((folder.path / "code" / "REVISION").read_text())
-    records = []
+    revision = _revision(folder)
     for submission in submissions:
-        old = before.get(submission.key)
+        old, job = known.get(submission.key), jobs.get(submission.key)
         is_newest = newest[submission.run] is submission
-        if old and old.state.ended and not (is_newest and _may_have_changed(folder, old)):
-            records.append(old)
-        elif submission.run in runs:
-            job = jobs.get(submission.key)
-            records.append(_record(folder, runs[submission.run], submission, job, is_newest, revision))
+        settled = old and old.state.ended and not (job and is_newest and _may_have_changed(folder, old, job))
+        if submission.run in runs and not settled:
+            known[submission.key] = _record(folder, runs[submission.run], submission, job, is_newest, revision)
     order = {name: place for place, name in enumerate(runs)}
-    records.sort(key=lambda record: (order.get(record.run, len(order)), record.attempt))
+    records = sorted(known.values(), key=lambda record: (order.get(record.run, len(order)), record.attempt))
     write_records(folder.path / "records.jsonl", records)
     ledger.put([record for record in records if record.state.ended])
     return records
 
 
-def _may_have_changed(folder: ExperimentFolder, record: Record) -> bool:
-    """Whether its job is not known to have ended, or was evaluated again since."""
-    if record.state is State.UNKNOWN or record.ended is None:
+def _revision(folder: ExperimentFolder) -> Revision | None:
+    """What `code/REVISION` says; null where it cannot be read."""
+    with suppress(OSError, ValidationError):
+        return Revision.model_validate_json((folder.path / "code" / "REVISION").read_bytes())
+
+
+def _may_have_changed(folder: ExperimentFolder, record: Record, job: Job) -> bool:
+    """Whether its job was not known to have ended, or was evaluated again since."""
+    if record.state is State.UNKNOWN or job.ended is None:
         return True
-    scores = read_scores(folder.path / "runs" / record.run / "eval" / "scores.json")
-    return scores is not None and _later(scores["ended"], record.ended)
+    try:
+        evaluation = read_scores(folder.path / "runs" / record.run / "eval" / "scores.json")
+    except RecordError:
+        return True
+    return evaluation is not None and not_before(evaluation.ended, job.ended)
 
 
 def jobs_of(submissions: list[Submission]) -> dict[str, Job]:
@@ -63,28 +74,33 @@ def jobs_of(submissions: list[Submission]) -> dict[str, Job]:
 
 
 def _record(
-    folder: ExperimentFolder, run: Run, submission: Submission, job: Job | None, newest: bool, revision: dict
+    folder: ExperimentFolder, run: Run, submission: Submission, job: Job | None, newest: bool, revision: Revision | None
 ) -> Record:
     run_folder = folder.path / "runs" / run.name
     state = job.state if job else State.UNKNOWN
+    reason = job.reason if job else "the engine no longer knows this job"
+    if state is State.FAILED and job and (words := _last_error(job.log)):
+        reason = f"{reason}: {words}"
     usage, metrics, packages = Usage(), {}, {}
     steps: dict[str, State] = {}
     if newest:  # the folder holds what the last attempt left
         events = of_job(read_events(run_folder / "metrics.jsonl"), job.started if job else None)
         usage = train_usage(events)
-        packages = next((e["packages"] for e in events if e["event"] == "start"), {})
+        packages = next((event.packages for event in events if isinstance(event, Start)), {})
         if run.kind != "control":
             steps["train"] = State.COMPLETED if (run_folder / "DONE").is_file() else state
-        scores = read_scores(run_folder / "eval" / "scores.json")
-        if scores and job and job.started and _later(scores["ended"], job.started):
-            usage, metrics = with_evaluation(usage, scores), score_table(scores)
+        evaluation = None
+        try:
+            evaluation = read_scores(run_folder / "eval" / "scores.json")
+        except RecordError as error:
+            if state is State.COMPLETED:
+                state, reason = State.FAILED, str(error)
+        if evaluation and job and job.started and not_before(evaluation.ended, job.started):
+            usage, metrics = with_evaluation(usage, evaluation), evaluation.scores
             steps["eval"] = State.COMPLETED
         elif steps.get("train", State.COMPLETED) is State.COMPLETED:
             steps["eval"] = State.INCOMPLETE if state is State.COMPLETED else state
     elapsed = _seconds(job.started, job.ended) if job and job.started and job.ended else None
-    reason = job.reason if job else "the engine no longer knows this job"
-    if state is State.FAILED and job and (words := _last_error(job.log)):
-        reason = f"{reason}: {words}"
     return Record(
         key=submission.key,
         experiment=folder.path.name,
@@ -108,8 +124,8 @@ def _record(
             }
         ),
         predicted=submission.predicted,
-        commit=revision["commit"],
-        dirty=revision["dirty"],
+        commit=revision.commit if revision else None,
+        dirty=revision.dirty if revision else None,
         packages=packages,
         started=job.started if job else None,
         ended=job.ended if job else None,
@@ -129,8 +145,3 @@ def _last_error(log: Path) -> str | None:
 
 def _seconds(start: str, end: str) -> float:
     return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
-
-
-def _later(one: str, other: str) -> bool:
-    # The evaluation notes whole seconds.
-    return datetime.fromisoformat(one) >= datetime.fromisoformat(other).replace(microsecond=0)

@@ -48,12 +48,14 @@ def proportion(count: int, n: int) -> Interval:
     return Interval(value=count / n, low=float(low), high=float(high))
 
 
-def paired(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> Difference:
+def paired(
+    first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]], *, against_control: bool = False
+) -> Difference:
     """Compares two arms; each is a list over seeds of a list over items, the same items in the same order.
 
     Over items: the exact sign test on per-item means (with one seed each: McNemar's exact test), and the interval of
     Bonett and Price (2012), which adds one item to either side. Over seeds, where an arm has several: Welch's t on
-    the per-seed shares. The larger p and the wider interval count.
+    the per-seed shares. The larger p and the wider interval count. `against_control`: the second was not trained.
     """
     import numpy as np
     from scipy.special import bdtr, ndtri
@@ -72,23 +74,29 @@ def paired(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) ->
     shares = one.mean(axis=1), other.mean(axis=1)
     seeds = max(len(shares[0]), len(shares[1]))
     if seeds > 1:
-        p_seeds, seed_low, seed_high = _over_seeds(*shares)
+        p_seeds, seed_low, seed_high = _over_seeds(*shares, against_control)
         p, low, high = max(p, p_seeds), min(low, seed_low), max(high, seed_high)
     return Difference(interval=Interval(value=mean, low=max(low, -1.0), high=min(high, 1.0)), p=p, seeds=seeds)
 
 
-def _over_seeds(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
-    """p and interval of the difference of mean shares; an arm with one seed is taken as it is (a control has one)."""
+def _over_seeds(one: np.ndarray, other: np.ndarray, against_control: bool) -> tuple[float, float, float]:
+    """p and interval of the difference of mean shares. A control has no seeds and does not vary; another arm of which
+    one training is left is taken to vary as its counterpart does (Crawford and Howell 1998).
+    """
     from scipy.special import stdtr, stdtrit
 
-    variances = [float(arm.var(ddof=1)) / len(arm) if len(arm) > 1 else 0.0 for arm in (one, other)]
+    counts = len(one), len(other)
+    spreads = [float(arm.var(ddof=1)) if len(arm) > 1 else 0.0 for arm in (one, other)]
+    if 1 in counts and not against_control:
+        spreads = [max(spreads)] * 2
+    variances = [spread / n for spread, n in zip(spreads, counts, strict=True)]
     difference, error = float(one.mean() - other.mean()), math.sqrt(sum(variances))
     if error == 0.0:  # the seeds agree to the item: they add no doubt, and the items alone decide
         return 0.0, difference, difference
-    # Welch-Satterthwaite
-    freedom = sum(variances) ** 2 / sum(
-        v**2 / (len(arm) - 1) for v, arm in zip(variances, (one, other), strict=True) if len(arm) > 1
-    )
+    if 1 in counts:
+        freedom = max(counts) - 1
+    else:  # Welch-Satterthwaite
+        freedom = sum(variances) ** 2 / sum(v**2 / (n - 1) for v, n in zip(variances, counts, strict=True))
     half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
     return 2 * float(stdtr(freedom, -abs(difference) / error)), difference - half, difference + half
 

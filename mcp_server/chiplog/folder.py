@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from chiplog.errors import NotFoundError, RecordError, RenderError
-from chiplog.files import write_atomic
-from chiplog.plan import Plan, Run, expand, read_plan
-from chiplog.recipes import defaults
-from chiplog.record import Prediction
+from chiplog.errors import NotFoundError, RenderError
+from chiplog.plan import NAME, Plan, Run, expand, read_plan
+from chiplog.recipes import manual
+from chiplog.record import Prediction, read_lines, write_lines
 from chiplog.schema import Frozen
 from chiplog.settings import Settings
 
@@ -22,7 +21,7 @@ from chiplog.settings import Settings
 class Submission(Frozen):
     """One job that was submitted for a run."""
 
-    run: str = Field(description="Name of the run.")
+    run: str = Field(pattern=f"^{NAME.pattern}$", description="Name of the run.")
     engine: str = Field(description="Engine that has the job.")
     job_id: str = Field(description="Id that the engine gave it.")
     attempt: int = Field(ge=1, description="Which attempt at the run, from 1.")
@@ -54,29 +53,23 @@ class ExperimentFolder:
     def runs(self) -> list[Run]:
         """The runs, as the copy of the recipes in `code/` expands them: a later change of the repo changes nothing.
 
-        Raises RenderError if the folder was not set up, or not to the end.
+        Where that copy is gone though jobs were submitted, a setting that the plan does not name is null, since its
+        default is not known any more. Raises RenderError if the folder was not set up.
         """
         plan = self.plan
-        if not self.is_set_up:
+        if self.is_set_up:
+            return expand(plan, lambda name: manual(name, self.path / "code" / "recipes"))
+        if not self.submissions():
             raise RenderError(f"{self.path} is not set up: call setup_experiment_dirs on it first")
-        runs = expand(plan, lambda name: defaults(name, self.path / "code" / "recipes"))
-        if missing := [run.name for run in runs if not (self.path / "runs" / run.name / "run.sbatch").is_file()]:
-            raise RenderError(f"{self.path} has no job for {', '.join(missing)}: set it up again, it was interrupted")
-        return runs
+        return [_with_what_is_named(run, plan) for run in expand(plan, manual)]
 
     def submissions(self) -> list[Submission]:
-        """Every job that was submitted, oldest first. Raises RecordError for a line that cannot be read."""
-        file = self.path / "jobs.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        try:
-            return [Submission.model_validate_json(line) for line in lines]
-        except ValidationError as error:
-            raise RecordError(f"{file} has a line that is no submission: remove that line. {error}") from error
+        """Every job that was submitted, oldest first, as `read_lines` reads them."""
+        return read_lines(self.path / "jobs.jsonl", Submission)
 
     def add(self, submissions: Sequence[Submission]) -> None:
         """Notes jobs that the engine has taken: all of them or none."""
-        lines = [submission.model_dump_json() + "\n" for submission in (*self.submissions(), *submissions)]
-        write_atomic(self.path / "jobs.jsonl", "".join(lines).encode())
+        write_lines(self.path / "jobs.jsonl", [*self.submissions(), *submissions])
 
     def refuse_change(self, files: Mapping[str, bytes]) -> None:
         """Raises RenderError if jobs were submitted and what they read would change under them."""
@@ -97,6 +90,15 @@ class ExperimentFolder:
             yield
 
 
+def _with_what_is_named(run: Run, plan: Plan) -> Run:
+    """The run without the settings that are a recipe's defaults: they are null."""
+    named = {
+        key for one in plan.experiments for settings in (one.controls, one.variables, *one.runs) for key in settings
+    }
+    named |= {"model", "dataset", "seed"}
+    return run.model_copy(update={"config": {k: v if k in named else None for k, v in run.config.items()}})
+
+
 def _content(file: Path) -> bytes | None:
     return file.read_bytes() if file.is_file() else None
 
@@ -106,9 +108,14 @@ def find_experiment(name: str, settings: Settings) -> ExperimentFolder:
 
     Raises NotFoundError with what is there.
     """
-    by_path = settings.resolve(name)
-    if (by_path / "plan.yaml").is_file():
-        return ExperimentFolder(settings.allowed(by_path))
+    try:
+        by_path = settings.resolve(name)
+        if (by_path / "plan.yaml").is_file():
+            return ExperimentFolder(settings.allowed(by_path))
+    except OSError as error:
+        raise NotFoundError(
+            f"{name!r:.80} cannot be looked for: {error.strerror}. Give the experiment's name"
+        ) from error
     there = sorted(file.parent.name for file in settings.experiments.glob("*/plan.yaml"))
     found = [folder for folder in there if name in (folder, re.sub(r"^\d{4}-\d\d-\d\d-", "", folder))]
     if len(found) == 1:

@@ -94,7 +94,7 @@ def _folders(folder: Path | None) -> list[Path]:
 def _read(file: Path) -> Recipe:
     try:
         documents: list[Any] = list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PlanError(f"{file} is not YAML: {error}. Mend that line.") from error
     if len(documents) != 2 or not isinstance(documents[1], dict):
         raise PlanError(f"{file} must hold two documents: what the recipe can do, then `---` and its settings")

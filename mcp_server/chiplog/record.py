@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from chiplog.errors import RecordError
 from chiplog.files import write_atomic
 from chiplog.plan import Config
-from chiplog.schema import Frozen
+from chiplog.schema import Frozen, plain_errors
 
 VERSION = 1
+
+MemKind = Literal["host_rss", "allocated", "reserved", "after_init", "whole_card"]
+Line = TypeVar("Line", bound=Frozen)
 
 
 class State(StrEnum):
@@ -64,7 +67,7 @@ class Usage(Frozen):
         default=None, description="Tokens per second of training, whole job, padding left out."
     )
     peak_mem_bytes: int | None = Field(default=None, description="Largest memory held while training or evaluating.")
-    mem_kind: Literal["host_rss", "allocated", "reserved", "after_init", "whole_card"] | None = Field(
+    mem_kind: MemKind | None = Field(
         default=None, description="What peak_mem_bytes counts; figures of different kinds are never compared."
     )
     n_params: int | None = Field(default=None, description="Parameters of the base model.")
@@ -77,6 +80,12 @@ class Score(Frozen):
 
     count: int = Field(ge=0, description="Items that met it.")
     n: int = Field(ge=0, description="Items scored.")
+
+    @model_validator(mode="after")
+    def _some_of_n(self) -> Self:
+        if self.count > self.n:
+            raise ValueError(f"{self.count} of {self.n} items cannot have met it")
+        return self
 
 
 class Prediction(Frozen):
@@ -114,21 +123,48 @@ class Record(Frozen):
 
 
 def read_records(file: Path) -> list[Record]:
-    """All records of a `records.jsonl`; none if it is not there.
-
-    Raises RecordError that names the line.
-    """
-    if not file.is_file():
-        return []
-    records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            records.append(Record.model_validate_json(line))
-        except ValidationError as error:
-            raise RecordError(f"{file}, line {number} is no record: remove it, then collect again. {error}") from error
-    return records
+    """All records of a `records.jsonl`, as `read_lines` reads them."""
+    return read_lines(file, Record)
 
 
 def write_records(file: Path, records: Iterable[Record]) -> None:
-    """Replaces a `records.jsonl` whole: a reader sees the old one or the new one."""
-    write_atomic(file, "".join(record.model_dump_json() + "\n" for record in records).encode())
+    """Replaces a `records.jsonl` whole, as `write_lines` does."""
+    write_lines(file, records)
+
+
+def read_lines(file: Path, kind: type[Line]) -> list[Line]:
+    """The values in a file of one JSON object a line; none if it is not there.
+
+    Blank lines are passed over, and a last line that was cut off while it was written. Raises RecordError that names
+    the line.
+    """
+    try:
+        lines = file.read_bytes().split(b"\n")  # str.splitlines would cut at U+2028, which JSON leaves in its texts
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RecordError(f"{file} cannot be read: {error.strerror}. Mend that, or put it away") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            if number == len(lines) and error.errors()[0]["type"] == "json_invalid":
+                break
+            raise RecordError(
+                f"{file}, line {number} is no {kind.__name__.lower()}:\n{plain_errors(error)}\n"
+                "Mend that line or remove it."
+            ) from error
+    return found
+
+
+def write_lines(file: Path, values: Iterable[Frozen]) -> None:
+    """Replaces such a file whole: a reader sees the old one or the new one. Raises RecordError if it cannot."""
+    try:
+        write_atomic(file, "".join(value.model_dump_json() + "\n" for value in values).encode())
+    except OSError as error:
+        raise RecordError(
+            f"{file} cannot be written: {error.strerror}. It is as it was: mend that (space, permissions) and try again"
+        ) from error

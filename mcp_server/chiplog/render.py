@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -26,12 +26,12 @@ from chiplog.recipes import load_recipe
 from chiplog.settings import Gpu, Settings
 from chiplog.text import clock
 
-# What a credential looks like: Hugging Face, OpenAI and Anthropic, GitHub, AWS, and any NAME_TOKEN=value.
-SECRET = re.compile(
-    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}"
-    r"|\w*(?:TOKEN|SECRET|PASSWORD|API_KEY)\w*\s*=\s*[\"']?[A-Za-z0-9+/_-]{8,}",
-    re.IGNORECASE,
-)
+# What a credential looks like: Hugging Face, OpenAI and Anthropic, GitHub, AWS; then, in what is rendered, any
+# NAME_TOKEN=value, and in code, where `tokens = encode(...)` is none, only a quoted value with a digit in it.
+KEY = r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})"
+NAMED = r"(?:TOKEN|SECRET|PASSWORD|API_KEY)"
+SECRET = re.compile(rf"{KEY}|{NAMED}\w*\s*=\s*[\"']?[A-Za-z0-9+/_-]{{8,}}", re.IGNORECASE)
+CODE_SECRET = re.compile(rf"{KEY}|{NAMED}[\"'\]]*\s*[=:]\s*([\"'])(?=[A-Z+/_-]*\d)[A-Z0-9+/_-]{{8,}}\1", re.IGNORECASE)
 DIFF_LINES = 60
 
 
@@ -65,13 +65,18 @@ def render(plan: Plan, runs: Sequence[Run], settings: Settings) -> dict[str, byt
     files["submit.sh"] = jinja.get_template("submit.sh.j2").render(plan=plan, runs=runs).encode()
     files["README.md"] = _readme(jinja, plan, runs)
     for name, content in files.items():
-        if found := SECRET.search(content.decode()):
+        _refuse_credential(content, SECRET, name, "the plan and of chiplog.toml")
+    return files | _code(plan)
+
+
+def _refuse_credential(content: bytes, looks: re.Pattern[str], name: str, source: str) -> None:
+    for number, line in enumerate(content.decode(errors="replace").split("\n"), start=1):
+        if found := looks.search(line):
             start = found.group()[:6]
             raise RenderError(
-                f"{name} would hold a credential ({start}...): export it in your shell or in the job's environment, "
-                "and take it out of the plan and of chiplog.toml"
+                f"{name}, line {number}, holds what looks like a credential ({start}...): export it in your shell or "
+                f"in the job's environment, and take it out of {source}"
             )
-    return files | _code(plan)
 
 
 def _config_text(run: Run) -> str:
@@ -138,19 +143,26 @@ def _readme(jinja: Environment, plan: Plan, runs: Sequence[Run]) -> bytes:
     return text.encode()
 
 
-def _code(plan: Plan) -> dict[str, bytes]:
-    """The code that the jobs run: their recipes, the trainer, the study, and where it all came from."""
+def code_files(plan: Plan) -> dict[str, Path]:
+    """The code that the jobs run, by its name under `code/`: their recipes, the trainer, the study."""
     root = bundle()
     folders = {load_recipe(name).file.parent: None for name in [*(e.recipe for e in plan.experiments), "evaluate"]}
-    sources = {f"recipes/{file.name}": file for folder in reversed(folders) for file in sorted(folder.iterdir())}
-    sources = {name: file for name, file in sources.items() if file.suffix in (".py", ".yaml")}
-    sources |= {f"trainer/{file.name}": file for file in sorted((root / "trainer").glob("*.py"))}
+    found = {f"recipes/{file.name}": file for folder in reversed(folders) for file in sorted(folder.iterdir())}
+    found = {name: file for name, file in found.items() if file.suffix in (".py", ".yaml")}
+    found |= {f"trainer/{file.name}": file for file in sorted((root / "trainer").glob("*.py"))}
     if plan.study:
         folder = study_folder(plan.study)
-        sources["tasks/__init__.py"] = root / "tasks" / "__init__.py"
-        sources |= {f"tasks/{plan.study}/{file.name}": file for file in sorted(folder.glob("*.py"))}
-    files = {f"code/{name}": file.read_bytes() for name, file in sources.items()}
-    files["code/REVISION"] = revision_text(revision(root)).encode()
+        found["tasks/__init__.py"] = root / "tasks" / "__init__.py"
+        found |= {f"tasks/{plan.study}/{file.name}": file for file in sorted(folder.glob("*.py"))}
+    return found
+
+
+def _code(plan: Plan) -> dict[str, bytes]:
+    """That code, and where it all came from."""
+    files = {f"code/{name}": file.read_bytes() for name, file in code_files(plan).items()}
+    for name, file in code_files(plan).items():
+        _refuse_credential(files[f"code/{name}"], CODE_SECRET, str(file), "that file")
+    files["code/REVISION"] = revision_text(revision(bundle())).encode()
     files["code/environment.txt"] = "".join(f"{name}=={version}\n" for name, version in packages().items()).encode()
     return files
 
@@ -159,8 +171,9 @@ def write_experiment(folder: Path, files: Mapping[str, bytes], *, confirm: bool 
     """Writes what is new or has changed, and returns those paths; an interruption leaves the folder as it was.
 
     Raises ConfirmationNeeded, with the diff, if a file that exists would change and `confirm` is not set;
-    RenderError if the disk is full or refuses.
+    RenderError if the disk is full or refuses, or if a link leads out of the folder.
     """
+    refuse_links(folder, [*files, ".staging", ".staging.old"])
     changed = [name for name, content in files.items() if _read(folder / name) != content]
     replaced = [name for name in changed if (folder / name).exists()]
     if replaced and not confirm:
@@ -202,6 +215,15 @@ def write_experiment(folder: Path, files: Mapping[str, bytes], *, confirm: bool 
         if not was_there and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     return changed
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Raises RenderError if one of these files would be written outside `folder`, since a link leads there."""
+    root = os.path.realpath(folder)
+    for name in names:
+        real = os.path.realpath(folder / name)
+        if not Path(real).is_relative_to(root):
+            raise RenderError(f"{name} in {folder} is led to {real} by a link: remove the link and try again")
 
 
 def _read(file: Path) -> bytes | None:

@@ -7,14 +7,18 @@ from pathlib import Path
 from chiplog.figure import scores_figure
 from chiplog.files import write_atomic
 from chiplog.folder import ExperimentFolder
-from chiplog.render import template_environment
+from chiplog.render import refuse_links, template_environment
 from chiplog.summary import Summary
 from chiplog.tables import summary_table
 from chiplog.text import duration
 
 
 def write_summary(folder: ExperimentFolder, summary: Summary) -> list[Path]:
-    """Writes `summary.md` and, where there are scores, `figures/scores.png`; returns their paths."""
+    """Writes `summary.md` and, where there are scores, `figures/scores.png`; returns their paths.
+
+    Raises RenderError if a link leads out of the folder.
+    """
+    refuse_links(folder.path, ["summary.md", "figures/scores.png"])
     plan = folder.plan
     template = template_environment().get_template("summary.md.j2")
     table = summary_table(summary.rows, plan.metrics)

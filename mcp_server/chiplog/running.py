@@ -12,11 +12,11 @@ from pydantic import Field
 
 from chiplog.collect import jobs_of
 from chiplog.engines import Job, engine_for
-from chiplog.errors import EngineError, NotFoundError, PlanError
+from chiplog.errors import ChiplogError, EngineError, NotFoundError, PlanError, RenderError
 from chiplog.estimate import RunEstimate
 from chiplog.files import write_atomic
 from chiplog.folder import ExperimentFolder, Submission
-from chiplog.ledger.metrics import last_step, of_job, read_events
+from chiplog.ledger.metrics import Start, Step, of_job, read_events
 from chiplog.plan import Run
 from chiplog.planning import PlannedRun
 from chiplog.record import Prediction, State
@@ -43,22 +43,37 @@ class RunStatus(Frozen):
     log: str | None = Field(description="File that its output goes to.")
 
 
-def pick_runs(folder: ExperimentFolder, names: Sequence[str] | None) -> list[Run]:
-    """The named runs, or all. Raises NotFoundError for a name that the plan does not have."""
-    runs = folder.runs()
-    if not names:
-        return runs
-    known = {run.name for run in runs}
-    if unknown := [name for name in names if name not in known]:
+def pick_runs(folder: ExperimentFolder, names: Sequence[str] | None) -> list[str]:
+    """The names, or those of all runs: of the plan, and of the jobs, which can be followed without it.
+
+    Raises NotFoundError for a name that neither has.
+    """
+    submitted = [submission.run for submission in folder.submissions()]
+    try:
+        planned = [run.name for run in folder.runs()]
+    except ChiplogError:  # a plan or code that is broken does not hide the jobs
+        if not submitted:
+            raise
+        planned = []
+    known = list(dict.fromkeys([*planned, *submitted]))
+    if unknown := [name for name in names or [] if name not in known]:
         raise NotFoundError(f"the plan has no run {unknown[0]!r}: it has {', '.join(sorted(known))}")
-    return [run for run in runs if run.name in names]
+    return [name for name in known if not names or name in names]
 
 
-def to_submit(folder: ExperimentFolder, runs: Sequence[Run]) -> list[Run]:
-    """The runs that have no job that waits, runs or completed: new ones, and those that ended otherwise."""
+def to_submit(folder: ExperimentFolder, names: Sequence[str]) -> list[Run]:
+    """The runs that have no job that waits, runs or completed: new ones, and those that ended otherwise.
+
+    Raises RenderError if something is gone that their jobs would read.
+    """
     standing = {name: job.state for name, (_, job) in latest_jobs(folder).items() if job}
     settled = {name for name, state in standing.items() if not state.ended or state is State.COMPLETED}
-    return [run for run in runs if run.name not in settled]
+    runs = [run for run in folder.runs() if run.name in names and run.name not in settled]
+    needed = [f"code/recipes/{name}.py" for name in sorted({run.recipe or "evaluate" for run in runs})]
+    needed += [f"runs/{run.name}/{file}" for run in runs for file in ("config.yaml", "run.sbatch")]
+    if gone := [name for name in needed if not (folder.path / name).is_file()]:
+        raise RenderError(f"{folder.path} lacks {', '.join(gone[:3])}: set it up again with setup_experiment_dirs")
+    return runs
 
 
 def latest_jobs(folder: ExperimentFolder) -> dict[str, tuple[Submission, Job | None]]:
@@ -113,31 +128,30 @@ def _prediction(estimate: RunEstimate) -> Prediction:
     )
 
 
-def status(folder: ExperimentFolder, runs: Sequence[Run]) -> list[RunStatus]:
-    """How the runs stand: one question to the engine, and a look at each run's metrics."""
+def status(folder: ExperimentFolder, runs: Sequence[str]) -> list[RunStatus]:
+    """How the runs of these names stand: one question to the engine, and a look at each run's metrics."""
     standing = latest_jobs(folder)
-    return [_status(folder, run, *standing.get(run.name, (None, None))) for run in runs]
+    return [_status(folder, run, *standing.get(run, (None, None))) for run in runs]
 
 
-def _status(folder: ExperimentFolder, run: Run, submission: Submission | None, job: Job | None) -> RunStatus:
+def _status(folder: ExperimentFolder, run: str, submission: Submission | None, job: Job | None) -> RunStatus:
     state = job.state if job else State.UNKNOWN if submission else None
-    events = of_job(read_events(folder.path / "runs" / run.name / "metrics.jsonl"), job.started if job else None)
-    step = last_step(events)
-    total = next((event["total_steps"] for event in events if event["event"] == "start"), None)
+    events = of_job(read_events(folder.path / "runs" / run / "metrics.jsonl"), job.started if job else None)
+    steps = [event for event in events if isinstance(event, Step)]
+    total = next((event.total_steps for event in events if isinstance(event, Start)), None)
     left = None
-    if step and total and state is State.RUNNING:
-        seconds = [event["seconds"] for event in events if event["event"] == "step"]
-        left = statistics.median(seconds[-50:]) * (total - step["step"])
+    if steps and total and state is State.RUNNING:
+        left = statistics.median(step.seconds for step in steps[-50:]) * (total - steps[-1].step)
     return RunStatus(
-        run=run.name,
+        run=run,
         state=state,
         reason=job.reason if job else "the engine no longer knows its job" if submission else "not submitted yet",
         attempt=submission.attempt if submission else 0,
         job_id=submission.job_id if submission else None,
         elapsed_s=_elapsed(job),
-        step=step["step"] if step else None,
+        step=steps[-1].step if steps else None,
         total_steps=total,
-        loss=step["loss"] if step else None,
+        loss=steps[-1].loss if steps else None,
         training_left_s=left,
         log=str(job.log) if job else None,
     )
@@ -152,7 +166,7 @@ def _elapsed(job: Job | None) -> float | None:
 
 def wait(
     folder: ExperimentFolder,
-    runs: Sequence[Run],
+    runs: Sequence[str],
     limit_s: float,
     progress: Callable[[float, float | None, str], None] | None,
 ) -> list[RunStatus]:
@@ -180,9 +194,10 @@ def _progress(rows: Sequence[RunStatus]) -> tuple[float, float, str]:
 
 
 def log_tail(status_row: RunStatus, lines: int) -> list[str]:
-    """The last lines of a run's log; of a progress bar, its last state. Raises NotFoundError if there is none yet."""
+    """The last lines of a run's log; of a progress bar, its last state. Raises NotFoundError if there is none."""
     if not status_row.log or not Path(status_row.log).is_file():
-        raise NotFoundError(f"{status_row.run} has no log yet: it has not started")
+        why = "it has not started" if status_row.elapsed_s is None else f"{status_row.log} is gone"
+        raise NotFoundError(f"{status_row.run} has no log: {why}")
     with Path(status_row.log).open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
         text = file.read().decode(errors="replace")

@@ -11,9 +11,9 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
-from chiplog.errors import OutsideRootsError, SettingsError
+from chiplog.errors import NotFoundError, OutsideRootsError, SettingsError
 from chiplog.schema import Frozen, plain_errors
 
 FILE_NAME = "chiplog.toml"
@@ -23,13 +23,29 @@ Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:,=+@/&|()\[\]*-]+$")]
 Line = Annotated[str, Field(pattern=r"^[^\r\n\x00]*$")]
 
 
+def _followed(path: str | Path, start: Path = Path()) -> Path:
+    """`path` made absolute, from `start`, with `~` and links followed. Raises ValueError if it cannot be."""
+    try:
+        return (start / Path(path).expanduser()).resolve()
+    except (RuntimeError, OSError) as error:  # no such user; links that lead in a circle
+        raise ValueError(str(error)) from error
+
+
+def _is_path(text: str) -> str:
+    _followed(text)
+    return text
+
+
+Location = Annotated[str, AfterValidator(_is_path)]
+
+
 class Paths(Frozen):
     """Where things are; relative paths start at the workspace."""
 
-    models: list[str] = Field(default=["models"], description="Folders that hold model folders.")
-    datasets: list[str] = Field(default=["data", "tasks"], description="Folders that hold data sets.")
-    experiments: str = Field(default="experiments", description="Folder that experiment folders are written to.")
-    logs: list[str] = Field(default=[], description="Globs of past logs to scan.")
+    models: list[Location] = Field(default=["models"], description="Folders that hold model folders.")
+    datasets: list[Location] = Field(default=["data", "tasks"], description="Folders that hold data sets.")
+    experiments: Location = Field(default="experiments", description="Folder that experiment folders are written to.")
+    logs: list[Location] = Field(default=[], description="Globs of past logs to scan.")
 
 
 class Slurm(Frozen):
@@ -48,7 +64,7 @@ class Gpu(Frozen):
     partition: Word | None = Field(default=None, description="Slurm partition that has it.")
     gres: Word | None = Field(default=None, description="Slurm generic resource, such as gpu:a100:1.")
     constraint: Word | None = Field(default=None, description="Slurm feature to ask for.")
-    count: int = Field(default=1, ge=1, description="How many there are.")
+    count: int | None = Field(default=None, ge=1, description="How many there are; null: not said.")
 
 
 class Budget(Frozen):
@@ -79,8 +95,14 @@ class Settings(Frozen):
         return [self.resolve(p) for p in self.paths.datasets]
 
     def resolve(self, path: str | Path) -> Path:
-        """The absolute path, from the workspace, with `~` and links followed."""
-        return (self.workspace / Path(path).expanduser()).resolve()
+        """The absolute path, from the workspace, with `~` and links followed.
+
+        Raises NotFoundError for a text that no path can be.
+        """
+        try:
+            return _followed(path, self.workspace)
+        except ValueError as error:
+            raise NotFoundError(f"{str(path)!r:.80} is no path ({error}): give the path or the name") from error
 
     def allowed(self, path: str | Path) -> Path:
         """`path` made absolute, if it lies in the workspace or in a folder of `[paths]`.
@@ -101,7 +123,7 @@ class Settings(Frozen):
 def find_workspace(start: Path | None = None) -> Path:
     """The workspace that `start` (by default the current folder) belongs to."""
     if start is None and (named := os.environ.get("CHIPLOG_WORKSPACE")):
-        return Path(named).expanduser().resolve()
+        return _folder_of("CHIPLOG_WORKSPACE", named)
     start = (start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
         if (folder / FILE_NAME).is_file() or (folder / "mcp_server" / "chiplog").is_dir():
@@ -119,15 +141,22 @@ def load_settings(start: Path | None = None) -> Settings:
         raise SettingsError(
             f"the workspace {workspace} is not a folder: make it, or set CHIPLOG_WORKSPACE to one that is"
         )
-    user_file = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "chiplog" / "config.toml"
+    user_config = _folder_of("XDG_CONFIG_HOME", os.environ.get("XDG_CONFIG_HOME") or "~/.config")
     merged: dict[str, Any] = {}
-    for file in (user_file, workspace / FILE_NAME):
+    for file in (user_config / "chiplog" / "config.toml", workspace / FILE_NAME):
         if not file.is_file():
             continue
         read = _read(file)
         _validate(read, workspace, file)
         merged = _merge(merged, read)
     return _validate(merged, workspace, workspace / FILE_NAME)
+
+
+def _folder_of(variable: str, value: str) -> Path:
+    try:
+        return _followed(value)
+    except ValueError as error:
+        raise SettingsError(f"{value} is no folder ({error}): set {variable} to one that is there") from error
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -11,14 +11,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from chiplog.compare import Difference, Interval, holm, paired, proportion
 from chiplog.errors import RecordError
 from chiplog.folder import ExperimentFolder
 from chiplog.plan import Run, Value
 from chiplog.record import Record, State
-from chiplog.schema import Frozen
+from chiplog.schema import Frozen, plain_errors
 
 ALPHA = 0.05
 MOST_PAIRS = 200  # of more, only those with a control or with the best arm are compared
@@ -58,6 +58,15 @@ class Comparison(Frozen):
     words: str = Field(description="The conclusion in one line.")
 
 
+class Answered(Frozen, extra="ignore"):
+    """What a line of `eval/predictions.jsonl` must have for arms to be compared by it."""
+
+    index: int = Field(description="Number of the row in its split, from 0.")
+    prompt: str = Field(description="What was asked.")
+    target: str = Field(description="What should be answered.")
+    scores: dict[str, bool] = Field(description="Whether the answer met each criterion.")
+
+
 class Summary(Frozen):
     """All of it."""
 
@@ -76,15 +85,21 @@ class Summary(Frozen):
         """Whether every run ended well."""
         return all(row.state is State.COMPLETED for row in self.rows)
 
+    @property
+    def n_compared(self) -> int:
+        """Comparisons that were made: the number that Holm's adjustment is for."""
+        return sum(comparison.difference is not None for comparison in self.comparisons)
+
 
 def summarize(folder: ExperimentFolder, records: Sequence[Record]) -> Summary:
     """The summary of what was collected."""
     plan, runs = folder.plan, folder.runs()
     last = {record.run: record for record in sorted(records, key=lambda record: record.attempt)}
     rows = [_row(run, last.get(run.name)) for run in runs]
-    answers = {run.name: _answers(folder.path / "runs" / run.name, plan.metrics[0]) for run in runs}
-    ended_well = {row.run for row in rows if row.state is State.COMPLETED}
-    comparisons = _comparisons(plan.metrics[0], runs, {k: v for k, v in answers.items() if k in ended_well and v})
+    # What a failed run left behind is nobody's answer.
+    ended_well = [row.run for row in rows if row.state is State.COMPLETED]
+    answers = {name: _answers(folder.path / "runs" / name, plan.metrics[0]) for name in ended_well}
+    comparisons = _comparisons(plan.metrics[0], runs, {name: found for name, found in answers.items() if found})
     elapsed = [row.elapsed_s for row in rows if row.elapsed_s is not None]
     gpu_s = sum(run.resources.gpus * (last[run.name].usage.elapsed_s or 0) for run in runs if run.name in last)
     return Summary(
@@ -92,7 +107,7 @@ def summarize(folder: ExperimentFolder, records: Sequence[Record]) -> Summary:
         question=plan.question,
         rows=rows,
         comparisons=comparisons,
-        not_shown=_not_shown(rows, comparisons, runs),
+        not_shown=_not_shown(rows, comparisons, runs, [name for name, found in answers.items() if not found]),
         run_s=sum(elapsed) if elapsed else None,
         gpu_hours=gpu_s / 3600,
     )
@@ -121,22 +136,30 @@ def _row(run: Run, record: Record | None) -> Row:
     )
 
 
-def _answers(run_folder: Path, metric: str) -> dict[str, bool] | None:
-    """Whether each item was right, by the item's own text; null where there are no predictions."""
+def _answers(run_folder: Path, metric: str) -> dict[str, bool]:
+    """Whether each item was right, by the item's own text; empty where there are no predictions.
+
+    Raises RecordError that names the line.
+    """
     file = run_folder / "eval" / "predictions.jsonl"
-    if not file.is_file():
-        return None
+    # Not splitlines: it cuts at U+2028, which JSON leaves in a text.
+    lines = file.read_bytes().split(b"\n") if file.is_file() else []
     found: dict[str, bool] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            item = json.loads(line)
-        except ValueError as error:
-            raise RecordError(f"{file}, line {number} is not whole: evaluate the run again. {error}") from error
-        if metric not in item["scores"]:
+            item = Answered.model_validate_json(line)
+        except ValidationError as error:
             raise RecordError(
-                f"{file} has no metric {metric!r}: it has {', '.join(item['scores'])}; plan with one of these"
+                f"{file}, line {number} is no scored answer:\n{plain_errors(error)}\n"
+                "Remove the file, then evaluate the run again."
+            ) from error
+        if metric not in item.scores:
+            raise RecordError(
+                f"{file} has no metric {metric!r}: it has {', '.join(item.scores)}; plan with one of these"
             )
-        found[json.dumps([item["index"], item["prompt"], item["target"]])] = bool(item["scores"][metric])
+        found[json.dumps([item.index, item.prompt, item.target])] = item.scores[metric]
     return found
 
 
@@ -151,12 +174,14 @@ def _comparisons(metric: str, runs: Sequence[Run], answers: Mapping[str, Mapping
     pairs = _limited([(one, other, flag) for one, other, flag in pairs if other], arms, answers)
     found = []
     for one, other, is_control in pairs:
-        scored = [[answers[run.name] for run in arms[name] if run.name in answers] for name in (one, other)]
-        found.append((one, other, is_control, _difference(*scored)))
-    adjusted = iter(holm([difference.p for *_, difference in found if difference]))
+        scored = [{run.name: answers[run.name] for run in arms[name] if run.name in answers} for name in (one, other)]
+        why = _not_the_same_items(scored[0] | scored[1])
+        first, second = (list(arm.values()) for arm in scored)
+        found.append((one, other, is_control, why or _difference(first, second, is_control)))
+    adjusted = iter(holm([result.p for *_, result in found if isinstance(result, Difference)]))
     return [
-        _comparison(one, other, is_control, metric, difference, next(adjusted) if difference else None)
-        for one, other, is_control, difference in found
+        _comparison(one, other, is_control, metric, result, next(adjusted) if isinstance(result, Difference) else None)
+        for one, other, is_control, result in found
     ]
 
 
@@ -199,23 +224,30 @@ def _one_apart(one: Sequence[Run], other: Sequence[Run]) -> bool:
     return sum(first.get(key) != second.get(key) for key in (first.keys() | second.keys()) - {"seed"}) == 1
 
 
-def _difference(first: list[Mapping[str, bool]], second: list[Mapping[str, bool]]) -> Difference | None:
-    if not first or not second:
-        return None
-    items = list(first[0])
-    if any(scored.keys() != first[0].keys() for scored in (*first, *second)) or not items:
-        return None  # they answered different items
-    return paired(*([[scored[item] for item in items] for scored in arm] for arm in (first, second)))
+def _not_the_same_items(answers: Mapping[str, Mapping[str, bool]]) -> str | None:
+    """Why these runs cannot be compared item by item, if so."""
+    first, *others = answers
+    for other in others:
+        if differ := len(answers[first].keys() ^ answers[other].keys()):
+            counts = f"{first} answered {len(answers[first])} items and {other} {len(answers[other])}"
+            return f"{counts}, {differ} of them only one of the two"
+    return None
+
+
+def _difference(first: list[Mapping[str, bool]], second: list[Mapping[str, bool]], against_control: bool) -> Difference:
+    arms = [[[scored[item] for item in first[0]] for scored in arm] for arm in (first, second)]
+    return paired(arms[0], arms[1], against_control=against_control)
 
 
 def _comparison(
-    one: str, other: str, is_control: bool, metric: str, difference: Difference | None, p: float | None
+    one: str, other: str, is_control: bool, metric: str, result: Difference | str, p: float | None
 ) -> Comparison:
+    difference = result if isinstance(result, Difference) else None
     # The test asks which arm wins more items, the interval how much: where they disagree, nothing is shown.
     ends = (difference.interval.low, difference.interval.high) if difference else (0.0, 0.0)
     shown = p is not None and p < ALPHA and (ends[0] > 0 or ends[1] < 0)
     if difference is None:
-        words = f"{one} against {other}: not shown, since one of them has no answers to the same items"
+        words = f"{one} against {other}: cannot be compared, since {result}"
     else:
         change, low, high = (
             f"{100 * x:+.1f}" for x in (difference.interval.value, difference.interval.low, difference.interval.high)
@@ -234,12 +266,15 @@ def _comparison(
     )
 
 
-def _not_shown(rows: Sequence[Row], comparisons: Sequence[Comparison], runs: Sequence[Run]) -> list[str]:
+def _not_shown(
+    rows: Sequence[Row], comparisons: Sequence[Comparison], runs: Sequence[Run], unanswered: Sequence[str]
+) -> list[str]:
     found = [
-        f"{row.run}: nothing, since it is {row.state or 'not run'} ({row.reason})"
+        f"{row.run}: nothing, since it is {row.state or 'not run'}" + (f" ({row.reason})" if row.reason else "")
         for row in rows
         if row.state is not State.COMPLETED
     ]
+    found += [f"{name}: cannot be compared, since it has no answers (eval/predictions.jsonl)" for name in unanswered]
     open_pairs = [c for c in comparisons if not c.shown]
     found += [c.words for c in open_pairs]
     if len({run.seed for run in runs if run.kind != "control"}) == 1:

@@ -34,7 +34,7 @@ from chiplog.checks.dataset import DatasetReport
 from chiplog.checks.dataset import check_dataset as inspect_dataset
 from chiplog.checks.lookup import resolve_model
 from chiplog.checks.model import check_model as inspect_model
-from chiplog.errors import ConfirmationNeeded
+from chiplog.errors import ChiplogError, ConfirmationNeeded, in_words
 from chiplog.folder import ExperimentFolder, find_experiment
 from chiplog.ledger import Ledger
 from chiplog.plan import Run, Value, dump_plan, expand
@@ -237,8 +237,12 @@ def experiment_status(
     if log_of:
         chosen = running.pick_runs(folder, [log_of])
         tail = running.log_tail(running.status(folder, chosen)[0], lines)
+    unwritten = None
     if any(row.state and row.state.ended for row in rows):
-        collecting.collect(folder, Ledger())
+        try:
+            collecting.collect(folder, Ledger())
+        except (ChiplogError, OSError) as error:  # how the runs stand is known all the same
+            unwritten = f"Their records could not be written: {in_words(error)}"
     counts = {state: sum(row.state is state for row in rows) for state in State}
     words = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "nothing submitted"
     shown = [_status_words(row) for row in rows[:limit] if row.state is not State.COMPLETED]
@@ -246,7 +250,9 @@ def experiment_status(
     name = folder.path.name
     then = f"summarize_experiment(experiment={name!r})" if done else f"experiment_status(experiment={name!r}) later"
     return StatusAnswer(
-        summary="\n".join(line for line in [f"{name}: {words}.", *shown, cut_note(len(rows), limit), *tail] if line),
+        summary="\n".join(
+            line for line in [f"{name}: {words}.", *shown, cut_note(len(rows), limit), unwritten, *tail] if line
+        ),
         next=[then],
         ok=all(not row.state or not row.state.ended or row.state is State.COMPLETED for row in rows),
         runs=rows[:limit],

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -118,12 +117,17 @@ def test_ctrl_c_ends_the_waiting_and_not_the_jobs(lab: Path):
     plan("ranks", "--controls", "seconds_a_step=0.5")
     chiplog("setup-experiment-dirs", "ranks")
     chiplog("submit-experiment", "ranks", "--confirm")
-    waiting = subprocess.Popen([*CHIPLOG, "experiment-status", "ranks", "--wait-s", "60"], stderr=subprocess.PIPE)
-    while not (lab / "experiments" / "ranks" / "records.jsonl").is_file() and not list(lab.rglob("metrics.jsonl")):
-        time.sleep(0.1)
-    time.sleep(1)
+    # A child that says so when it first waits; it ends by itself after 60 s, and readline with it.
+    code = (
+        "import time; nap = time.sleep\n"
+        "time.sleep = lambda seconds: (print('waits', flush=True), nap(seconds))\n"
+        "from chiplog.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "experiment-status", "ranks", "--wait-s", "60"]
+    waiting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert waiting.stdout and waiting.stdout.readline() == "waits\n"
     waiting.send_signal(signal.SIGINT)
-    assert "interrupted" in waiting.communicate()[1].decode() and waiting.returncode == 130
+    assert "interrupted" in waiting.communicate(timeout=60)[1] and waiting.returncode == 130
     assert "3 COMPLETED" in chiplog("experiment-status", "ranks", "--wait-s", "60").stdout
 
 

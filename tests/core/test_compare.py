@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -50,8 +52,29 @@ def test_a_difference_that_only_one_seed_shows_is_not_shown():
 def test_seeds_that_agree_show_a_difference_against_a_single_control():
     rng = np.random.default_rng(0)
     arm = [list(rng.random(100) < share) for share in (0.70, 0.75, 0.72)]
-    found = paired(arm, [[False] * 100])
+    found = paired(arm, [[False] * 100], against_control=True)
     assert found.seeds == 3 and found.p < 0.01 and found.interval.low > 0.5
+
+
+def test_seeds_of_two_arms_are_compared_by_welchs_t_if_that_is_the_larger_doubt():
+    items = 400
+    one, other = ([[i < count for i in range(items)] for count in counts] for counts in ((300, 330, 345), (250, 280)))
+    found = paired(one, other)
+    welch: Any = stats.ttest_ind([300 / 400, 330 / 400, 345 / 400], [250 / 400, 280 / 400], equal_var=False)
+    ends = welch.confidence_interval()
+    assert (found.seeds, found.p) == (3, pytest.approx(welch.pvalue))
+    assert (found.interval.low, found.interval.high) == pytest.approx((ends.low, ends.high))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_an_arm_with_one_training_left_is_taken_to_vary_as_the_other(swapped: bool):
+    one, other = [[i < count for i in range(400)] for count in (300, 330, 345)], [[i < 250 for i in range(400)]]
+    found = paired(other, one) if swapped else paired(one, other)
+    pooled: Any = stats.ttest_ind([300 / 400, 330 / 400, 345 / 400], [250 / 400], equal_var=True)
+    assert found.p == pytest.approx(pooled.pvalue) and found.p > 0.05
+    ends = pooled.confidence_interval()
+    assert found.interval.high - found.interval.low == pytest.approx(ends.high - ends.low)
+    assert paired(one, other, against_control=True).p < 0.05
 
 
 def test_holm_adjusts_as_published():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from chiplog.estimate import Workload, estimate_run
-from chiplog.ledger.metrics import of_job, train_usage
+from chiplog.ledger.metrics import Start, Step, of_job, train_usage
 from chiplog.plan import Resources, Run
 from chiplog.record import Record, State, Usage
 
@@ -114,11 +115,12 @@ def test_memory_is_not_taken_from_other_samples():
     assert estimate_run(a_run(dataset="/long"), WORK, [a_record()]).peak_mem is None
 
 
-def events(*steps: int, start: int = 0, seconds: float = 1.0, begun: str = "2026-01-01T00:00:00+00:00") -> list[dict]:
+def events(*steps: int, start: int = 0, seconds: float = 1.0, begun: str = "2026-01-01T00:00:00+00:00") -> list[Any]:
     about = {"device": "cpu", "n_params": 5, "total_steps": 100, "setup_s": 2.0, "packages": {}, "started": begun}
     memory = {"peak_mem_bytes": 7, "mem_kind": "host_rss"}
     lines = [{"event": "step", "step": n, "loss": 1 / n, "tokens": 10, "seconds": seconds, **memory} for n in steps]
-    return [{"event": "start", "step": start, **about}, *lines]
+    begin = Start.model_validate_json(json.dumps({"event": "start", "step": start, **about}))
+    return [begin, *map(Step.model_validate, lines)]
 
 
 def test_usage_adds_up_the_steps():

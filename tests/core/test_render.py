@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from chiplog import render as rendering
 from chiplog.bundle import bundle
 from chiplog.errors import ConfirmationNeeded, RenderError
 from chiplog.plan import Experiment, Plan, Resources, expand
-from chiplog.recipes import defaults
+from chiplog.recipes import manual
 from chiplog.render import render, write_experiment
 from chiplog.settings import Settings
+from tests.conftest import FAKE_RECIPES
 
 GOLDEN = Path(__file__).parent / "golden"
 CLUSTER = {
@@ -25,12 +27,15 @@ CLUSTER = {
 }
 
 
-def rendered(workspace: Path, question: str = "Which rank?", **cluster: Any) -> dict[str, bytes]:
+def rendered(
+    workspace: Path, question: str = "Which rank?", study: str | None = None, **cluster: Any
+) -> dict[str, bytes]:
     gpus = 1 if cluster else 0
     plan = Plan(
         name="2026-11-20-lora-rank",
         question=question,
         hypothesis="A higher rank helps.",
+        study=study,
         models={"1B": "/scratch/models/1B", "3B": "/scratch/models/3B"},
         datasets={"words": "/scratch/data/words.json"},
         experiments=[
@@ -42,7 +47,7 @@ def rendered(workspace: Path, question: str = "Which rank?", **cluster: Any) -> 
             )
         ],
     )
-    return render(plan, expand(plan, defaults), Settings.model_validate({"workspace": workspace, **cluster}))
+    return render(plan, expand(plan, manual), Settings.model_validate({"workspace": workspace, **cluster}))
 
 
 @pytest.mark.parametrize("name", ["README.md", "plan.yaml", "submit.sh", "runs/1B_rank4/run.sbatch",
@@ -108,6 +113,77 @@ def test_a_credential_is_never_rendered(lab: Path, line: str):
     with pytest.raises(RenderError, match="credential") as refused:
         rendered(lab, slurm={"setup": [line]}, gpus=CLUSTER["gpus"])
     assert line.split("=")[1] not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"login('hf_{'a1' * 17}')  # mine",
+        'os.environ["WANDB_API_KEY"] = "0123456789abcdef"',
+        "db_password: 'correct-horse-1'",
+    ],
+)
+@pytest.mark.parametrize(
+    "name", ["recipes/lora_finetune_single_device.py", "recipes/evaluate.yaml", "tasks/mine/evaluate.py"]
+)
+def test_a_credential_in_ones_own_code_is_named_by_file_and_line_and_not_copied(lab: Path, name: str, line: str):
+    own_code(lab)
+    before = (lab / name).read_text()
+    (lab / name).write_text(f"{before}# {line}\n")
+    with pytest.raises(RenderError, match="credential") as refused:
+        rendered(lab, study="mine")
+    assert f"{lab / name}, line {before.count(chr(10)) + 1}, holds" in str(refused.value)
+    assert not any(value in str(refused.value) for value in ("a1a1", "0123", "horse"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "tokens = tokenizer.encode(text_of_the_row_1)",
+        'PAD_TOKEN = "<|reserved_special_token_0|>"',
+        "answer(max_new_tokens=max_new_tokens)",
+        'TOKENIZER = "tokenizer.json"',
+        'kinds = {"token": "word_or_part"}',
+        "see task-difficulty-of-many-words-2 and risk-of-overfitting-small-sets",
+    ],
+)
+def test_code_and_text_that_only_speak_of_tokens_are_no_credential(lab: Path, line: str):
+    own_code(lab)
+    with (lab / "recipes" / "lora_finetune_single_device.py").open("a") as file:
+        file.write(f"# {line}\n")
+    assert line.encode() in rendered(lab, study="mine")["code/recipes/lora_finetune_single_device.py"]
+    assert rendered(lab, "Is task-difficulty-of-many-words-2 the cause?")
+
+
+def own_code(lab: Path) -> None:
+    """Recipes and a study of the user's own."""
+    (lab / "recipes").unlink()
+    shutil.copytree(FAKE_RECIPES, lab / "recipes")
+    (lab / "tasks" / "mine").mkdir(parents=True)
+    for name in ("README.md", "evaluate.py"):
+        (lab / "tasks" / "mine" / name).write_text("# Mine\n")
+
+
+@pytest.mark.parametrize("link", ["runs", "runs/a", "code", "plan.yaml", ".staging", ".staging.old"])
+def test_a_link_does_not_lead_out_of_the_folder(tmp_path: Path, link: str):
+    folder, outside = tmp_path / "e", tmp_path / "outside"
+    (folder / link).parent.mkdir(parents=True)
+    outside.mkdir()
+    (folder / link).symlink_to(outside)
+    before = set(folder.rglob("*"))
+    files = {"plan.yaml": b"1", "code/recipes/a.py": b"2", "runs/a/config.yaml": b"3"}
+    for confirm in (False, True):
+        with pytest.raises(RenderError, match=r"is led to .*outside.* by a link"):
+            write_experiment(folder, files, confirm=confirm)
+    assert set(folder.rglob("*")) == before and not list(outside.iterdir())
+
+
+def test_a_link_to_itself_is_an_error_in_words(tmp_path: Path):
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "runs").symlink_to("runs")
+    with pytest.raises(RenderError, match="cannot be written"):
+        write_experiment(tmp_path / "e", {"plan.yaml": b"1", "runs/a/config.yaml": b"3"})
+    assert [file.name for file in (tmp_path / "e").iterdir()] == ["runs"]
 
 
 def test_nothing_is_overwritten_without_a_diff_and_a_yes(tmp_path: Path):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from chiplog.bundle import bundle, study_folder, study_names
+from chiplog.bundle import study_folder, study_names
 from chiplog.plan import expand, parse_plan
-from chiplog.recipes import choose_recipe, defaults
+from chiplog.recipes import choose_recipe, manual
 from chiplog.render import render
 from chiplog.settings import Settings
 from chiplog.studies import list_studies, run_command
@@ -30,7 +30,7 @@ def test_a_plan_of_a_study_expands_and_renders(study: str, plan: str, workspace:
     for experiment in values["experiments"]:
         experiment.setdefault("recipe", choose_recipe(experiment.get("resources", {}).get("gpus", 0), False).name)
     checked = parse_plan({**values, "name": "p", "study": study}, f"{study}/{plan}")
-    runs = expand(checked, defaults)
+    runs = expand(checked, manual)
     files = render(checked, runs, Settings.model_validate({"workspace": workspace}))
     assert {f"runs/{run.name}/run.sbatch" for run in runs} <= files.keys()
     assert any(run.kind == "control" for run in runs)
@@ -39,7 +39,7 @@ def test_a_plan_of_a_study_expands_and_renders(study: str, plan: str, workspace:
 def test_the_counts_of_the_published_plan_come_out():
     plan = yaml.safe_load((study_folder("capitalization") / "experiments.yaml").read_text())["batch_from_logs"]
     plan["experiments"][0]["recipe"] = "lora_finetune_single_device"
-    runs = expand(parse_plan({**plan, "name": "p"}, "test"), defaults)
+    runs = expand(parse_plan({**plan, "name": "p"}, "test"), manual)
     steps = {run.name: 8000 // run.config["batch_size"] * run.config["epochs"] for run in runs if run.kind != "control"}
     assert steps == {
         "1B_rank4_batch16": 1500,
@@ -84,8 +84,13 @@ def test_an_oracle_scores_full_marks_and_a_constant_scores_chance(study: str, tm
     assert not any(scope["score"](target.lower(), target)["exact_match"] for target in targets)
 
 
-def test_the_demo_names_plans_that_exist():
-    text = (bundle() / "tasks" / "capitalization" / "demo.py").read_text()
+def test_the_demo_names_plans_that_exist_and_its_second_repeats_a_run_of_its_first():
+    text = (study_folder("capitalization") / "demo.py").read_text()
     plans = yaml.safe_load((study_folder("capitalization") / "experiments.yaml").read_text())
-    assert all(f'"{name}"' in text for name in ("demo", "demo_longer")) and {"demo", "demo_longer"} <= plans.keys()
-    assert json.dumps(plans)
+    first, second = re.findall(r'experiment\("(\w+)"', text)
+    recipe = {"recipe": "lora_finetune_single_device"}
+    made = [{**plans[name], "experiments": [plans[name]["experiments"][0] | recipe]} for name in (first, second)]
+    runs = [expand(parse_plan({**plan, "name": "p"}, "test"), manual) for plan in made]
+    trained = [[run.config for run in some if run.kind == "finetune"] for some in runs]
+    # What the demo says of it: the second plan is estimated from the first.
+    assert [config for config in trained[1] if config in trained[0]]

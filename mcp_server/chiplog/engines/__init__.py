@@ -2,11 +2,17 @@
 
 from chiplog.engines.job import Engine, Job
 from chiplog.engines.local import LocalEngine
+from chiplog.errors import EngineError
 
 __all__ = ["Engine", "Job", "LocalEngine", "engine_for"]
 
 
 def engine_for(name: str = "local") -> Engine:
-    """The engine of that name."""
+    """The engine of that name. Raises EngineError if there is none."""
     engines: dict[str, type[Engine]] = {LocalEngine.name: LocalEngine}
+    if name not in engines:
+        raise EngineError(
+            f"there is no engine {name!r}: there is {', '.join(engines)}. If jobs.jsonl names it, mend that line, "
+            "or use the chiplog that submitted the job"
+        )
     return engines[name]()

@@ -163,11 +163,22 @@ def available_gpus() -> list[str]:
     """Indices of the GPUs that may be used: CUDA_VISIBLE_DEVICES, else what nvidia-smi lists; none without it."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [part for part in named.split(",") if part.strip() and part != "-1"]
+    return [str(index) for index, _ in enumerate(_nvidia_smi())]
+
+
+def gpu_name() -> str:
+    """Name of this machine's first GPU, as its driver and torch call it; empty where there is none."""
+    return next(iter(_nvidia_smi()), "")
+
+
+def _nvidia_smi() -> list[str]:
+    """The name of each GPU; none where the driver is not there."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return []
-    return [str(index) for index, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+    return listed.stdout.splitlines() if listed.returncode == 0 else []
 
 
 def utc_now() -> str:

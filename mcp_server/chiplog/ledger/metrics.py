@@ -2,117 +2,156 @@
 
 from __future__ import annotations
 
-import json
 import statistics
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
+
+from pydantic import AwareDatetime, ConfigDict, Field, TypeAdapter, ValidationError
 
 from chiplog.errors import RecordError
-from chiplog.record import Score, Usage
+from chiplog.record import MemKind, Score, Usage
+from chiplog.schema import Frozen, plain_errors
 
-# What an event must have to be one; a line that was cut off has less.
-NEEDED = {
-    "start": {"started", "device", "n_params", "total_steps", "setup_s", "packages"},
-    "step": {"step", "loss", "tokens", "seconds", "peak_mem_bytes", "mem_kind"},
-    "checkpoint": {"seconds"},
-}
-SCORES = {"n", "scores", "ended", "setup_s", "seconds", "peak_mem_bytes", "mem_kind", "device"}
 WARM_UP = 0.1  # share of the steps, at the start, that the steady speed leaves out
 
+# Numbers that can be reckoned with: no NaN, no infinity.
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Seconds = Annotated[float, Field(ge=0, le=1e10)]
 
-def read_events(file: Path) -> list[dict[str, Any]]:
-    """The events of a `metrics.jsonl` that can be read; its last line may still be being written."""
-    if not file.is_file():
-        return []
-    events = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+
+class Written(Frozen):
+    """What a job writes: it may say more than is read here, and nothing is taken for what it is not."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class Start(Written):
+    """A training began, or went on."""
+
+    event: Literal["start"]
+    started: AwareDatetime = Field(description="When the process began, to the second.")
+    device: str = Field(description="cpu, or the GPU's name.")
+    setup_s: Seconds = Field(description="Seconds until the first step.")
+    step: Count = Field(default=0, description="Steps that an earlier attempt had saved.")
+    total_steps: Count | None = Field(default=None, description="Steps planned.")
+    n_params: Count | None = Field(default=None, description="Parameters of the base model.")
+    packages: dict[str, str] = Field(default={}, description="Versions of the packages that run.")
+
+
+class Step(Written):
+    """An optimiser step was done."""
+
+    event: Literal["step"]
+    step: Count = Field(ge=1, description="Its number, from 1.")
+    loss: float = Field(description="Its loss.")
+    tokens: Count = Field(description="Tokens of its batch, padding left out.")
+    seconds: Seconds = Field(description="Seconds that it took.")
+    peak_mem_bytes: Count = Field(description="Largest memory so far.")
+    mem_kind: MemKind = Field(description="What that counts.")
+
+
+class Checkpoint(Written):
+    """A checkpoint was written."""
+
+    event: Literal["checkpoint"]
+    seconds: Seconds = Field(description="Seconds that it took.")
+
+
+class Evaluation(Written):
+    """The evaluation's own account."""
+
+    n: Count = Field(description="Items scored.")
+    scores: dict[str, Score] = Field(description="How many met each criterion.")
+    ended: AwareDatetime = Field(description="When it ended, to the second.")
+    setup_s: Seconds = Field(description="Seconds until it generated.")
+    seconds: Seconds = Field(description="Seconds of generating and scoring.")
+    peak_mem_bytes: Count = Field(description="Largest memory.")
+    mem_kind: MemKind = Field(description="What that counts.")
+    device: str = Field(description="cpu, or the GPU's name.")
+
+
+Event = Start | Step | Checkpoint
+_EVENT = TypeAdapter[Event](Annotated[Event, Field(discriminator="event")])
+
+
+def read_events(file: Path) -> list[Event]:
+    """The events of a `metrics.jsonl`, without lines that are none; the last may still be being written."""
+    events: list[Event] = []
+    for line in file.read_bytes().split(b"\n") if file.is_file() else []:
         try:
-            event = json.loads(line)
-        except ValueError:
+            events.append(_EVENT.validate_json(line))
+        except ValidationError:
             continue
-        if isinstance(event, dict) and all(key in event for key in NEEDED.get(event.get("event", ""), {"event"})):
-            events.append(event)
     return events
 
 
-def of_job(events: list[dict[str, Any]], started: str | None) -> list[dict[str, Any]]:
+def of_job(events: Sequence[Event], started: str | None) -> Sequence[Event]:
     """The events, if the job that began at `started` wrote the last of them; none if an earlier attempt did."""
-    begun = [event["started"] for event in events if event["event"] == "start"]
-    if not begun or started is None:
-        return []
-    # Events note whole seconds.
-    return events if datetime.fromisoformat(begun[-1]) >= datetime.fromisoformat(started).replace(microsecond=0) else []
+    begun = [event.started for event in events if isinstance(event, Start)]
+    return events if begun and started and not_before(begun[-1], started) else []
 
 
-def last_step(events: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The newest step event."""
-    return next((event for event in reversed(events) if event["event"] == "step"), None)
+def not_before(noted: datetime, moment: str) -> bool:
+    """Whether what a job noted, in whole seconds, came at `moment` (ISO 8601) or later."""
+    return noted >= datetime.fromisoformat(moment).replace(microsecond=0)
 
 
-def train_usage(events: list[dict[str, Any]]) -> Usage:
+def train_usage(events: Sequence[Event]) -> Usage:
     """What the training used. A resumed run repeats the steps since its checkpoint: the last line of a step counts."""
-    of = {kind: [e for e in events if e["event"] == kind] for kind in ("start", "step", "checkpoint")}
-    by_step: dict[int, dict[str, Any]] = {}
+    by_step: dict[int, Step] = {}
     for event in events:
-        if event["event"] == "start":  # what the last attempt did after its checkpoint is lost, and done again
-            by_step = {step: old for step, old in by_step.items() if step <= event.get("step", 0)}
-        elif event["event"] == "step":
-            by_step[event["step"]] = event
+        if isinstance(event, Start):  # what the last attempt did after its checkpoint is lost, and done again
+            by_step = {number: old for number, old in by_step.items() if number <= event.step}
+        elif isinstance(event, Step):
+            by_step[event.step] = event
     steps = list(by_step.values())
-    if not of["start"]:
+    starts = [event for event in events if isinstance(event, Start)]
+    if not starts:
         return Usage()
-    first = of["start"][-1]
-    seconds = [event["seconds"] for event in steps]
-    steady = seconds[int(len(seconds) * WARM_UP) :]
-    done = steps[-1]["step"] if steps else 0
+    seconds = [step.seconds for step in steps]
+    pace = statistics.median(seconds[int(len(seconds) * WARM_UP) :]) if steps else 0.0
+    done = steps[-1].step if steps else 0
     # Where not every step is logged, those that are stand for the others.
     share = done / len(steps) if steps else 0.0
-    tokens = sum(event["tokens"] for event in steps) * share
+    train_s, tokens = sum(seconds) * share, sum(step.tokens for step in steps) * share
     return Usage(
-        device=first["device"],
-        resumed=len(of["start"]) > 1,
-        setup_s=sum(event["setup_s"] for event in of["start"]),
-        train_s=sum(seconds) * share if steps else None,
-        checkpoint_s=sum(event["seconds"] for event in of["checkpoint"]),
+        device=starts[-1].device,
+        resumed=len(starts) > 1,
+        setup_s=sum(start.setup_s for start in starts),
+        train_s=train_s if steps else None,
+        checkpoint_s=sum(event.seconds for event in events if isinstance(event, Checkpoint)),
         steps=done,
-        steps_planned=first["total_steps"],
+        steps_planned=starts[-1].total_steps,
         tokens=round(tokens) if steps else None,
-        steps_per_s=1 / statistics.median(steady) if steady else None,
-        tokens_per_s=tokens / (sum(seconds) * share) if steps else None,
-        peak_mem_bytes=max((event["peak_mem_bytes"] for event in steps), default=None),
-        mem_kind=steps[-1]["mem_kind"] if steps else None,
-        n_params=first["n_params"],
-        loss_first=steps[0]["loss"] if steps else None,
-        loss_last=steps[-1]["loss"] if steps else None,
+        steps_per_s=1 / pace if pace else None,
+        tokens_per_s=tokens / train_s if train_s else None,
+        peak_mem_bytes=max((step.peak_mem_bytes for step in steps), default=None),
+        mem_kind=steps[-1].mem_kind if steps else None,
+        n_params=starts[-1].n_params,
+        loss_first=steps[0].loss if steps else None,
+        loss_last=steps[-1].loss if steps else None,
     )
 
 
-def read_scores(file: Path) -> dict[str, Any] | None:
-    """The evaluation's own account; null if there is none yet. Raises RecordError for a file that is not whole."""
+def read_scores(file: Path) -> Evaluation | None:
+    """The evaluation's own account; null if there is none yet. Raises RecordError for one that cannot be trusted."""
     if not file.is_file():
         return None
     try:
-        scores = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecordError(f"{file} is not whole: remove it, then evaluate the run again. {error}") from error
-    missing = SCORES - scores.keys() if isinstance(scores, dict) else SCORES
-    if missing:
-        raise RecordError(f"{file} lacks {', '.join(sorted(missing))}: remove it, then evaluate the run again")
-    return scores
+        return Evaluation.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        wrong = " ".join(plain_errors(error).split())[:500]
+        raise RecordError(f"{file} cannot be trusted: {wrong}. Remove it, then evaluate the run again") from error
 
 
-def with_evaluation(usage: Usage, scores: dict[str, Any]) -> Usage:
+def with_evaluation(usage: Usage, evaluation: Evaluation) -> Usage:
     """`usage` with what the evaluation used; the peak is the larger one, if both are of one kind."""
     peak, kind = usage.peak_mem_bytes, usage.mem_kind
-    if kind in (None, scores["mem_kind"]):
-        peak, kind = max(peak or 0, scores["peak_mem_bytes"]), scores["mem_kind"]
-    evaluated = {"eval_setup_s": scores["setup_s"], "eval_s": scores["seconds"], "eval_samples": scores["n"]}
+    if kind in (None, evaluation.mem_kind):
+        peak, kind = max(peak or 0, evaluation.peak_mem_bytes), evaluation.mem_kind
+    used = {"eval_setup_s": evaluation.setup_s, "eval_s": evaluation.seconds, "eval_samples": evaluation.n}
     return usage.model_copy(
-        update={**evaluated, "device": usage.device or scores["device"], "peak_mem_bytes": peak, "mem_kind": kind}
+        update={**used, "device": usage.device or evaluation.device, "peak_mem_bytes": peak, "mem_kind": kind}
     )
-
-
-def score_table(scores: dict[str, Any]) -> dict[str, Score]:
-    """The scores by criterion."""
-    return {name: Score.model_validate(value) for name, value in scores["scores"].items()}

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from chiplog.errors import RecordError
 from chiplog.home import home
 from chiplog.record import Record, State
@@ -73,7 +75,7 @@ class Ledger:
                     yield connection
             finally:
                 connection.close()
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValidationError) as error:
             raise RecordError(
                 f"the ledger {self.file} cannot be used: {error}. Mend its permissions or free disk space; or set "
                 "CHIPLOG_HOME to another folder, and collect the experiments again to rebuild it there"
