@@ -85,7 +85,7 @@ class ExperimentFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps two commands from submitting the same runs at once."""
-        with (self.path / ".lock").open("w") as lock:
+        with (self.path / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

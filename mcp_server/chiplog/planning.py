@@ -269,6 +269,11 @@ def _check_steps(row: PlannedRun, report: DatasetReport) -> None:
 
 
 def _check_split(run: Run, report: DatasetReport) -> None:
+    if report.shape == "text":
+        raise PlanError(
+            f"the rows of {run.dataset} are text without a prompt, which can be trained on and not scored: "
+            "give rows with input and output, or messages"
+        )
     needed = [run.config["eval_split"], *([] if run.kind == "control" else ["train"])]
     if missing := [split for split in needed if split not in report.splits]:
         raise PlanError(

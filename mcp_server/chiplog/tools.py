@@ -190,7 +190,10 @@ def setup_experiment_dirs(experiment: Name, confirm: Confirm = False) -> SetupAn
     what = f"{len(written)} files written" if written else "everything was there already"
     return SetupAnswer(
         summary=f"{folder.path}: {len(runs)} runs, {what}.",
-        next=[f"submit_experiment(experiment={folder.path.name!r}), or bash submit.sh on a Slurm login node"],
+        next=[
+            f"submit_experiment(experiment={folder.path.name!r}) runs it on this machine",
+            "bash submit.sh runs it on Slurm, from a login node; chiplog does not follow those jobs yet",
+        ],
         folder=str(folder.path),
         written=written[:LISTED],
         n_written=len(written),

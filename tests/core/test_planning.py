@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,13 @@ def test_a_model_that_the_recipe_cannot_load_is_refused(lab: Path):
     config = lab / "models" / "small" / "config.json"
     config.write_text(config.read_text().replace('"llama"', '"gpt2"'))
     with pytest.raises(PlanError, match="cannot load S, whose model_type is gpt2: it loads llama"):
+        plan()
+
+
+def test_rows_that_cannot_be_scored_are_refused(lab: Path):
+    rows = [{"text": f"some words {i}"} for i in range(20)]
+    (lab / "data" / "words.json").write_text(json.dumps({"train": rows[:15], "test": rows[15:]}))
+    with pytest.raises(PlanError, match="text without a prompt"):
         plan()
 
 
