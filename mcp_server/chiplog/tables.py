@@ -50,9 +50,10 @@ def totals_words(totals: Totals) -> str:
         return f"{head}; no evidence for the time of {totals.unknown}, so no total."
     together = totals.in_sequence_s
     assert together is not None
-    here = f" {duration(totals.in_parallel_s)} on this machine," if totals.in_parallel_s is not None else ""
+    here = f", {duration(totals.in_parallel_s)} on this machine" if totals.in_parallel_s is not None else ""
     in_sequence = span((together.value, together.low, together.high), duration)
-    return f"{head}: {in_sequence} one after another,{here} {totals.gpu_hours:.2f} GPU hours."
+    gpu = f", {totals.gpu_hours:.2f} GPU hours" if totals.gpu_hours else ""
+    return f"{head}: {in_sequence} one after another{here}{gpu}."
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:

@@ -188,12 +188,10 @@ def setup_experiment_dirs(experiment: Name, confirm: Confirm = False) -> SetupAn
     folder.refuse_change(files)
     written = write_experiment(folder.path, files, confirm=confirm)
     what = f"{len(written)} files written" if written else "everything was there already"
+    on_slurm = ["bash submit.sh on a login node runs it on Slurm; chiplog does not follow those jobs yet"]
     return SetupAnswer(
         summary=f"{folder.path}: {len(runs)} runs, {what}.",
-        next=[
-            f"submit_experiment(experiment={folder.path.name!r}) runs it on this machine",
-            "bash submit.sh runs it on Slurm, from a login node; chiplog does not follow those jobs yet",
-        ],
+        next=[f"submit_experiment(experiment={folder.path.name!r}) runs it on this machine", *(on_slurm if settings.slurm else [])],
         folder=str(folder.path),
         written=written[:LISTED],
         n_written=len(written),
