@@ -188,10 +188,12 @@ def setup_experiment_dirs(experiment: Name, confirm: Confirm = False) -> SetupAn
     folder.refuse_change(files)
     written = write_experiment(folder.path, files, confirm=confirm)
     what = f"{len(written)} files written" if written else "everything was there already"
-    on_slurm = ["bash submit.sh on a login node runs it on Slurm; chiplog does not follow those jobs yet"]
+    then = [f"submit_experiment(experiment={folder.path.name!r}) runs it on this machine"]
+    if settings.slurm:
+        then.append("bash submit.sh on a login node runs it on Slurm; chiplog does not follow those jobs yet")
     return SetupAnswer(
         summary=f"{folder.path}: {len(runs)} runs, {what}.",
-        next=[f"submit_experiment(experiment={folder.path.name!r}) runs it on this machine", *(on_slurm if settings.slurm else [])],
+        next=then,
         folder=str(folder.path),
         written=written[:LISTED],
         n_written=len(written),
