@@ -41,7 +41,7 @@ def collect(folder: ExperimentFolder, ledger: Ledger) -> list[Record]:
         if submission.run in runs and not settled:
             known[submission.key] = _record(folder, runs[submission.run], submission, job, is_newest, revision)
     order = {name: place for place, name in enumerate(runs)}
-    records = sorted(known.values(), key=lambda record: (order.get(record.run, len(order)), record.attempt))
+    records = sorted(known.values(), key=lambda record: (order.get(record.run or "", len(order)), record.attempt))
     write_records(folder.path / "records.jsonl", records)
     ledger.put([record for record in records if record.state.ended])
     return records
@@ -58,10 +58,18 @@ def _may_have_changed(folder: ExperimentFolder, record: Record, job: Job) -> boo
     if record.state is State.UNKNOWN or job.ended is None:
         return True
     try:
-        evaluation = read_scores(folder.path / "runs" / record.run / "eval" / "scores.json")
+        evaluation = read_scores(folder.path / "runs" / str(record.run) / "eval" / "scores.json")
     except RecordError:
         return True
-    return evaluation is not None and not_before(evaluation.ended, job.ended)
+    return evaluation is None or not_before(evaluation.ended, job.ended)
+
+
+def is_evaluated(folder: ExperimentFolder, run: str) -> bool:
+    """Whether a run has scores that can be read."""
+    try:
+        return read_scores(folder.path / "runs" / run / "eval" / "scores.json") is not None
+    except RecordError:
+        return False
 
 
 def jobs_of(submissions: list[Submission]) -> dict[str, Job]:

@@ -104,6 +104,14 @@ class Run(Frozen):
     depends_on: list[str] = Field(default=[], description="Names of runs that must end well before this one.")
 
 
+def read_config(file: Path) -> Config | None:
+    """The settings in a run's `config.yaml`; null where it holds none."""
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+
+
 def read_plan(file: Path) -> Plan:
     """The plan in a `plan.yaml`. Raises PlanError that names the file and the field."""
     try:
@@ -243,12 +251,7 @@ def _complete(settings: Mapping[str, Value], manual: Manual) -> Config:
             near = difflib.get_close_matches(key, config, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(config))}"
             raise PlanError(f"there is no setting {key!r}: {hint}")
-        default = manual.defaults[key]
-        if value is None and default is None:
-            continue
-        if isinstance(value, list) != isinstance(default, list):
-            raise PlanError(f"{key} is {value!r}: give {'a list' if isinstance(default, list) else 'one value'}")
-        config[key] = _typed(key, value, manual.takes.get(key) or _kind(default))
+        config[key] = check_value(key, value, manual.defaults[key], manual.takes)
     batch, micro = config.get("batch_size"), config.get("micro_batch_size")
     if isinstance(batch, int) and isinstance(micro, int) and batch % micro:
         divisors = [str(n) for n in range(1, batch + 1) if batch % n == 0]
@@ -257,6 +260,15 @@ def _complete(settings: Mapping[str, Value], manual: Manual) -> Config:
             "or the effective batch would change"
         )
     return config
+
+
+def check_value(key: str, value: Value, default: Value, takes: Mapping[str, Kind | list[str]]) -> Value:
+    """`value` as the setting has it: what `takes` says, else what its default is of. Raises PlanError."""
+    if value is None and default is None:
+        return None
+    if isinstance(value, list) != isinstance(default, list):
+        raise PlanError(f"{key} is {value!r}: give {'a list' if isinstance(default, list) else 'one value'}")
+    return _typed(key, value, takes.get(key) or _kind(default))
 
 
 def _kind(default: Value) -> Kind | type:

@@ -99,25 +99,22 @@ def make_plan(request: Request, settings: Settings, ledger: Ledger, progress=Non
     """
     plan = _draft(request, settings)
     models = {key: check_model(Path(path)) for key, path in plan.models.items()}
-    datasets = _check_datasets(plan, progress)
     for key, model in models.items():
         stop_on(model, f"model {key}", plan.models[key])
-    for key, path in plan.datasets.items():
-        for report in datasets[key]:
-            stop_on(report, f"data set {key}", path)
     for experiment in plan.experiments:
         _check_recipe(experiment, models)
-    plan = plan.model_copy(update={"dataset_sha256": {key: reports[0].sha256 for key, reports in datasets.items()}})
     runs = expand(plan, manual)
+    datasets = DatasetReports(progress)
     for run in runs:
         _check_gpu(run, settings)
         _check_scorer(run, plan)
-        _check_split(run, datasets[run.dataset][0])
+        _check_split(run, datasets.of(run))
+    hashes = {run.dataset: datasets.of(run).sha256 for run in runs}
+    plan = plan.model_copy(update={"dataset_sha256": {key: hashes[key] for key in plan.datasets if key in hashes}})
     records = ledger.records()
-    counted = {key: dict(zip(plan.models, reports, strict=True)) for key, reports in datasets.items()}
-    rows = [plan_run(run, counted[run.dataset][run.model], records, settings) for run in runs]
+    rows = [plan_run(run, datasets.of(run), records, settings) for run in runs]
     for row in rows:
-        _check_steps(row, datasets[row.run.dataset][0])
+        _check_steps(row, datasets.of(row.run))
     if settings.slurm:
         plan = _with_time_limits(plan, rows)
         limited = {run.name: run for run in expand(plan, manual)}
@@ -129,8 +126,9 @@ def make_plan(request: Request, settings: Settings, ledger: Ledger, progress=Non
             f"the plan needs about {totals.gpu_hours:.1f} GPU hours and the budget is {budget:g}: "
             "take fewer values, fewer seeds or fewer epochs, or raise [budget] gpu_hours"
         )
-    reports: list[Report] = [*models.values(), *(reports[0] for reports in datasets.values())]
-    warnings = [check for report in reports for check in report.problems] + _check_warm_up(rows)
+    reports: list[Report] = [*models.values(), *datasets.found.values()]
+    found = [check for report in reports for check in report.problems] + _check_warm_up(rows) + _check_own_rows(rows)
+    warnings = list({(check.subject, check.found): check for check in found}.values())
     return Planned(plan=plan, rows=rows, totals=totals, warnings=warnings)
 
 
@@ -199,17 +197,23 @@ def _short(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "data"
 
 
-def _check_datasets(plan: Plan, progress) -> dict[str, list[DatasetReport]]:
-    """For each data set its report with each model's tokenizer, in the order of the models."""
-    found = {}
-    for key, path in plan.datasets.items():
-        controls = next((e.controls for e in plan.experiments if e.controls.get("dataset", key) == key), {})
-        prompts = {name: controls[name] for name in ("system_prompt", "prompt") if controls.get(name) is not None}
-        found[key] = [
-            check_dataset(Path(path), model=Path(model), **prompts, progress=progress)  # pyright: ignore[reportArgumentType]
-            for model in plan.models.values()
-        ]
-    return found
+class DatasetReports:
+    """What was found of each data set, with the tokenizer and the prompts of the runs that read it."""
+
+    def __init__(self, progress=None) -> None:
+        self.progress = progress
+        self.found: dict[tuple[str, ...], DatasetReport] = {}
+
+    def of(self, run: Run) -> DatasetReport:
+        """Raises PlanError if the data set cannot be used so."""
+        config = run.config
+        prompts = {name: config[name] for name in ("system_prompt", "prompt")}
+        key = (config["dataset"], config["model"], *(str(text) for text in prompts.values()))
+        if key not in self.found:
+            report = check_dataset(Path(key[0]), model=Path(key[1]), **prompts, progress=self.progress)
+            stop_on(report, f"data set {run.dataset}", key[0])
+            self.found[key] = report
+        return self.found[key]
 
 
 def stop_on(report: Report, what: str, path: str) -> None:
@@ -253,11 +257,20 @@ def _check_gpu(run: Run, settings: Settings) -> None:
 
 def _check_scorer(run: Run, plan: Plan) -> None:
     """Refuses a scorer that the experiment folder would not carry."""
-    scorer, carried = run.config["scorer"], code_files(plan)
-    if scorer is None or scorer in carried:
+    scorer = run.config["scorer"]
+    if scorer is None:
         return
-    found = [name for name in carried if name.endswith(".py") and not name.startswith("trainer/")]
-    raise PlanError(f"there is no scorer {scorer!r}: it is a file under recipes/ or the study, {', '.join(found)}")
+    carried = {name: file for name, file in code_files(plan).items() if _has_score(file)}
+    if scorer not in carried:
+        there = ", ".join(carried) or "none yet"
+        raise PlanError(
+            f"there is no scorer {scorer!r}: it is a Python file under recipes/ or of the study with a function "
+            f"score(output, target); there is {there}"
+        )
+
+
+def _has_score(file: Path) -> bool:
+    return file.suffix == ".py" and bool(re.search(rb"^def score\(", file.read_bytes(), re.MULTILINE))
 
 
 def _check_steps(row: PlannedRun, report: DatasetReport) -> None:
@@ -280,6 +293,15 @@ def _check_split(run: Run, report: DatasetReport) -> None:
             f"the data set {run.dataset} has no split {missing[0]!r}, it has {', '.join(report.splits)}: "
             "add one, or set eval_split in controls to the split to score on"
         )
+
+
+def _check_own_rows(rows: Sequence[PlannedRun]) -> list[Check]:
+    """A run that is scored on what it was trained on."""
+    named = [row.run.name for row in rows if row.run.kind != "control" and row.run.config["eval_split"] == "train"]
+    if not named:
+        return []
+    found = f"{', '.join(named)} would be scored on the rows that they train on: that shows what they can recite"
+    return [warning("eval_split", found, "Score on a split that no run trains on")]
 
 
 def _check_warm_up(rows: Sequence[PlannedRun]) -> list[Check]:

@@ -14,14 +14,22 @@ from pydantic import Field, ValidationError
 
 from chiplog.bundle import places
 from chiplog.errors import NotFoundError, PlanError
-from chiplog.plan import Config, Kind, Manual
+from chiplog.plan import Config, Kind, Manual, check_value
 from chiplog.schema import Frozen, plain_errors
 
-# The settings that planning itself reads.
-NEEDED = {
-    "evaluate": ["model", "dataset", "system_prompt", "prompt", "eval_split", "eval_limit", "scorer"],
-    "train": ["model", "dataset", "system_prompt", "prompt", "seed", "batch_size", "epochs", "max_steps"],
+# The settings that planning itself reads, and what they take.
+ASKED: dict[str, Kind] = {"model": "text", "dataset": "text", "system_prompt": "text", "prompt": "text"}
+NEEDED: dict[str, dict[str, Kind]] = {
+    "evaluate": {**ASKED, "eval_split": "text", "eval_limit": "integer >= 1", "scorer": "text"},
+    "train": {
+        **ASKED,
+        "seed": "integer >= 0",
+        "batch_size": "integer >= 1",
+        "epochs": "integer >= 1",
+        "max_steps": "integer >= 1",
+    },
 }
+MAY_BE_NULL = {"model", "dataset", "system_prompt", "eval_limit", "scorer", "max_steps"}
 
 
 class About(Frozen):
@@ -106,4 +114,12 @@ def _read(file: Path) -> Recipe:
         raise PlanError(f"{file} lacks {', '.join(missing)}: every recipe that can {about.does} has these settings")
     if unknown := about.takes.keys() - documents[1].keys():
         raise PlanError(f"{file} says what {', '.join(sorted(unknown))} takes, and has no such setting")
+    about = about.model_copy(update={"takes": {**about.takes, **NEEDED[about.does]}})
+    for key, default in documents[1].items():
+        if default is None and key in NEEDED[about.does] and key not in MAY_BE_NULL:
+            raise PlanError(f"{file}: {key} is null: give its default")
+        try:
+            check_value(key, default, default, about.takes)
+        except PlanError as error:
+            raise PlanError(f"{file}: {error}") from error
     return Recipe(name=file.stem, file=file.with_suffix(".py"), about=about, settings=documents[1])

@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from chiplog.errors import RecordError
 from chiplog.files import write_atomic
@@ -19,7 +19,8 @@ from chiplog.schema import Frozen, plain_errors
 
 VERSION = 1
 
-MemKind = Literal["host_rss", "allocated", "reserved", "after_init", "whole_card"]
+MemKind = Literal["host_rss", "allocated", "active", "reserved", "after_init", "whole_card"]
+TokensScope = Literal["per_gpu", "whole_job", "unmasked", "unknown"]
 Line = TypeVar("Line", bound=Frozen)
 
 
@@ -46,6 +47,8 @@ class State(StrEnum):
 class Usage(Frozen):
     """What a run used. The terms of its time stand apart, since they scale apart."""
 
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # a loss of NaN is a value, and JSON has no word for it
+
     device: str | None = Field(default=None, description="cpu, or the GPU's name.")
     cpus: int | None = Field(default=None, description="CPU cores that it asked for.")
     gpus: int | None = Field(default=None, description="GPUs that it asked for.")
@@ -59,12 +62,17 @@ class Usage(Frozen):
     )
     eval_s: float | None = Field(default=None, description="Seconds of generating and scoring.")
     eval_samples: int | None = Field(default=None, description="Samples scored.")
-    steps: int | None = Field(default=None, description="Optimiser steps done.")
+    steps: int | None = Field(default=None, description="Number of the last optimiser step.")
     steps_planned: int | None = Field(default=None, description="Optimiser steps planned.")
+    resumed_from: int | None = Field(default=None, description="Step that an earlier attempt had saved; 0: none.")
+    epoch: float | None = Field(default=None, description="Epochs done, as logged.")
     tokens: int | None = Field(default=None, description="Tokens trained on, padding left out.")
     steps_per_s: float | None = Field(default=None, description="Median over the steps after the first tenth.")
-    tokens_per_s: float | None = Field(
-        default=None, description="Tokens per second of training, whole job, padding left out."
+    mean_steps_per_s: float | None = Field(default=None, description="Steps of this run by its seconds of training.")
+    samples_per_s: float | None = Field(default=None, description="Samples per second of training, whole job.")
+    tokens_per_s: float | None = Field(default=None, description="Tokens per second of training.")
+    tokens_scope: TokensScope | None = Field(
+        default=None, description="Whose tokens those are; whole_job leaves padding out, unmasked counts labels only."
     )
     peak_mem_bytes: int | None = Field(default=None, description="Largest memory held while training or evaluating.")
     mem_kind: MemKind | None = Field(
@@ -73,6 +81,27 @@ class Usage(Frozen):
     n_params: int | None = Field(default=None, description="Parameters of the base model.")
     loss_first: float | None = Field(default=None, description="Loss of the first step.")
     loss_last: float | None = Field(default=None, description="Loss of the last step.")
+    loss_mean: float | None = Field(default=None, description="Mean training loss, where the log states it.")
+    val_losses: list[float] = Field(default=[], description="Validation losses, in their order.")
+
+
+class OutOfMemory(Frozen):
+    """What was said when memory ran out."""
+
+    kind: Literal["gpu", "host"] = Field(description="Whose memory.")
+    tried_bytes: float | None = Field(default=None, description="Bytes that were asked for.")
+    capacity_bytes: float | None = Field(default=None, description="Bytes that there are in all.")
+    in_use_bytes: float | None = Field(default=None, description="Bytes that the process held.")
+
+
+class Evidence(Frozen):
+    """A line of a log that a figure comes from."""
+
+    of: str = Field(description="The figure.")
+    file: str = Field(description="The log.")
+    offset: int = Field(ge=0, description="Byte at which it begins; of a gzip, in what it holds.")
+    line: str = Field(description="The line, cut to what can be shown.")
+    printed: str | None = Field(default=None, description="The figure as it is printed there, with its unit.")
 
 
 class Score(Frozen):
@@ -101,25 +130,31 @@ class Record(Frozen):
 
     version: int = Field(default=VERSION, description="Version of this schema.")
     key: str = Field(description="engine:job id; the same job is the same record however it was seen.")
-    experiment: str = Field(description="Name of the plan.")
-    run: str = Field(description="Name of the run.")
-    kind: str = Field(description="finetune, train or control.")
+    experiment: str | None = Field(default=None, description="Name of the plan; null for a log of another origin.")
+    run: str | None = Field(default=None, description="Name of the run; null for a log of another origin.")
+    kind: str | None = Field(default=None, description="finetune, train or control.")
+    framework: str | None = Field(default=None, description="What wrote the log.")
     recipe: str | None = Field(default=None, description="What trained it; null for a control.")
-    model: str | None = Field(default=None, description="Folder of the base model.")
+    model: str | None = Field(default=None, description="Folder or name of the base model.")
+    method: Literal["full", "lora", "qlora", "dora"] | None = Field(default=None, description="What was trained of it.")
+    job_id: str | None = Field(default=None, description="Id that a scheduler gave the job.")
     attempt: int = Field(default=1, ge=1, description="Which attempt at the run, from 1.")
     state: State = Field(description="How the job ended, or how it stands.")
     reason: str | None = Field(default=None, description="Why it ended so, in words.")
     exit_code: int | None = Field(default=None, description="Exit status of the job.")
+    oom: OutOfMemory | None = Field(default=None, description="What was said when memory ran out.")
     steps: dict[str, State] = Field(default={}, description="State of each step of the job: train, eval.")
-    config: Config = Field(description="Every setting that the job read.")
+    config: Config = Field(default={}, description="Every setting that the job read, as far as known.")
     metrics: dict[str, Score] = Field(default={}, description="Scores of the evaluation.")
-    usage: Usage = Field(description="What the job used.")
+    usage: Usage = Field(default=Usage(), description="What the job used.")
     predicted: Prediction | None = Field(default=None, description="What was foretold at submission.")
     commit: str | None = Field(default=None, description="Commit of the code that ran.")
     dirty: bool | None = Field(default=None, description="Whether that code differed from the commit.")
     packages: dict[str, str] = Field(default={}, description="Versions of the packages that ran.")
     started: str | None = Field(default=None, description="When the job started, ISO 8601, UTC.")
     ended: str | None = Field(default=None, description="When the job ended, ISO 8601, UTC.")
+    logs: list[str] = Field(default=[], description="Files that this was read from.")
+    evidence: list[Evidence] = Field(default=[], description="The lines that its figures come from.")
 
 
 def read_records(file: Path) -> list[Record]:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from pydantic import Field
 
-from chiplog.collect import jobs_of
+from chiplog.collect import is_evaluated, jobs_of
 from chiplog.engines import Job, engine_for
 from chiplog.errors import ChiplogError, EngineError, NotFoundError, PlanError, RenderError
 from chiplog.estimate import RunEstimate
 from chiplog.files import write_atomic
 from chiplog.folder import ExperimentFolder, Submission
 from chiplog.ledger.metrics import Start, Step, of_job, read_events
-from chiplog.plan import Run
+from chiplog.plan import Run, read_config
 from chiplog.planning import PlannedRun
 from chiplog.record import Prediction, State
 from chiplog.schema import Frozen
@@ -62,17 +62,28 @@ def pick_runs(folder: ExperimentFolder, names: Sequence[str] | None) -> list[str
 
 
 def to_submit(folder: ExperimentFolder, names: Sequence[str]) -> list[Run]:
-    """The runs that have no job that waits, runs or completed: new ones, and those that ended otherwise.
+    """The runs that have no job that waits, runs or completed with scores: new ones, and those that ended otherwise.
 
-    Raises RenderError if something is gone that their jobs would read.
+    A run whose training is done only evaluates when it is submitted again. Raises RenderError if something is gone
+    that their jobs would read, or is not what the plan says.
     """
     standing = {name: job.state for name, (_, job) in latest_jobs(folder).items() if job}
-    settled = {name for name, state in standing.items() if not state.ended or state is State.COMPLETED}
+    settled = {
+        name
+        for name, state in standing.items()
+        if not state.ended or (state is State.COMPLETED and is_evaluated(folder, name))
+    }
     runs = [run for run in folder.runs() if run.name in names and run.name not in settled]
     needed = [f"code/recipes/{name}.py" for name in sorted({run.recipe or "evaluate" for run in runs})]
-    needed += [f"runs/{run.name}/{file}" for run in runs for file in ("config.yaml", "run.sbatch")]
-    if gone := [name for name in needed if not (folder.path / name).is_file()]:
+    needed += ["code/REVISION", *(f"runs/{run.name}/{file}" for run in runs for file in ("config.yaml", "run.sbatch"))]
+    if gone := [name for name in needed if runs and not (folder.path / name).is_file()]:
         raise RenderError(f"{folder.path} lacks {', '.join(gone[:3])}: set it up again with setup_experiment_dirs")
+    for run in runs:
+        if read_config(folder.path / "runs" / run.name / "config.yaml") != run.config:
+            raise RenderError(
+                f"runs/{run.name}/config.yaml is not what plan.yaml says: set {folder.path.name} up again with "
+                "setup_experiment_dirs, or plan what you want under another name"
+            )
     return runs
 
 

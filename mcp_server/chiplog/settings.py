@@ -62,7 +62,9 @@ class Gpu(Frozen):
 
     name: Word = Field(description="Name, such as a100-80gb.")
     partition: Word | None = Field(default=None, description="Slurm partition that has it.")
-    gres: Word | None = Field(default=None, description="Slurm generic resource, such as gpu:a100:1.")
+    gres: Annotated[str, Field(pattern=r"^gpu(:[A-Za-z0-9_.-]+)?(:\d+)?$")] | None = Field(
+        default=None, description="Slurm generic resource, such as gpu:a100:1."
+    )
     constraint: Word | None = Field(default=None, description="Slurm feature to ask for.")
     count: int | None = Field(default=None, ge=1, description="How many there are; null: not said.")
 
@@ -144,7 +146,7 @@ def load_settings(start: Path | None = None) -> Settings:
     user_config = _folder_of("XDG_CONFIG_HOME", os.environ.get("XDG_CONFIG_HOME") or "~/.config")
     merged: dict[str, Any] = {}
     for file in (user_config / "chiplog" / "config.toml", workspace / FILE_NAME):
-        if not file.is_file():
+        if not file.exists():
             continue
         read = _read(file)
         _validate(read, workspace, file)
@@ -169,12 +171,20 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _validate(values: dict[str, Any], workspace: Path, file: Path) -> Settings:
+    if "workspace" in values:
+        raise SettingsError(f"{file}: there is no setting workspace, it is the folder of that file: remove the line")
     try:
-        return Settings.model_validate({**values, "workspace": workspace})
+        settings = Settings.model_validate({**values, "workspace": workspace})
     except ValidationError as error:
         raise SettingsError(
             f"{file} is wrong:\n{plain_errors(error)}\nMend it there; `chiplog init` checks it."
         ) from error
+    if settings.experiments.exists() and not settings.experiments.is_dir():
+        raise SettingsError(f"{file}: experiments is {settings.experiments}, which is no folder: name one")
+    names = [gpu.name for gpu in settings.gpus]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SettingsError(f"{file} has two [[gpus]] called {twice[0]!r}: give each its own name")
+    return settings
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

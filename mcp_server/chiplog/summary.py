@@ -98,8 +98,18 @@ def summarize(folder: ExperimentFolder, records: Sequence[Record]) -> Summary:
     rows = [_row(run, last.get(run.name)) for run in runs]
     # What a failed run left behind is nobody's answer.
     ended_well = [row.run for row in rows if row.state is State.COMPLETED]
-    answers = {name: _answers(folder.path / "runs" / name, plan.metrics[0]) for name in ended_well}
-    comparisons = _comparisons(plan.metrics[0], runs, {name: found for name, found in answers.items() if found})
+    scored = list(dict.fromkeys(name for row in rows for name in row.scores))
+    metric = next((name for name in [*plan.metrics, *scored] if name in scored), plan.metrics[0])
+    left_out = [
+        f"{name}: nothing scored it, there are {', '.join(scored)}" for name in plan.metrics if name not in scored
+    ]
+    answers: dict[str, dict[str, bool]] = {}
+    for name in ended_well:
+        try:
+            answers[name] = _answers(folder.path / "runs" / name, metric)
+        except RecordError as error:
+            left_out.append(f"{name}: cannot be compared, since {error}")
+    comparisons = _comparisons(metric, runs, {name: found for name, found in answers.items() if found})
     elapsed = [row.elapsed_s for row in rows if row.elapsed_s is not None]
     gpu_s = sum(run.resources.gpus * (last[run.name].usage.elapsed_s or 0) for run in runs if run.name in last)
     return Summary(
@@ -107,7 +117,10 @@ def summarize(folder: ExperimentFolder, records: Sequence[Record]) -> Summary:
         question=plan.question,
         rows=rows,
         comparisons=comparisons,
-        not_shown=_not_shown(rows, comparisons, runs, [name for name, found in answers.items() if not found]),
+        not_shown=[
+            *(left_out if scored else []),
+            *_not_shown(rows, comparisons, runs, [name for name, found in answers.items() if not found]),
+        ],
         run_s=sum(elapsed) if elapsed else None,
         gpu_hours=gpu_s / 3600,
     )
@@ -152,8 +165,8 @@ def _answers(run_folder: Path, metric: str) -> dict[str, bool]:
             item = Answered.model_validate_json(line)
         except ValidationError as error:
             raise RecordError(
-                f"{file}, line {number} is no scored answer:\n{plain_errors(error)}\n"
-                "Remove the file, then evaluate the run again."
+                f"{file}, line {number} is no scored answer ({' '.join(plain_errors(error).split())}): remove that "
+                "eval folder and submit the run again, which only evaluates it"
             ) from error
         if metric not in item.scores:
             raise RecordError(

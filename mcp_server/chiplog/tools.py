@@ -6,7 +6,6 @@ A tool that spends takes `confirm` and raises ConfirmationNeeded without it; one
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -30,7 +29,6 @@ from chiplog.answers import (
 )
 from chiplog.bundle import study_folder
 from chiplog.checks import Check, Report
-from chiplog.checks.dataset import DatasetReport
 from chiplog.checks.dataset import check_dataset as inspect_dataset
 from chiplog.checks.lookup import resolve_model
 from chiplog.checks.model import check_model as inspect_model
@@ -336,18 +334,8 @@ def estimate_resources(experiment: Name, limit: Limit = 50) -> PlanAnswer:
 
 def _planned(runs: Sequence[Run]) -> list[PlannedRun]:
     """Runs of a plan that stands, with estimates as of now."""
-    settings, records = load_settings(), Ledger().records()
-    reports: dict[tuple[str, str], DatasetReport] = {}
-    rows = []
-    for run in runs:
-        config = run.config
-        key = (config["dataset"], config["model"])
-        if key not in reports:
-            prompts = {"system_prompt": config["system_prompt"], "prompt": config["prompt"]}
-            reports[key] = inspect_dataset(Path(key[0]), model=Path(key[1]), **prompts)
-            planning.stop_on(reports[key], f"data set {run.dataset}", key[0])
-        rows.append(planning.plan_run(run, reports[key], records, settings))
-    return rows
+    settings, records, datasets = load_settings(), Ledger().records(), planning.DatasetReports()
+    return [planning.plan_run(run, datasets.of(run), records, settings) for run in runs]
 
 
 def _plan_row(row: PlannedRun) -> PlanRow:

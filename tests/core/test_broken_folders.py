@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import math
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -89,7 +90,7 @@ def write_lines(file: Path, values: list[Any]) -> None:
 
 
 def collected(folder: ExperimentFolder) -> dict[str, Record]:
-    return {record.run: record for record in collect(folder, Ledger())}
+    return {str(record.run): record for record in collect(folder, Ledger())}
 
 
 def states(folder: ExperimentFolder) -> dict[str, State | None]:
@@ -273,7 +274,7 @@ def test_what_a_log_does_not_say_is_null(folder: ExperimentFolder):
     usage = record.usage
     assert (usage.steps, usage.train_s, usage.steps_per_s, usage.tokens_per_s) == (1, 0, None, None)
     assert (usage.steps_planned, usage.n_params, record.packages) == (None, None, {})
-    assert read_records(folder.path / "records.jsonl")[0].usage.loss_last is None
+    assert math.isnan(read_records(folder.path / "records.jsonl")[0].usage.loss_last or 0)
     assert running.status(folder, ["rank4"])[0].total_steps is None
 
 

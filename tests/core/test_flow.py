@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -144,8 +145,9 @@ def test_a_metric_that_nothing_scored_is_named_and_not_taken_for_zero(lab: Path)
         await answer(client, "setup_experiment_dirs", experiment="ranks")
         await answer(client, "submit_experiment", experiment="ranks", confirm=True)
         await answer(client, "experiment_status", experiment="ranks", wait_s=60)
-        words = await refusal(client, "summarize_experiment", experiment="ranks")
-        assert "no metric 'exactmatch': it has exact_match" in words
+        summary = await answer(client, "summarize_experiment", experiment="ranks")
+        assert summary["not_shown"][0].startswith("exactmatch: nothing scored it, there are exact_match")
+        assert {c["metric"] for c in summary["comparisons"]} == {"exact_match"}
 
     calls(steps)
 
@@ -157,13 +159,35 @@ def test_a_result_that_is_not_whole_is_named_with_what_to_do(lab: Path, name: st
         await answer(client, "setup_experiment_dirs", experiment="ranks")
         await answer(client, "submit_experiment", experiment="ranks", confirm=True)
         await answer(client, "experiment_status", experiment="ranks", wait_s=60)
-        (lab / "experiments" / "ranks" / "runs" / "S_rank4" / "eval" / name).write_text('{"half": ')
-        if name == "scores.json":  # a failed evaluation; the other runs have their summary
-            words = (await answer(client, "summarize_experiment", experiment="ranks"))["not_shown"][0]
-            assert words.startswith("S_rank4: nothing, since it is FAILED")
-        else:
-            words = await refusal(client, "summarize_experiment", experiment="ranks")
-        assert name in words and "evaluate the run again" in words
+        run = lab / "experiments" / "ranks" / "runs" / "S_rank4"
+        trained = run / "DONE"
+        before = trained.stat().st_mtime_ns
+        (run / "eval" / name).write_text('{"half": ')
+        # The other runs have their summary.
+        summary = await answer(client, "summarize_experiment", experiment="ranks")
+        words = summary["not_shown"][0]
+        assert words.startswith("S_rank4: ") and name in words and "submit the run again" in words
+        assert ("L_rank4", "L_base") in {(c["first"], c["second"]) for c in summary["comparisons"]}
+        shutil.rmtree(run / "eval")  # as it says
+        assert list((await answer(client, "submit_experiment", experiment="ranks", confirm=True))["jobs"]) == [
+            "S_rank4"
+        ]
+        await answer(client, "experiment_status", experiment="ranks", wait_s=60)
+        summary = await answer(client, "summarize_experiment", experiment="ranks")
+        assert summary["ok"] and not any(words.startswith("S_rank4: ") for words in summary["not_shown"])
+        assert trained.stat().st_mtime_ns == before  # it was only evaluated
+
+    calls(steps)
+
+
+def test_a_run_whose_settings_are_not_the_plans_is_not_submitted(lab: Path):
+    async def steps(client: Client) -> None:
+        await answer(client, "plan_experiment", **ASK)
+        await answer(client, "setup_experiment_dirs", experiment="ranks")
+        await answer(client, "plan_experiment", **{**ASK, "controls": {"epochs": 3}, "confirm": True})
+        words = await refusal(client, "submit_experiment", experiment="ranks", confirm=True)
+        assert "config.yaml is not what plan.yaml says: set ranks up again" in words
+        assert not (lab / "experiments" / "ranks" / "jobs.jsonl").exists()
 
     calls(steps)
 

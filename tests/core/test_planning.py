@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ def done(lab: Path, run: str, kind: str, device: str, seconds: float, **usage: A
         ("", {"recipe": "evaluate"}, "does not train"),
         ("", {"controls": {"batch_size": 21}}, "batch_size 21 is more than the 20 rows of train"),
         ("", {"controls": {"scorer": "recipes/nothere.py"}}, "no scorer 'recipes/nothere.py'"),
+        ("", {"controls": {"scorer": "trainer/chat.py"}}, "there is none yet"),
+        ("", {"controls": {"prompt": 5}}, "prompt is 5: give a text"),
+        ("", {"variables": None, "runs": [{"lr": 1e-4}, {"lr": 1e-3, "prompt": "noplace"}]}, "{input}"),
         ("", {"controls": {"scorer": 3}}, "scorer is 3: give a text"),
         ("", {"controls": {"dtype": "fp8"}}, "dtype is 'fp8': choose from bf16, fp32"),
         ("", {"metrics": ["a|b"]}, "metrics.0"),
@@ -77,18 +81,58 @@ def test_rows_that_cannot_be_scored_are_refused(lab: Path):
         plan()
 
 
+def test_a_run_that_is_scored_on_its_own_training_rows_is_warned_of(lab: Path):
+    (check,) = [check for check in plan(controls={"eval_split": "train"}).warnings if check.subject == "eval_split"]
+    assert check.found.startswith("S would be scored on the rows that they train on")
+    assert not any(check.subject == "eval_split" for check in plan().warnings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("batch_size: 0", "batch_size is 0: give a whole number of at least 1"),
+        ("batch_size: four", "batch_size is 'four'"),
+        ("epochs: null", "epochs is null: give its default"),
+        ("epochs: 1.5", "epochs is 1.5"),
+        ("max_steps: -3", "max_steps is -3"),
+        ("dtype: fp64", "dtype is 'fp64': choose from bf16, fp32"),
+    ],
+)
+def test_a_recipe_whose_defaults_are_wrong_is_named(lab: Path, setting: str, words: str):
+    folder = own_recipes(lab)
+    file = folder / "lora_finetune_single_device.yaml"
+    key = setting.partition(":")[0]
+    file.write_text(re.sub(rf"^{key}: .*$", setting, file.read_text(), flags=re.MULTILINE))
+    with pytest.raises(PlanError) as refused:
+        plan()
+    assert words in str(refused.value) and file.name in str(refused.value)
+
+
+def test_a_recipe_that_lacks_what_planning_reads_is_named(lab: Path):
+    file = own_recipes(lab) / "lora_finetune_single_device.yaml"
+    file.write_text(file.read_text().replace("batch_size: 4\n", "", 1))
+    with pytest.raises(PlanError, match="lacks batch_size"):
+        plan()
+
+
+def own_recipes(lab: Path) -> Path:
+    """The workspace's recipes as files of its own."""
+    folder = lab / "recipes"
+    sources = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    folder.unlink()
+    folder.mkdir()
+    for name, content in sources.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
 def test_the_one_kind_of_gpu_need_not_be_named(lab: Path):
     (lab / "chiplog.toml").write_text("[slurm]\n[[gpus]]\nname = 'h200'\n")
     assert {row.run.resources.gpus for row in plan().rows} == {1}
 
 
 def test_a_scorer_of_the_users_own_stands_among_the_recipes(lab: Path):
-    folder = lab / "recipes"
-    sources = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-    folder.unlink()
-    folder.mkdir()
-    for name, content in {**sources, "mine.py": b"def score(output, target): return {'exact_match': True}\n"}.items():
-        (folder / name).write_bytes(content)
+    (own_recipes(lab) / "mine.py").write_text("def score(output, target):\n    return {'exact_match': True}\n")
     assert plan(controls={"scorer": "recipes/mine.py"}).rows[0].run.config["scorer"] == "recipes/mine.py"
 
 

@@ -55,6 +55,10 @@ def test_the_workspace_is_found_upwards(workspace: Path, monkeypatch: pytest.Mon
         ("[slurm]\naccount = 'a b'\n", "slurm.account"),
         ('[slurm]\nsetup = ["a\\nb"]\n', "slurm.setup.0"),
         ("paths = 3\n", "paths"),
+        ("workspace = '/etc'\n", "remove the line"),
+        ("[[gpus]]\nname = 'x'\ngres = 'nonsense'\n", "gpus.0.gres"),
+        ("[[gpus]]\nname = 'x'\n[[gpus]]\nname = 'x'\n", "two [[gpus]] called 'x'"),
+        ("[paths]\nexperiments = 'chiplog.toml'\n", "which is no folder"),
         ("[nonsense]\n", "nonsense: there is no such field"),
     ],
 )

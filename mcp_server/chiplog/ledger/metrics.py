@@ -143,7 +143,9 @@ def read_scores(file: Path) -> Evaluation | None:
         return Evaluation.model_validate_json(file.read_bytes())
     except ValidationError as error:
         wrong = " ".join(plain_errors(error).split())[:500]
-        raise RecordError(f"{file} cannot be trusted: {wrong}. Remove it, then evaluate the run again") from error
+        raise RecordError(
+            f"{file} cannot be trusted: {wrong}. Remove it, then submit the run again, which only evaluates it"
+        ) from error
 
 
 def with_evaluation(usage: Usage, evaluation: Evaluation) -> Usage:

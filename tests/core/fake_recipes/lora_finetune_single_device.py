@@ -14,6 +14,8 @@ BEGAN = time.perf_counter()
 parser = argparse.ArgumentParser()
 parser.add_argument("--config", type=Path)
 config = yaml.safe_load(parser.parse_args().config.read_text())
+if Path("DONE").exists():
+    sys.exit()
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 rows = json.loads(Path(config["dataset"]).read_text())["train"]
 total = len(rows) // config["batch_size"] * config["epochs"]
