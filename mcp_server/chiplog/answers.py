@@ -7,9 +7,10 @@ from pydantic import Field
 from chiplog.checks.dataset import DatasetReport
 from chiplog.checks.model import ModelReport
 from chiplog.estimate import RunEstimate
+from chiplog.ledger.scan import Scanned
 from chiplog.plan import Value
 from chiplog.planning import Totals
-from chiplog.record import Record
+from chiplog.record import Evidence, Record, State
 from chiplog.running import RunStatus
 from chiplog.schema import Frozen
 from chiplog.studies import Study
@@ -90,3 +91,32 @@ class SummaryAnswer(Answer):
     rows: list[Row] = Field(description="One for each run of the plan.")
     comparisons: list[Comparison] = Field(description="Which differences are shown and which are not.")
     not_shown: list[str] = Field(description="What the experiment does not show.")
+
+
+class ScanAnswer(Answer):
+    scanned: Scanned = Field(description="What was found and read.")
+
+
+class RunsAnswer(Answer):
+    total: int = Field(description="Runs that match.")
+    runs: list[Record] = Field(description="Those of this page.")
+
+
+class RunAnswer(Answer):
+    run: Record = Field(description="The run.")
+
+
+class DiagnosisAnswer(Answer):
+    state: State = Field(description="How it ended.")
+    cause: str | None = Field(description="Why; null for a run that completed well.")
+    change: str | None = Field(description="What to change.")
+    evidence: list[Evidence] = Field(description="The lines that say so.")
+
+
+class ForgetAnswer(Answer):
+    key: str = Field(description="The run that was removed.")
+
+
+class ExportAnswer(Answer):
+    file: str = Field(description="The file.")
+    runs: int = Field(description="Records in it.")

@@ -1,18 +1,21 @@
 """The command-line face: tool `plan_experiment` is the command `chiplog plan-experiment`.
 
 Exit codes: 0 done; 1 done, and the answer is no (a check failed, a run failed); 2 bad input, nothing was done;
-130 interrupted.
+130 interrupted, 143 ended from outside, 129 its terminal was closed.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import signal
 import sys
 import types
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any, get_args, get_origin
+from json import dumps
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import typer
 import yaml
@@ -25,7 +28,7 @@ from rich.table import Table
 from chiplog.answers import Answer
 from chiplog.errors import ChiplogError, ConfirmationNeeded, in_words
 from chiplog.schema import plain_errors
-from chiplog.tools import TOOLS
+from chiplog.tools import TOOLS, experiment_status, submit_experiment
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,11 +43,21 @@ out, err = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=T
 
 def main() -> None:
     """Runs the command line; a ChiplogError is its words and exit code 2."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _end)
     try:
         app()
     except (ChiplogError, OSError, UnicodeDecodeError) as error:
         err.print(f"error: {in_words(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _end(number: int, _: types.FrameType | None) -> NoReturn:
+    """Ends the process as Ctrl-C does, with its clearing up, which a second signal does not interrupt."""
+    for other in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, lambda *_: None)  # not SIG_IGN: children would inherit it
+    raise SystemExit(128 + number)
 
 
 @app.command()
@@ -61,6 +74,25 @@ def init(json: Annotated[bool, typer.Option("--json", help="Answer in JSON.")] =
     from chiplog.init import init_workspace
 
     _show(init_workspace(), json)
+
+
+@app.command()
+def parse_log(
+    files: Annotated[list[Path], typer.Argument(help="Logs, of any framework and scheduler.")],
+    job: Annotated[bool, typer.Option("--job", help="They are all of one job.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One object a line.")] = False,
+) -> None:
+    """Shows what a log says of its run: one record for each file, or for all together."""
+    from chiplog.ledger.parse import parse_job
+    from chiplog.ledger.row import row
+
+    for group in [files] if job else [[file] for file in files]:
+        found = row(parse_job(group))
+        if json:
+            print(dumps(found))
+        else:
+            lines = [f"| {key} | {'–' if value is None else value} |" for key, value in found.items()]
+            _print_text("\n".join([f"{', '.join(map(str, group))}:", "| figure | value |", "| --- | --- |", *lines]))
 
 
 def _command(function: Callable[..., Any]) -> Callable[..., None]:
@@ -126,6 +158,10 @@ def _pairs(values: list[str] | None) -> dict[str, Any] | None:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise typer.BadParameter(f"{text!r} is not key=value")
+        if key.strip() in found:
+            raise typer.BadParameter(
+                f"{key.strip()} is given twice: give it once, with several values as in lora_rank=[4, 64]"
+            )
         found[key.strip()] = _yaml(value)
     return found
 
@@ -148,18 +184,22 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any], reports: bool
     checked = validate_call(function)
     call = functools.partial(_with_progress, checked) if reports else checked
     try:
-        return call(**arguments)
+        try:
+            return call(**arguments)
+        except ConfirmationNeeded as question:
+            err.print(str(question), markup=False, highlight=False, soft_wrap=True)
+            if not sys.stdin.isatty():
+                raise ChiplogError("nobody is here to answer: call again with --confirm to do it") from question
+            if not typer.confirm("Go on?", err=True):
+                raise typer.Exit(2) from question
+            return call(**{**arguments, "confirm": True})
     except ValidationError as error:
+        if error.title != function.__name__:  # not of the call: a fault of ours
+            raise
         raise ChiplogError(f"wrong arguments:\n{plain_errors(error)}\nMend these; --help explains them.") from error
-    except ConfirmationNeeded as question:
-        err.print(str(question), markup=False, highlight=False, soft_wrap=True)
-        if not sys.stdin.isatty():
-            raise ChiplogError("nobody is here to answer: call again with --confirm if it should be done") from question
-        if not typer.confirm("Go on?", err=True):
-            raise typer.Exit(2) from question
-        return call(**{**arguments, "confirm": True})
-    except KeyboardInterrupt as key:
-        err.print("interrupted: jobs that were submitted go on", style="red")
+    except (KeyboardInterrupt, typer.Abort) as key:
+        jobs = ": jobs that were submitted go on" if function in (submit_experiment, experiment_status) else ""
+        err.print(f"interrupted{jobs}", style="red")
         raise typer.Exit(130) from key
 
 

@@ -10,7 +10,9 @@ import difflib
 import errno
 import os
 import re
+import shlex
 import shutil
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,13 +28,18 @@ from chiplog.recipes import load_recipe
 from chiplog.settings import Gpu, Settings
 from chiplog.text import clock
 
-# What a credential looks like: Hugging Face, OpenAI and Anthropic, GitHub, AWS; then, in what is rendered, any
-# NAME_TOKEN=value, and in code, where `tokens = encode(...)` is none, only a quoted value with a digit in it.
-KEY = r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})"
-NAMED = r"(?:TOKEN|SECRET|PASSWORD|API_KEY)"
-SECRET = re.compile(rf"{KEY}|{NAMED}\w*\s*=\s*[\"']?[A-Za-z0-9+/_-]{{8,}}", re.IGNORECASE)
+# What a credential looks like: Hugging Face, OpenAI and Anthropic (in `sk-learn-experiments`, words are short), GitHub,
+# AWS; then, in what is rendered, any NAME_TOKEN=value but a NAME_TOKEN_PATH or TOKENIZERS_CACHE, and in code, where
+# `tokens = encode(...)` is none, only a quoted value with a digit in it.
+SK = r"sk-(?:(?:ant|proj|svcacct|admin|or)-(?=[\w-]*\d)[\w-]{20,}|[A-Za-z0-9]{20,})"
+KEY = rf"\b(?:hf_[A-Za-z0-9]{{20,}}|{SK}|gh[pousr]_[A-Za-z0-9]{{20,}}|A[KS]IA[A-Z0-9]{{16}})"
+NAMED = r"(?:TOKEN(?!IZ)|SECRET|PASSWORD|API_KEY)"
+NO_PLACE = r"(?<!PATH)(?<!FILE)(?<!DIR)(?<!CACHE)"
+SECRET = re.compile(rf"{KEY}|{NAMED}\w*{NO_PLACE}\s*=\s*[\"']?[A-Za-z0-9+/_-]{{8,}}", re.IGNORECASE)
 CODE_SECRET = re.compile(rf"{KEY}|{NAMED}[\"'\]]*\s*[=:]\s*([\"'])(?=[A-Z+/_-]*\d)[A-Z0-9+/_-]{{8,}}\1", re.IGNORECASE)
 DIFF_LINES = 60
+# Held while what belongs together is written: who ends the process from another thread waits for it.
+WRITING = threading.RLock()
 
 
 def template_environment() -> Environment:
@@ -45,6 +52,7 @@ def template_environment() -> Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
+    environment.filters["quote"] = shlex.quote
     environment.filters["one_line"] = lambda text: " ".join(str(text).split())
     return environment
 
@@ -64,9 +72,14 @@ def render(plan: Plan, runs: Sequence[Run], settings: Settings) -> dict[str, byt
             files[f"{folder}/eval.sbatch"] = _script(jinja, plan, run, settings, train=False)
     files["submit.sh"] = jinja.get_template("submit.sh.j2").render(plan=plan, runs=runs).encode()
     files["README.md"] = _readme(jinja, plan, runs)
+    refuse_credentials(files)
+    return files | _code(plan)
+
+
+def refuse_credentials(files: Mapping[str, bytes]) -> None:
+    """Raises RenderError if one of these rendered files holds what looks like a credential."""
     for name, content in files.items():
         _refuse_credential(content, SECRET, name, "the plan and of chiplog.toml")
-    return files | _code(plan)
 
 
 def _refuse_credential(content: bytes, looks: re.Pattern[str], name: str, source: str) -> None:
@@ -89,7 +102,7 @@ def _script(jinja: Environment, plan: Plan, run: Run, settings: Settings, *, tra
     evaluate = "python ../../code/recipes/evaluate.py --config config.yaml"
     commands = [evaluate] if run.kind == "control" else [f"{evaluate} --adapter adapter"]
     if train and run.kind != "control":
-        commands.insert(0, f"python ../../code/recipes/{run.recipe}.py --config config.yaml")
+        commands.insert(0, f"python {shlex.quote(f'../../code/recipes/{run.recipe}.py')} --config config.yaml")
     what = "evaluates the base model" if run.kind == "control" else "fine-tunes, then evaluates"
     text = jinja.get_template("run.sbatch.j2").render(
         job_name=run.name if train else f"{run.name}_eval",
@@ -180,20 +193,27 @@ def write_experiment(folder: Path, files: Mapping[str, bytes], *, confirm: bool 
         raise ConfirmationNeeded(
             f"{len(replaced)} of the files in {folder} would change:\n{_diff(folder, files, replaced)}\nOverwrite them?"
         )
-    needed = sum(len(files[name]) for name in changed)
+    with WRITING:
+        _write(folder, {name: files[name] for name in changed}, replaced)
+    return changed
+
+
+def _write(folder: Path, files: Mapping[str, bytes], replaced: Sequence[str]) -> None:
+    """Writes all of these files or none."""
+    needed = 2 * sum(map(len, files.values()))  # once more while they stand in .staging
     staging, old = folder / ".staging", folder / ".staging.old"
     moved: list[str] = []
     was_there = folder.exists()
     try:
         if not was_there:
             folder.mkdir(parents=True)
-        if (free := shutil.disk_usage(folder).free) < 2 * needed:
+        if (free := shutil.disk_usage(folder).free) < needed:
             raise RenderError(f"{folder} needs {needed} bytes and its disk has {free} free: free some and try again")
-        for name in changed:
-            write_atomic(staging / name, files[name])
+        for name, content in files.items():
+            write_atomic(staging / name, content)
         for name in replaced:
             write_atomic(old / name, (folder / name).read_bytes())
-        for name in changed:
+        for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             moved.append(name)
             (staging / name).replace(folder / name)
@@ -203,18 +223,16 @@ def write_experiment(folder: Path, files: Mapping[str, bytes], *, confirm: bool 
                 (old / name).replace(folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)
-        _remove_empty(folder, {Path(name).parts[0] for name in changed} - {Path(name).parts[0] for name in replaced})
+        _remove_empty(folder, {Path(name).parts[0] for name in files} - {Path(name).parts[0] for name in replaced})
         if isinstance(error, OSError):
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             why = "the disk is full" if full else error.strerror
             raise RenderError(f"{folder} cannot be written: {why}. It is as it was; mend that and try again") from error
         raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove([staging, old])
         if not was_there and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    return changed
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
@@ -239,6 +257,17 @@ def _diff(folder: Path, files: Mapping[str, bytes], names: Sequence[str]) -> str
         )
     cut = [f"... and {len(lines) - DIFF_LINES} more lines"] if len(lines) > DIFF_LINES else []
     return "\n".join(lines[:DIFF_LINES] + cut)
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    """Removes the folders, though Ctrl-C or a signal comes meanwhile."""
+    try:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _remove_empty(folder: Path, names: set[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from chiplog.ledger.metrics import Start, Step, of_job, read_events
 from chiplog.plan import Run, read_config
 from chiplog.planning import PlannedRun
 from chiplog.record import Prediction, State
+from chiplog.render import WRITING, refuse_links
 from chiplog.schema import Frozen
 from chiplog.trainer_files import load_trainer_file
 
@@ -110,23 +112,36 @@ def check_data_unchanged(folder: ExperimentFolder) -> None:
 
 
 def submit(folder: ExperimentFolder, rows: Sequence[PlannedRun], engine_name: str) -> list[Submission]:
-    """Queues one job a run, each with its prediction on record before it starts."""
+    """Queues one job a run, each with its prediction on record before it starts.
+
+    Raises EngineError if the engine refuses. Whatever stops it, the folder is as it was and nothing runs of it.
+    """
     engine = engine_for(engine_name)
     attempts = {submission.run: submission.attempt for submission in folder.submissions()}
-    folders = {row.run.name: folder.path / "runs" / row.run.name for row in rows}
     predictions = {row.run.name: _prediction(row.estimate) for row in rows}
-    for name, prediction in predictions.items():
-        write_atomic(folders[name] / "estimate.json", prediction.model_dump_json(indent=1).encode() + b"\n")
-    jobs = engine.submit([path / "run.sbatch" for path in folders.values()])
-    done = [
-        Submission(run=name, engine=engine_name, job_id=job.id, attempt=attempts.get(name, 0) + 1, predicted=predicted)
-        for (name, predicted), job in zip(predictions.items(), jobs, strict=True)
-    ]
-    try:
-        folder.add(done)
-    except BaseException:
-        engine.cancel([job.id for job in jobs])  # a job that nobody knows of would run twice
-        raise
+    names = {run: f"runs/{run}/estimate.json" for run in predictions}
+    refuse_links(folder.path, names.values())
+    before = {name: (folder.path / name).read_bytes() for name in names.values() if (folder.path / name).is_file()}
+    jobs: list[Job] = []
+    with WRITING:
+        try:
+            for run, prediction in predictions.items():
+                write_atomic(folder.path / names[run], prediction.model_dump_json(indent=1).encode() + b"\n")
+            jobs = engine.submit([folder.path / "runs" / run / "run.sbatch" for run in predictions])
+            done = [
+                Submission(run=run, engine=engine_name, job_id=job.id, attempt=attempts.get(run, 0) + 1, predicted=said)
+                for (run, said), job in zip(predictions.items(), jobs, strict=True)
+            ]
+            folder.add(done)
+        except BaseException:
+            if jobs:
+                engine.cancel([job.id for job in jobs])  # a job that nobody knows of would run twice
+            with suppress(OSError):
+                for name in names.values():
+                    (folder.path / name).unlink(missing_ok=True)
+                    if name in before:
+                        write_atomic(folder.path / name, before[name])
+            raise
     return done
 
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+import math
+import os
+import signal
+from types import FrameType
+from typing import Any, NoReturn
 
 import anyio
 import anyio.from_thread
@@ -32,6 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from chiplog import __version__
 from chiplog.answers import Answer
 from chiplog.errors import ChiplogError, ConfirmationNeeded, in_words
+from chiplog.render import WRITING
 from chiplog.tools import TOOLS, Tool
 
 INSTRUCTIONS = """chiplog plans machine-learning experiments from what past jobs actually did.
@@ -56,7 +61,16 @@ def build_server() -> MCPServer:
 
 def serve() -> None:
     """Serves over stdio until the client leaves."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _leave)
     build_server().run("stdio")
+
+
+def _leave(number: int, _: FrameType | None) -> NoReturn:
+    """Ends the process once no tool is midst a write; it cannot unwind, since a thread waits for the client's words."""
+    with WRITING:
+        os._exit(128 + number)
 
 
 def _wrap(tool: Tool) -> McpTool:
@@ -103,8 +117,17 @@ def _forbid_unknown(tool: McpTool) -> McpTool:
 def _result(answer: Answer) -> CallToolResult:
     """The summary as text, once; everything as structured content."""
     text = "\n".join([answer.summary, *(f"next: {step}" for step in answer.next)])
-    structured = answer.model_dump(mode="json")
+    structured = _finite(answer.model_dump(mode="json"))
     return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=structured)
+
+
+def _finite(value: Any) -> Any:
+    """The value without NaN and infinity, which JSON does not have; in records and logs they stay."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _report(ctx: Context, done: float, total: float | None, words: str) -> None:

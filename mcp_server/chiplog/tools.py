@@ -5,7 +5,9 @@ A tool that spends takes `confirm` and raises ConfirmationNeeded without it; one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -35,11 +37,20 @@ from chiplog.checks.model import check_model as inspect_model
 from chiplog.errors import ChiplogError, ConfirmationNeeded, in_words
 from chiplog.folder import ExperimentFolder, find_experiment
 from chiplog.ledger import Ledger
+from chiplog.past_runs import (
+    diagnose_run,
+    export_runs,
+    forget_run,
+    import_runs,
+    scan_logs,
+    search_runs,
+    show_run,
+)
 from chiplog.plan import Run, Value, dump_plan, expand
 from chiplog.planning import PlannedRun, Request
 from chiplog.recipes import manual
 from chiplog.record import State
-from chiplog.render import render, write_experiment
+from chiplog.render import refuse_credentials, render, write_experiment
 from chiplog.report import write_summary
 from chiplog.settings import load_settings
 from chiplog.summary import summarize
@@ -158,8 +169,10 @@ def plan_experiment(
     planned = planning.make_plan(planning.make_request(given), settings, Ledger(), progress)
     folder = settings.allowed(settings.experiments / planned.plan.name)
     files = {"plan.yaml": dump_plan(planned.plan).encode()}
-    ExperimentFolder(folder).refuse_change(files)
-    write_experiment(folder, files, confirm=confirm)
+    refuse_credentials(files)
+    with _planning_in(folder):
+        ExperimentFolder(folder).refuse_change(files)
+        write_experiment(folder, files, confirm=confirm)
     totals, table = planned.totals, plan_table(planned.rows[:limit])
     lines = [planned.plan.question, "", table, cut_note(len(planned.rows), limit), totals_words(totals)]
     if totals.controls:
@@ -176,15 +189,32 @@ def plan_experiment(
     )
 
 
+@contextmanager
+def _planning_in(folder: Path) -> Iterator[None]:
+    """Makes the folder if it is not there and keeps other commands out of it; it goes again if no plan came of it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with ExperimentFolder(folder.parent).locked():  # so that nobody waits for the lock of a folder that goes
+        made = not folder.exists()
+        try:
+            folder.mkdir(exist_ok=True)
+            with ExperimentFolder(folder).locked():
+                yield
+        finally:
+            if made and {file.name for file in folder.glob("*")} <= {".lock"}:
+                (folder / ".lock").unlink(missing_ok=True)
+                folder.rmdir()
+
+
 def setup_experiment_dirs(experiment: Name, confirm: Confirm = False) -> SetupAnswer:
     """Writes the experiment folder: code, configurations, sbatch files. Overwrites nothing without a yes."""
     settings = load_settings()
     folder = find_experiment(experiment, settings)
-    plan = folder.plan
-    runs = expand(plan, manual)
-    files = render(plan, runs, settings)
-    folder.refuse_change(files)
-    written = write_experiment(folder.path, files, confirm=confirm)
+    with folder.locked():
+        plan = folder.plan
+        runs = expand(plan, manual)
+        files = render(plan, runs, settings)
+        folder.refuse_change(files)
+        written = write_experiment(folder.path, files, confirm=confirm)
     what = f"{len(written)} files written" if written else "everything was there already"
     then = [f"submit_experiment(experiment={folder.path.name!r}) runs it on this machine"]
     if settings.slurm:
@@ -390,4 +420,11 @@ TOOLS = [
     Tool(collect_records),
     Tool(summarize_experiment),
     Tool(estimate_resources, reads_only=True),
+    Tool(scan_logs),
+    Tool(search_runs, reads_only=True),
+    Tool(show_run, reads_only=True),
+    Tool(diagnose_run, reads_only=True),
+    Tool(forget_run, destroys=True),
+    Tool(export_runs, destroys=True),
+    Tool(import_runs),
 ]

@@ -10,6 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
+from typer.testing import CliRunner
+
+from chiplog.cli import app
+from chiplog.engines import Job
 
 CHIPLOG = [sys.executable, "-m", "chiplog.cli"]
 
@@ -129,6 +134,41 @@ def test_ctrl_c_ends_the_waiting_and_not_the_jobs(lab: Path):
     waiting.send_signal(signal.SIGINT)
     assert "interrupted" in waiting.communicate(timeout=60)[1] and waiting.returncode == 130
     assert "3 COMPLETED" in chiplog("experiment-status", "ranks", "--wait-s", "60").stdout
+
+
+@pytest.mark.parametrize("option", ["--models", "--variables", "--controls"])
+def test_a_key_that_is_given_twice_is_refused(lab: Path, option: str):
+    twice = chiplog("plan-experiment", "--question", "q", "--dataset", "words", option, "S=a", option, "S=b", code=2)
+    assert "S is given twice" in twice.stderr and not (lab / "experiments").exists()
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "ctrl-d"])
+def test_a_question_that_is_left_open_is_an_interruption(lab: Path, how: str):
+    plan("ranks")
+    ask = ("--question", "Another?", "--models", "S=small", "--dataset", "words", "--name", "ranks")
+    terminal, end = os.openpty()
+    command = [*CHIPLOG, "plan-experiment", *ask]
+    asking = subprocess.Popen(command, stdin=end, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    said = b""
+    while b"Go on?" not in said:
+        more = os.read(asking.stderr.fileno(), 1000) if asking.stderr else b""
+        assert more, said
+        said += more
+    if how == "ctrl-c":
+        asking.send_signal(signal.SIGINT)
+    else:
+        os.write(terminal, b"\x04")
+    words = asking.communicate(timeout=60)[1].decode()
+    os.close(terminal)
+    os.close(end)
+    assert asking.returncode == 130 and words.split() == ["interrupted"]
+    assert "Which rank?" in (lab / "experiments" / "ranks" / "plan.yaml").read_text()
+
+
+def test_a_fault_of_ours_is_not_said_to_be_the_users_arguments(lab: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("chiplog.studies.list_studies", lambda: Job.model_validate({}))
+    with pytest.raises(ValidationError, match="for Job"):
+        CliRunner().invoke(app, ["list-studies"], catch_exceptions=False)
 
 
 def test_the_experiment_goes_on_with_its_own_code_when_the_repo_changes(lab: Path):

@@ -273,7 +273,7 @@ def worker_of(lock: Path) -> int:
 def test_every_tool_has_an_output_schema_annotations_and_refuses_a_misspelt_argument(lab: Path):
     async def steps(client: Client) -> None:
         tools = (await client.list_tools()).tools
-        assert len(tools) == 12
+        assert len(tools) == 19
         for tool in tools:
             assert tool.output_schema and tool.output_schema["type"] == "object"
             assert {"summary", "next", "ok"} <= tool.output_schema["properties"].keys()

@@ -42,6 +42,8 @@ ORDER = [
     "tables",
     "report",
     "answers",
+    "diagnosis",
+    "past_runs",
     "tools",
     "init",
     "server",

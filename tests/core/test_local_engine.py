@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -116,6 +117,32 @@ def test_more_than_the_machine_has_is_refused_and_nothing_is_queued(engine: Loca
         engine.submit([good, greedy])
     with engine.open() as queue:
         assert queue.execute("SELECT count(*) FROM jobs").fetchone()[0] == 0
+
+
+@pytest.mark.parametrize("step", ["_start_worker", "jobs"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, EngineError])
+def test_what_was_queued_by_a_submission_that_failed_never_runs(
+    engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: type[BaseException]
+):
+    def fail(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(LocalEngine, "_start_worker", lambda self: None)
+    live = engine.submit([script(tmp_path, "earlier", "true")])
+    monkeypatch.setattr(LocalEngine, step, fail)
+    with pytest.raises(error):
+        engine.submit([script(tmp_path, "new", "true"), tmp_path / "earlier" / "run.sbatch"])
+    with engine.open() as queue:
+        states = {row["name"]: row["state"] for row in queue.execute("SELECT name, state FROM jobs")}
+    assert states == {"earlier": State.PENDING, "new": State.CANCELLED} and len(live) == 1
+
+
+def test_a_log_of_the_queue_that_cannot_be_written_leaves_no_job(engine: LocalEngine, tmp_path: Path):
+    (tmp_path / "queue" / "queue.log").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"queue\.log"):
+        engine.submit([script(tmp_path, "job", "true")])
+    with engine.open() as queue:
+        assert [row["state"] for row in queue.execute("SELECT state FROM jobs")] == [State.CANCELLED]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from chiplog import render as rendering
+from chiplog import tools
 from chiplog.bundle import bundle
 from chiplog.errors import ConfirmationNeeded, RenderError
 from chiplog.plan import Experiment, Plan, Resources, expand
@@ -71,6 +72,34 @@ def test_every_rendered_script_is_sound_shell(lab: Path):
         subprocess.run(["bash", "-n"], input=files[name], check=True)
 
 
+def test_a_workspace_whose_path_a_shell_would_read_is_only_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    workspace, outside = tmp_path / "ws $(touch PWN) 'x\"", tmp_path / "e $(touch PWN) `touch PWN`"
+    workspace.mkdir()
+    monkeypatch.setenv("CHIPLOG_WORKSPACE", str(workspace))
+    cluster = {"setup": ['cat "there.txt"', "exit 0"]}  # what follows would train
+    files = rendered(workspace, slurm=cluster, gpus=CLUSTER["gpus"], paths={"experiments": str(outside)})
+    folder = outside / "2026-11-20-lora-rank"
+    write_experiment(folder, files)
+    (workspace / "there.txt").write_text("in the workspace")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text('#!/bin/sh\nexec bash "$1"\n')
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    for script in (*folder.glob("runs/*/*.sbatch"), folder / "submit.sh"):
+        subprocess.run(["bash", "-n", script], check=True)
+    for run in folder.glob("runs/*"):
+        environment = {"PATH": path, "SLURM_SUBMIT_DIR": str(run)}
+        for script in run.glob("*.sbatch"):
+            done = subprocess.run(
+                ["bash", script], env=environment, cwd=run, capture_output=True, text=True, check=True
+            )
+            assert done.stdout == "in the workspace"
+    environment = {"PATH": path, "SLURM_SUBMIT_DIR": str(folder / "runs" / "1B_rank4")}
+    done = subprocess.run(["bash", folder / "submit.sh"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == 6 * "in the workspace"
+    assert not list(tmp_path.rglob("PWN"))
+
+
 def test_the_same_plan_is_the_same_bytes(lab: Path):
     assert rendered(lab) == rendered(lab)
 
@@ -107,12 +136,47 @@ def test_user_text_reaches_no_script(lab: Path, text: str):
 
 @pytest.mark.parametrize(
     "line",
-    ["export HF_TOKEN=hf_abcdefghijklmnopqrstuvwxyz", "export WANDB_API_KEY=0123456789abcdef0123456789abcdef01234567"],
+    [
+        "export HF_TOKEN=hf_abcdefghijklmnopqrstuvwxyz",
+        "export WANDB_API_KEY=0123456789abcdef0123456789abcdef01234567",
+        f"export ANY=hf_{'aB' * 17}",
+        f"export HF_TOKEN_PATH=hf_{'aB' * 17}",
+        f"export ANY=sk-{'aB3' * 16}",
+        f"export ANY=sk-{'0123456789abcdef' * 2}",
+        f"export ANY=sk-proj-{'aB3_-' * 20}",
+        f"export ANY=sk-ant-api03-{'aB3_-' * 18}",
+        "export ANY=AKIAIOSFODNN7EXAMPLE",
+        "export AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+    ],
 )
 def test_a_credential_is_never_rendered(lab: Path, line: str):
     with pytest.raises(RenderError, match="credential") as refused:
         rendered(lab, slurm={"setup": [line]}, gpus=CLUSTER["gpus"])
     assert line.split("=")[1] not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "export HF_TOKEN_PATH=/home/someone/hf-token",
+        "export HF_TOKEN_FILE=secrets/hf-token",
+        "export TOKENIZERS_CACHE=/scratch/tokenizers",
+        "export TOKENIZER=meta-llama/Llama-3.2-1B",
+        "export MODEL=models/sk-learn-experiments-2024/small",
+        "export HF_TOKEN=$(cat ~/.hf-token)",
+    ],
+)
+def test_where_a_credential_lies_and_what_only_looks_like_one_is_rendered(lab: Path, line: str):
+    files = rendered(lab, slurm={"setup": [line]}, gpus=CLUSTER["gpus"])
+    assert line.encode() in files["runs/1B_rank4/run.sbatch"]
+
+
+@pytest.mark.parametrize("field", ["question", "hypothesis"])
+def test_a_credential_in_the_words_of_a_plan_is_not_written(lab: Path, field: str):
+    ask: dict[str, Any] = {"question": "Which?", "name": "e", "models": {"S": "small"}, "dataset": "words"}
+    with pytest.raises(RenderError, match=r"plan\.yaml, line \d+, holds what looks like a credential"):
+        tools.plan_experiment(**{**ask, field: f"Does hf_{'aB' * 17} work?"})
+    assert not (lab / "experiments").exists()
 
 
 @pytest.mark.parametrize(
@@ -199,6 +263,23 @@ def test_nothing_is_overwritten_without_a_diff_and_a_yes(tmp_path: Path):
     assert (folder / "a" / "b").read_text() == "changed\n" and (folder / "a" / "result").read_text() == "kept"
 
 
+def test_ctrl_c_in_the_clearing_up_leaves_no_staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rmtree, calls = shutil.rmtree, []
+
+    def interrupted(path: Path, **options: Any) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            for file in path.rglob("*"):
+                file.unlink()
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    monkeypatch.setattr(rendering.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_experiment(tmp_path / "e", {"a": b"1", "b": b"2"})
+    assert sorted(file.name for file in (tmp_path / "e").iterdir()) == ["a", "b"]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_an_interrupted_set_up_leaves_the_folder_as_it_was(
@@ -229,7 +310,7 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(rendering.shutil, "disk_usage", lambda path: usage(10, 9, 1))
-    with pytest.raises(RenderError, match="1 free"):
+    with pytest.raises(RenderError, match="needs 20 bytes and its disk has 1 free"):
         write_experiment(tmp_path / "e", {"a": b"0123456789"})
     assert not (tmp_path / "e").exists()
 

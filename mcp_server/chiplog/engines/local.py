@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from chiplog.engines.job import Job, read_options
+from chiplog.engines.job import Job, Options, read_options
 from chiplog.errors import EngineError
 from chiplog.home import home
 from chiplog.record import State
@@ -47,7 +48,7 @@ class LocalEngine:
     def submit(self, scripts: Sequence[Path]) -> list[Job]:
         """Queues the scripts; one that waits or runs already is not queued again.
 
-        Raises EngineError if one asks for more than this machine has.
+        Raises EngineError if one asks for more than this machine has. Whatever stops it, nothing that it queued runs.
         """
         asked = [(script.resolve(), read_options(script)) for script in scripts]
         cpus, gpus = available_cpus(), len(available_gpus()) if any(o.gpus for _, o in asked) else 0
@@ -57,26 +58,24 @@ class LocalEngine:
                     f"{script.parent.name} asks for {options.cpus} CPUs and {options.gpus} GPUs, and this machine has "
                     f"{cpus} and {gpus}: plan with fewer, or submit to a cluster"
                 )
-        now = utc_now()
-        with self.open() as queue:
-            ids: list[int] = []
-            for script, options in asked:
-                live = "SELECT id FROM jobs WHERE script = ? AND state IN ('PENDING', 'RUNNING')"
-                if found := queue.execute(live, (str(script),)).fetchone():
-                    ids.append(found["id"])
-                    continue
-                values = (options.job_name, str(script), "", options.cpus, options.gpus, options.time_limit_s)
-                cursor = queue.execute(
-                    "INSERT INTO jobs (name, script, log, cpus, gpus, time_limit_s, bin, state, submitted) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (*values, str(Path(sys.executable).parent), State.PENDING, now),
-                )
-                assert cursor.lastrowid is not None
-                log = options.output.replace("%j", str(cursor.lastrowid)).replace("%x", options.job_name)
-                queue.execute("UPDATE jobs SET log = ? WHERE id = ?", (str(script.parent / log), cursor.lastrowid))
-                ids.append(cursor.lastrowid)
-        self._start_worker()
-        return self.jobs([str(number) for number in ids])
+        ids: list[int] = []
+        new: dict[int, str] = {}
+        try:
+            with self.open() as queue:
+                for script, options in asked:
+                    live = "SELECT id FROM jobs WHERE script = ? AND state IN ('PENDING', 'RUNNING')"
+                    found = queue.execute(live, (str(script),)).fetchone()
+                    ids.append(found["id"] if found else _insert(queue, script, options))
+                    if not found:
+                        new[ids[-1]] = str(script)
+            self._start_worker()
+            return self.jobs([str(number) for number in ids])
+        except BaseException:
+            if new:
+                with self.open() as queue:
+                    for number, script in new.items():  # with its script: a number rolled back may be another's by now
+                        _withdraw(queue, "id = ? AND script = ?", (number, script))
+            raise
 
     def jobs(self, ids: Sequence[str]) -> list[Job]:
         """How these jobs stand; if some wait and nobody works on the queue, somebody does again."""
@@ -91,12 +90,7 @@ class LocalEngine:
         """Asks the queue to end these jobs; those that wait never start."""
         marks = ",".join("?" * len(ids))
         with self.open() as queue:
-            queue.execute(
-                f"UPDATE jobs SET state = 'CANCELLED', reason = 'cancelled before it started', ended = ? "
-                f"WHERE state = 'PENDING' AND id IN ({marks})",
-                (utc_now(), *ids),
-            )
-            queue.execute(f"UPDATE jobs SET cancel = 1 WHERE state = 'RUNNING' AND id IN ({marks})", ids)
+            _withdraw(queue, f"id IN ({marks})", ids)
         return self.jobs(ids)
 
     @contextmanager
@@ -147,6 +141,30 @@ class LocalEngine:
                 cwd="/",
                 check=True,
             )
+
+
+def _insert(queue: sqlite3.Connection, script: Path, options: Options) -> int:
+    """The id of a new job that waits."""
+    values = (options.job_name, str(script), "", options.cpus, options.gpus, options.time_limit_s)
+    cursor = queue.execute(
+        "INSERT INTO jobs (name, script, log, cpus, gpus, time_limit_s, bin, state, submitted) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*values, str(Path(sys.executable).parent), State.PENDING, utc_now()),
+    )
+    assert cursor.lastrowid is not None
+    log = options.output.replace("%j", str(cursor.lastrowid)).replace("%x", options.job_name)
+    queue.execute("UPDATE jobs SET log = ? WHERE id = ?", (str(script.parent / log), cursor.lastrowid))
+    return cursor.lastrowid
+
+
+def _withdraw(queue: sqlite3.Connection, which: str, values: Sequence[Any]) -> None:
+    """Those that wait never start; the worker ends those that run."""
+    queue.execute(
+        f"UPDATE jobs SET state = 'CANCELLED', reason = 'cancelled before it started', ended = ? "
+        f"WHERE state = 'PENDING' AND {which}",
+        (utc_now(), *values),
+    )
+    queue.execute(f"UPDATE jobs SET cancel = 1 WHERE state = 'RUNNING' AND {which}", values)
 
 
 def _job(row: sqlite3.Row) -> Job:

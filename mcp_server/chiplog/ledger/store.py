@@ -1,29 +1,58 @@
-"""The index of past runs: one SQLite file, rebuilt at any time from the experiments' `records.jsonl`.
+"""The index of past runs: one SQLite file, rebuilt at any time from records and logs.
 
-Rollback journal and a busy timeout, since home directories on clusters are network file systems.
+Rollback journal and a busy timeout, since home directories on clusters are network file systems. The table `runs`
+holds whole records and, beside them, the columns that are searched; `files` says how far each log was read.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from chiplog.errors import RecordError
 from chiplog.home import home
 from chiplog.record import Record, State
+from chiplog.schema import Frozen
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS runs (
-  key TEXT PRIMARY KEY, experiment TEXT NOT NULL, run TEXT NOT NULL, kind TEXT NOT NULL, recipe TEXT,
-  model TEXT, device TEXT, state TEXT NOT NULL, started TEXT, record TEXT NOT NULL
+VERSION = 2
+COLUMNS = {  # what can be searched, and where a record has it
+    "experiment": "experiment", "run": "run", "kind": "kind", "recipe": "recipe", "model": "model",
+    "device": "usage.device", "state": "state", "started": "started", "framework": "framework", "method": "method",
+    "job_id": "job_id",
+    "gpus": "usage.gpus", "batch_size": "config.batch_size", "micro_batch_size": "config.micro_batch_size",
+    "max_seq_len": "config.max_seq_len", "lora_rank": "config.lora_rank", "steps": "usage.steps",
+    "train_s": "usage.train_s", "elapsed_s": "usage.elapsed_s", "peak_mem_bytes": "usage.peak_mem_bytes",
+    "loss_last": "usage.loss_last", "ended": "ended",
+}  # fmt: skip
+_SCHEMA = f"""
+CREATE TABLE runs (key TEXT PRIMARY KEY, file TEXT, {", ".join(COLUMNS)}, record TEXT NOT NULL);
+CREATE INDEX runs_by_recipe ON runs (recipe, device, model);
+CREATE INDEX runs_by_file ON runs (file);
+CREATE INDEX runs_by_start ON runs (started DESC);
+CREATE TABLE files (
+  path TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, inode INTEGER NOT NULL,
+  read_to INTEGER NOT NULL, parser TEXT, error TEXT, gone INTEGER NOT NULL DEFAULT 0
 ) STRICT;
-CREATE INDEX IF NOT EXISTS runs_by_recipe ON runs (recipe, device, model);
 """
 BUSY_S = 30.0
+
+
+class Seen(Frozen):
+    """A log as it was when it was last read."""
+
+    path: str = Field(description="The file.")
+    size: int = Field(description="Its bytes.")
+    mtime_ns: int = Field(description="When it was last written, in nanoseconds.")
+    inode: int = Field(description="Which file it was.")
+    read_to: int = Field(description="Byte up to which it was read.")
+    parser: str | None = Field(default=None, description="What read it.")
+    error: str | None = Field(default=None, description="Why it could not be read.")
+    gone: bool = Field(default=False, description="Whether it was not there any more.")
 
 
 class Ledger:
@@ -37,41 +66,89 @@ class Ledger:
 
     def put(self, records: Iterable[Record]) -> None:
         """Adds records, replacing those of the same key: all of them or none."""
-        rows = [
-            (
-                r.key,
-                r.experiment,
-                r.run,
-                r.kind,
-                r.recipe,
-                r.model,
-                r.usage.device,
-                r.state,
-                r.started,
-                r.model_dump_json(),
-            )
-            for r in records
-        ]
         with self._open() as connection:
-            connection.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            _put(connection, None, records)
+
+    def put_logs(self, read: Iterable[tuple[Seen, list[Record]]]) -> None:
+        """Notes logs as read and replaces what they held before: all of them or none."""
+        with self._open() as connection:
+            for seen, records in read:
+                connection.execute(
+                    "INSERT OR REPLACE INTO files "
+                    "VALUES (:path, :size, :mtime_ns, :inode, :read_to, :parser, :error, :gone)",
+                    seen.model_dump(),
+                )
+                if seen.error is None:
+                    connection.execute("DELETE FROM runs WHERE file = ?", (seen.path,))
+                    _put(connection, seen.path, records)
+
+    def seen(self) -> dict[str, Seen]:
+        """Every log that was ever read, by path."""
+        with self._open() as connection:
+            rows = connection.execute("SELECT * FROM files").fetchall()
+        return {row["path"]: Seen(**{**dict(row), "gone": bool(row["gone"])}) for row in rows}
+
+    def mark_gone(self, paths: Iterable[str]) -> None:
+        """Notes that logs are not there any more; their records stay."""
+        with self._open() as connection:
+            connection.executemany("UPDATE files SET gone = 1 WHERE path = ?", [(path,) for path in paths])
+
+    def of_file(self, path: str) -> list[Record]:
+        """The records of one log, in its order."""
+        with self._open() as connection:
+            rows = connection.execute("SELECT record FROM runs WHERE file = ? ORDER BY key", (path,))
+            return [Record.model_validate_json(row["record"]) for row in rows]
 
     def records(self, *, device: str | None = None, state: State | None = None) -> list[Record]:
         """Records that match, newest first."""
-        wanted = {"device": device, "state": state}
-        given = {column: value for column, value in wanted.items() if value is not None}
-        where = " AND ".join(f"{column} = :{column}" for column in given) or "1"
+        given = {key: value for key, value in {"device": device, "state": state}.items() if value is not None}
+        return self.search(given)[0]
+
+    def search(
+        self, equal: Mapping[str, Any], *, like: Mapping[str, str] | None = None, since: str | None = None,
+        until: str | None = None, sort: str = "-started", limit: int | None = None, offset: int = 0,
+    ) -> tuple[list[Record], int]:  # fmt: skip
+        """A page of the records that match, and how many match in all. Raises RecordError for an unknown column."""
+        column = sort.removeprefix("-")
+        for name in [*equal, *(like or {}), column]:
+            if name not in COLUMNS:
+                raise RecordError(f"runs cannot be searched by {name!r}: choose from {', '.join(COLUMNS)}")
+        parts = [f"{name} = ?" for name in equal] + [f"{name} LIKE ? ESCAPE '\\'" for name in like or {}]
+        values = [*equal.values(), *(f"%{_literal(text)}%" for text in (like or {}).values())]
+        for bound, operator in ((since, ">="), (until, "<")):
+            if bound:
+                parts.append(f"started {operator} ?")
+                values.append(bound)
+        where = " AND ".join(parts) or "1"
+        order = f"{column} IS NULL, {column} {'DESC' if sort.startswith('-') else 'ASC'}, key"
         with self._open() as connection:
-            rows = connection.execute(f"SELECT record FROM runs WHERE {where} ORDER BY started DESC, key", given)
-            return [Record.model_validate_json(text) for (text,) in rows]
+            (total,) = connection.execute(f"SELECT count(*) FROM runs WHERE {where}", values).fetchone()
+            rows = connection.execute(
+                f"SELECT record FROM runs WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?",
+                [*values, -1 if limit is None else limit, offset],
+            )
+            return [Record.model_validate_json(row["record"]) for row in rows], total
+
+    def get(self, key: str) -> Record | None:
+        """The record of that key, or null."""
+        with self._open() as connection:
+            row = connection.execute("SELECT record FROM runs WHERE key = ?", (key,)).fetchone()
+            return Record.model_validate_json(row["record"]) if row else None
+
+    def forget(self, key: str) -> bool:
+        """Removes a record; says whether it was there. Its log is not read again unless it changes."""
+        with self._open() as connection:
+            return connection.execute("DELETE FROM runs WHERE key = ?", (key,)).rowcount > 0
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             connection = sqlite3.connect(self.file, timeout=BUSY_S)
+            connection.row_factory = sqlite3.Row
             try:
                 with connection:
-                    connection.executescript(_SCHEMA)
+                    _prepare(connection)
                     yield connection
             finally:
                 connection.close()
@@ -80,3 +157,41 @@ class Ledger:
                 f"the ledger {self.file} cannot be used: {error}. Mend its permissions or free disk space; or set "
                 "CHIPLOG_HOME to another folder, and collect the experiments again to rebuild it there"
             ) from error
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    """Makes the tables; of an older version, its records are carried over."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version == VERSION:
+        return
+    connection.execute("BEGIN IMMEDIATE")  # two processes may find it old at once
+    if connection.execute("PRAGMA user_version").fetchone()[0] == VERSION:
+        return
+    if version > VERSION:
+        raise sqlite3.DatabaseError(f"it is of version {version}, made by a newer chiplog: update chiplog")
+    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    old = [row[0] for row in connection.execute("SELECT record FROM runs")] if "runs" in tables else []
+    connection.execute("DROP TABLE IF EXISTS runs")
+    for statement in _SCHEMA.split(";"):
+        connection.execute(statement)
+    _put(connection, None, [Record.model_validate_json(text) for text in old])
+    connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _put(connection: sqlite3.Connection, file: str | None, records: Iterable[Record]) -> None:
+    marks = ", ".join("?" * (len(COLUMNS) + 3))
+    rows = [(r.key, file, *(_value(r, path) for path in COLUMNS.values()), r.model_dump_json()) for r in records]
+    connection.executemany(f"INSERT OR REPLACE INTO runs VALUES ({marks})", rows)
+
+
+def _value(record: Record, path: str) -> Any:
+    place, _, name = path.rpartition(".")
+    if place == "config":
+        value = record.config.get(name)
+    else:
+        value = getattr(record.usage if place else record, name)
+    return value if isinstance(value, int | float | str) else None
+
+
+def _literal(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")

@@ -1,0 +1,193 @@
+"""How a run ended, from what Slurm, CUDA, Python and launchers write when something ends.
+
+A sign counts only if no work was done after it: an error that was caught and trained past ended nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from chiplog.ledger.draft import Draft
+from chiplog.ledger.reader import Found, Pattern, Span, pattern
+from chiplog.ledger.units import size, whole
+from chiplog.record import OutOfMemory, State
+
+LATE = 20_000  # bytes of work after an error that show that it was caught; other ranks still print a little
+
+SLURM = pattern(
+    rb"\*\*\* (?P<what>JOB|STEP) (?P<job>\d+)(?:[._][\w.+]+)? (?:STEPD TERMINATED )?ON (?P<node>\S+) "
+    rb"CANCELLED AT (?P<at>[\dT:.-]+)(?: DUE (?:TO|to) (?P<why>[A-Za-z ]+?)(?:,[^*\n]*)?)? \*\*\*",
+    b" CANCELLED AT ",
+)
+WHY = {
+    "TIME LIMIT": State.TIMEOUT,
+    "PREEMPTION": State.PREEMPTED,
+    "JOB REQUEUE": State.PREEMPTED,
+    "NODE FAILURE": State.NODE_FAIL,
+}
+HOST_OOM = [
+    pattern(rb"oom[-_]kill(?:ed)?(?: event\(?s?\)?)?(?: in (?:StepId=|step )(?P<job>\d+))?", b"oom"),
+    pattern(rb"Exceeded (?:job|step) memory limit", b" memory limit"),
+    pattern(rb"error: \S+: tasks? [\d,-]+: Out Of Memory", b"Out Of Memory"),
+    pattern(rb"TERM_MEMLIMIT|job killed: v?mem \d+\w* exceeded", b"M"),
+    pattern(rb"^(?:\S*MemoryError)\b", b"MemoryError"),
+    pattern(rb"DefaultCPUAllocator: (?:can't|not enough memory)[^\n]*", b"DefaultCPUAllocator"),
+]
+TIME_OVER = [pattern(rb"PBS: job killed: walltime \d+ exceeded|TERM_RUNLIMIT", b"T")]
+NODE_LOST = [pattern(rb"slurmstepd: error: \*\*\* \w+ \d+[^\n]*NODE_FAIL|launch failed requeued held", b"e")]
+GPU_OOM = [
+    pattern(rb"CUDA out of memory\b[^\n]*", b"CUDA out of memory"),
+    pattern(rb"(?:HIP|XPU|MPS backend) out of memory\b[^\n]*", b" out of memory"),
+    pattern(rb"CUDA error: out of memory[^\n]*|CUBLAS_STATUS_ALLOC_FAILED[^\n]*", b"CU"),
+    pattern(rb"RESOURCE_EXHAUSTED: Out of memory[^\n]*", b"RESOURCE_EXHAUSTED"),
+    pattern(rb"OOM when allocating tensor[^\n]*", b"OOM when"),
+]
+TRIED = re.compile(r"(?:[Tt]ried to allocate|allocating|trying to allocate) ([\d.]+ ?[KMGT]?i?(?:B|bytes))")
+CAPACITY = [
+    re.compile(r"total capac\w*ty of ([\d.]+ ?[KMGT]i?B)"),
+    re.compile(r"; ([\d.]+ ?[KMGT]i?B) total capacity"),
+]
+IN_USE = [
+    re.compile(r"this process has ([\d.]+ ?[KMGT]i?B) memory in use"),
+    re.compile(r"([\d.]+ ?[KMGT]i?B) reserved in total by PyTorch"),
+]
+# The last line of a traceback, which may stand behind a rank or a time.
+ERROR = pattern(
+    rb"^(?:\[?(?:rank)?\d+\]?[: ]+|\S*\]:? ?)?(?P<words>(?P<name>(?:\w+\.)*[A-Z]\w*"
+    rb"(?:Error|Exception|Interrupt|Exit|Failure|Timeout|OutOfMemory))(?:: [^\n]*)?)$",
+    b"",
+)
+TRACEBACK = pattern(rb"Traceback \(most recent call last\):", b"Traceback (most")
+IGNORED = re.compile(rb"Exception ignored in|During handling|The above exception was the direct cause")
+FATAL = [
+    pattern(rb"^[^\n]{0,200}\b(?:Segmentation fault|Bus error|Aborted \(core dumped\)|Fatal Python error)[^\n]*", b""),
+    pattern(rb"^(?:\S+: line \d+: +\d+ )?Killed\b[^\n]*|^slurmstepd: error: [^\n]*(?:Killed|SIGKILL)[^\n]*", b"K"),
+    pattern(rb"^\S*: (?:line \d+: )?\S+: (?:command not found|Permission denied|No such file or directory)$", b": "),
+    pattern(rb"^\S+\.py: error: [^\n]+|^error: [^\n]+", b"error: "),
+    pattern(
+        rb"^srun: error: [^\n]*(?:[Ee]xited with exit code (?P<code>[1-9]\d*)|: Killed|: Aborted)[^\n]*", b"srun: "
+    ),
+    pattern(rb"exits with return code = (?P<code>-?[1-9]\d*)", b"exits with return code"),
+    pattern(rb"exitcode *: (?P<code>-?[1-9]\d*) \(pid", b"exitcode"),
+    pattern(rb"^Exited with exit code (?P<code>[1-9]\d*)\.", b"Exited with exit code"),
+    pattern(rb"^sbatch: error: [^\n]+|^slurmstepd: error: (?!\*\*\*|_get|[^\n]*oom)[^\n]+", b"error: "),
+]
+GOOD = [
+    pattern(rb"exits successfully", b"exits successfully"),
+    pattern(rb"^Successfully completed\.", b"Successfully completed."),
+    pattern(
+        rb"(?i:\b(?:training (?:is )?(?:completed?|finished|done|ended)|finished training|done training|"
+        rb"training has (?:been )?(?:completed?|finished)|end of training|fine-?tuning (?:completed?|finished"
+        rb"|done)))\b",
+        b"",
+    ),
+]
+
+
+class Ending(NamedTuple):
+    """How it ended and why; `at` is where that stands."""
+
+    state: State
+    reason: str | None
+    found: Found | None
+    exit_code: int | None = None
+
+
+def end(draft: Draft, span: Span) -> None:
+    """Notes the state, why, the exit code and what was said when memory ran out."""
+    if memory := _out_of_memory(span, draft.progress):
+        draft.set("oom", memory[0], memory[1])
+    ending = _ending(draft, span)
+    draft.set("state", ending.state, ending.found)
+    draft.set("reason", ending.reason)
+    draft.set("exit_code", ending.exit_code)
+
+
+def _ending(draft: Draft, span: Span) -> Ending:
+    worked = draft.progress
+    tail = span.after(max(span.start, worked - LATE))
+    failed = _failure(tail, worked)
+    if slurm := span.last(SLURM):
+        why = (slurm.get("why") or "").strip().upper()
+        state = next((state for words, state in WHY.items() if why.startswith(words)), State.CANCELLED)
+        # srun cancels the step of a task that failed: what failed stands before it.
+        own_fault = slurm["what"] == "STEP" and not why and failed
+        if not own_fault:
+            if state is State.CANCELLED and (host := _last(HOST_OOM, tail)):
+                return Ending(State.OUT_OF_MEMORY, host.line, host)
+            return Ending(state, slurm.line, slurm)
+    for patterns, state in ((TIME_OVER, State.TIMEOUT), (HOST_OOM, State.OUT_OF_MEMORY), (NODE_LOST, State.NODE_FAIL)):
+        if found := _last(patterns, tail):
+            return Ending(state, found.line, found)
+    if draft.get("oom") is not None and not (draft.done and draft.done.offset > _offset(_last(GPU_OOM, span))):
+        found = _last(GPU_OOM, span)
+        return Ending(State.OUT_OF_MEMORY, found.line if found else None, found)
+    good = max((found for p in GOOD if (found := tail.last(p))), key=_offset, default=None)
+    done = max((found for found in (draft.done, good) if found), key=_offset, default=None)
+    if failed and failed.offset > _offset(done):
+        cancelled = "KeyboardInterrupt" in failed.line
+        words = failed.get("words") or failed.line
+        return Ending(State.CANCELLED if cancelled else State.FAILED, words, failed, whole(failed.get("code")))
+    if done:
+        return Ending(State.COMPLETED, None, done, None)
+    steps, planned = draft.get("steps"), draft.get("steps_planned")
+    if steps and planned and steps >= planned:
+        return Ending(State.COMPLETED, None, None)
+    if not draft.usage and not draft.config and len(span) == 0:
+        return Ending(State.UNKNOWN, "the log is empty", None)
+    return Ending(State.INCOMPLETE, "the log stops without saying why", None)
+
+
+def _failure(tail: Span, worked: int) -> Found | None:
+    """The last error after the last sign of work: the words of a traceback before those of a launcher."""
+    errors: list[Found] = []
+    if trace := tail.first(TRACEBACK):
+        errors = [found for found in tail.near(ERROR) if found.offset > trace.offset]
+    errors = [found for found in errors if not _is_noise(found) and not _ignored(tail, found)]
+    fatal = [found for p in FATAL if (found := tail.last(p))]
+    # A launcher reports that its child failed; the child's own words say why.
+    own = [found for found in errors if "ChildFailedError" not in found.line and "CalledProcessError" not in found.line]
+    chosen = (own or errors or [])[-1:] or sorted(fatal, key=_offset)[-1:]
+    if not chosen or max(found.offset for found in [*errors, *fatal]) < worked:
+        return None
+    code = next((found.get("code") for found in fatal if found.get("code")), None)
+    found = chosen[0]
+    return Found(found.offset, {**found.groups, **({"code": code} if code else {})}, found.line)
+
+
+def _is_noise(found: Found) -> bool:
+    return found.get("name") in ("SystemExit",) or "Warning" in found.line[:40]
+
+
+def _ignored(tail: Span, error: Found) -> bool:
+    """Whether the traceback that this error ends was ignored by the interpreter, as at its shutdown."""
+    text = tail.log.text(max(tail.start, error.offset - 3000), error.offset)
+    at = text.rfind(b"Traceback (most")
+    return at >= 0 and b"Exception ignored in" in text[max(0, at - 300) : at]
+
+
+def _out_of_memory(span: Span, worked: int) -> tuple[OutOfMemory, Found] | None:
+    found = _last(GPU_OOM, span)
+    if not found or found.offset < worked - LATE:
+        return None
+    line = span.log.text(found.offset, found.offset + 2000).partition(b"\n")[0].decode(errors="replace")
+    tried = TRIED.search(line)
+    return OutOfMemory(
+        kind="gpu",
+        tried_bytes=size(tried.group(1), binary=True) if tried else None,
+        capacity_bytes=_size_of(CAPACITY, line),
+        in_use_bytes=_size_of(IN_USE, line),
+    ), found
+
+
+def _size_of(patterns: list[re.Pattern[str]], line: str) -> float | None:
+    return next((size(match.group(1), binary=True) for p in patterns if (match := p.search(line))), None)
+
+
+def _last(patterns: list[Pattern], span: Span) -> Found | None:
+    return max((found for p in patterns if (found := span.last(p))), key=_offset, default=None)
+
+
+def _offset(found: Found | None) -> int:
+    return found.offset if found else -1

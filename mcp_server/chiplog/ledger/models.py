@@ -1,0 +1,65 @@
+"""Which model a log speaks of: a name of a known family, or org/name as on the hub."""
+
+from __future__ import annotations
+
+import re
+
+from chiplog.ledger.draft import Draft
+from chiplog.ledger.reader import Found, Span, pattern
+
+FAMILY = (
+    rb"(?i:meta-llama|code-?llama|tiny-?llama|llama|qwen|mistral|mixtral|gemma|phi-?\d|pythia|falcon|opt-|bloom|gpt-?[2jn]|gpt-neo|"
+    rb"mpt-|stablelm|granite|deepseek|yi-\d|olmo|smollm|vicuna|zephyr|t5-|flan|roberta|bert-|deberta|vit-|whisper|internlm|baichuan|chatglm)"
+)
+# Where a model is named, the surest first; then any path whose last part is a family's name with a size.
+NAMED = [
+    pattern(rb"(?:--)?(?:model_name_or_path|pretrained_model_name_or_path|base_model|model_id|checkpoint_dir)"
+            rb"[\"']?(?:[ =:,]+)[\"']?(?P<model>[\w./~-]+)", b""),
+    pattern(rb"\"?_name_or_path\"?: \"(?P<model>[^\"\n]+)\"", b"_name_or_path"),
+    pattern(rb"(?i:\bmodel(?:[_ ]?(?:name|path|id))?)[\"']?(?:[=:] *| +)[\"']?(?P<model>"
+            rb"[\w./~-]*/?" + FAMILY + rb"[\w.-]*)", b"odel"),
+    pattern(rb"models--(?P<model>[\w.-]+?--[\w.-]+)/", b"models--"),
+    pattern(rb"\b(?P<model>" + FAMILY + rb"[\w.-]*\d(?:\.\d+)?[bBmM]\b[\w.-]*)", b""),
+]  # fmt: skip
+TOP = 1 << 16  # bytes in which a configuration or a saved model is named
+KNOWN = re.compile(FAMILY.decode())
+HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FILE = re.compile(r"\.(?:py|sh|json|jsonl|ya?ml|pt|bin|txt|log|csv|out|err|safetensors|so|ipynb|html)$")
+PLACES = {
+    "outputs",
+    "output",
+    "checkpoints",
+    "checkpoint",
+    "scripts",
+    "models",
+    "data",
+    "runs",
+    "results",
+    "exp",
+    "logs",
+}
+
+
+def take_model(draft: Draft, span: Span) -> None:
+    """Notes the model, where one is named without doubt."""
+    if draft.get("model") is not None:
+        return
+    top, bottom = span.before(span.start + TOP), span.after(span.stop - TOP)
+    for wanted in NAMED:
+        for found in (top.first(wanted), bottom.last(wanted)):
+            if found and (name := model_name(found)):
+                draft.set("model", name, found)
+                return
+
+
+def model_name(found: Found) -> str | None:
+    """The name in a match: a family's name is the last part of a path, other names stand as org/name only."""
+    path = found["model"].replace("--", "/").rstrip("/.-")
+    if FILE.search(path):
+        return None
+    parts = [part for part in path.split("/") if part]
+    for part in reversed(parts):
+        if KNOWN.search(part) and re.search(r"\d", part) and not FILE.search(part) and "lib/python" not in path:
+            return part
+    is_hub = HUB.fullmatch(path) and len(parts) == 2 and parts[0].lower() not in PLACES
+    return path if is_hub else None

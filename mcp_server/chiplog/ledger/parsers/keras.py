@@ -1,0 +1,49 @@
+"""Keras: `Epoch 3/10`, then a bar of batches, `938/938 [====] - 5s 5ms/step - loss: 0.2`."""
+
+from __future__ import annotations
+
+import re
+
+from chiplog.ledger.draft import Draft
+from chiplog.ledger.reader import LogReader, pattern
+from chiplog.ledger.units import number
+
+EPOCH = pattern(rb"^Epoch (?P<epoch>\d+)/(?P<epochs>\d+)", b"Epoch ")
+BATCH = pattern(
+    rb"(?P<done>\d+)/(?P<total>\d+) (?:\[[=>.]+\]|[^\x00-\x7f\n]{6,120}) *-? *(?P<elapsed>\d+)s (?P<step>"
+    rb"[\d.]+)(?P<unit>ms|us|s)/(?:step|epoch)"
+    rb"(?P<rest>[^\n\x08]*)",
+    b"/step",
+)
+LOSS = pattern(rb"\d+/\d+ [^\n]{0,400}?\bloss: (?P<loss>[\w.+-]+)", b"loss: ")
+VALIDATION = pattern(rb"\bval_loss: (?P<loss>[\w.+-]+)", b"val_loss: ")
+
+
+def sniff(head: bytes, tail: bytes) -> float:
+    both = head + tail
+    if re.search(rb"\d+/\d+ (?:\[[=>.]+\]|\xe2\x94\x81)", both) and b"loss: " in both:
+        return 0.9
+    return 0.0
+
+
+def parse(log: LogReader) -> list[Draft]:
+    span = log.whole
+    draft = Draft(log.whole, "keras")
+    epoch, batch = span.last(EPOCH), span.last(BATCH)
+    if epoch:
+        draft.set("epochs", int(epoch["epochs"]), epoch)
+        draft.set("epoch", float(epoch["epoch"]), epoch)
+        draft.worked(epoch)
+    if batch:
+        done, total = int(batch["done"]), int(batch["total"])
+        before = int(epoch["epoch"]) - 1 if epoch else 0
+        draft.set("steps", before * total + done, batch)
+        if epoch:
+            draft.set("steps_planned", int(epoch["epochs"]) * total, batch)
+        draft.worked(batch)
+    if first := span.first(LOSS):
+        draft.set("loss_first", number(first["loss"]), first)
+    if last := span.last(LOSS):
+        draft.set("loss_last", number(last["loss"]), last)
+    draft.set("val_losses", [v for f in span.all(VALIDATION) if (v := number(f["loss"])) is not None] or None)
+    return [draft]

@@ -1,0 +1,90 @@
+"""Megatron-LM and Megatron-DeepSpeed: `iteration 100/ 5000 | ... | lm loss: 6.5E+00 |` lines."""
+
+from __future__ import annotations
+
+import statistics
+
+from chiplog.ledger.draft import Draft
+from chiplog.ledger.reader import LogReader, Span, pattern
+from chiplog.ledger.units import number, whole
+
+ITERATION = pattern(rb"iteration +(?P<step>\d+)/ *(?P<total>\d+) \|(?P<rest>[^\n]*)", b"iteration ")
+ELAPSED = pattern(
+    rb"iteration +(?P<step>\d+)/ *(?P<total>\d+) \|[^\n]*?elapsed time per iteration \((?P<unit>ms|s)\): "
+    rb"(?P<time>[\d.]+)",
+    b"elapsed time per iteration",
+)
+LOSS = pattern(rb"iteration +\d+/ *\d+ \|[^\n]*?\b(?:lm|train(?:ing)?|total) loss: (?P<loss>[\w.+-]+)", b" loss: ")
+BATCH = pattern(rb"iteration +\d+/[^\n]*?global batch size: +(?P<n>\d+)", b"global batch size: ")
+SAMPLES = pattern(rb"iteration +\d+/[^\n]*?consumed samples: +(?P<n>\d+)", b"consumed samples: ")
+VALIDATION = pattern(
+    rb"valid(?:ation)? loss at (?:iteration (?P<step>\d+))?[^|\n]*\| lm loss value: (?P<loss>[\w.+-]+)",
+    b"lm loss value: ",
+)
+ARGUMENT = pattern(rb"^ *(?:\[\w+\]: ?)?(?P<key>train_iters|micro_batch_size|global_batch_size|seq_length"
+                   rb"|world_size|num_layers|hidden_size|"
+                   rb"bf16|fp16|seed) \.+ (?P<value>\w+)$", b" ....")  # fmt: skip
+NAMES = {
+    "train_iters": "steps_planned", "micro_batch_size": "micro_batch_size", "global_batch_size": "batch_size",
+    "seq_length": "max_seq_len", "world_size": "gpus", "num_layers": "num_layers", "hidden_size": "hidden_size",
+    "seed": "seed",
+}  # fmt: skip
+MEMORY = pattern(
+    rb"memory \(MB\) \| allocated: [\d.]+ \| max allocated: (?P<size>[\d.]+) \| reserved", b"max allocated: "
+)
+WORLD = pattern(rb"using world size: (?P<n>\d+)", b"using world size: ")
+RESUMED = pattern(
+    rb"successfully loaded checkpoint [^\n]* (?:at|\[[^\]]*\] at) iteration +(?P<step>\d+)",
+    b"successfully loaded checkpoint",
+)
+DONE = pattern(rb"\[after training is done\]", b"[after training is done]")
+
+
+def sniff(head: bytes, tail: bytes) -> float:
+    both = head + tail
+    if b"elapsed time per iteration" in both and b"iteration " in both:
+        return 0.95
+    return 0.7 if b"using world size: " in both and b"megatron" in both.lower() else 0.0
+
+
+def parse(log: LogReader) -> list[Draft]:
+    return [_run(log.whole)]
+
+
+def _run(span: Span) -> Draft:
+    draft = Draft(span, "megatron")
+    if found := span.first(WORLD):
+        draft.set("gpus", whole(found["n"]), found)
+    for found in span.near(ARGUMENT):
+        key, value = found["key"], found["value"]
+        if key in ("bf16", "fp16"):
+            if value == "True":
+                draft.set("dtype", key, found)
+        else:
+            draft.default(NAMES[key], whole(value), found)
+    first, last = span.first(ITERATION), span.last(ITERATION)
+    if first and last:
+        draft.set("steps", whole(last["step"]), last)
+        draft.set("steps_planned", whole(last["total"]), last)
+        draft.worked(last)
+    if found := span.first(RESUMED):
+        draft.set("resumed_from", whole(found["step"]), found)
+    if (one := span.first(LOSS)) and (other := span.last(LOSS)):
+        draft.set("loss_first", number(one["loss"]), one)
+        draft.set("loss_last", number(other["loss"]), other)
+    if found := span.last(BATCH):
+        draft.set("batch_size", whole(found["n"]), found)
+    times = [(number(f["time"]) or 0.0) / (1000 if f["unit"] == "ms" else 1) for f in span.near(ELAPSED)]
+    times = [time for time in times if time > 0]
+    if times:
+        draft.set("steps_per_s", 1 / statistics.median(times[-max(1, len(times) // 4) :]))  # batches may ramp up
+    validations = list(span.all(VALIDATION))
+    draft.set("val_losses", [value for f in validations if (value := number(f["loss"])) is not None] or None)
+    at = [step for f in validations if (step := whole(f.get("step")))]
+    if at and max(at) > (draft.get("steps") or 0):
+        draft.set("steps", max(at), validations[-1])
+    for found in span.near(MEMORY):
+        draft.peak(f"{found['size']} MB", "allocated", found)
+    if found := span.last(DONE):
+        draft.done = found
+    return draft

@@ -1,0 +1,119 @@
+"""What Slurm reports of a job that ended: `seff`, `sacct` in any of its forms, `scontrol show job`."""
+
+from __future__ import annotations
+
+import re
+
+from chiplog.ledger.draft import Draft
+from chiplog.ledger.reader import Found, LogReader, pattern
+from chiplog.ledger.units import seconds, size, whole
+from chiplog.record import State
+
+SEFF = pattern(
+    rb"^(?P<key>Job ID|Array Job ID|State|Cores per node|Nodes|Job Wall-clock time|Memory Utilized): *"
+    rb"(?P<value>[^\n]+)",
+    b": ",
+)
+EXIT = re.compile(r"(?P<state>[A-Z_]+)(?: by \d+)?(?: \(exit code (?P<code>\d+)\))?")
+STATES = {
+    "OUT_OF_ME": State.OUT_OF_MEMORY,
+    "BOOT_FAIL": State.NODE_FAIL,
+    "DEADLINE": State.TIMEOUT,
+    "REVOKED": State.CANCELLED,
+}
+HEADS = {b"JobID", b"JobIDRaw"}
+
+
+def sniff(head: bytes, tail: bytes) -> float:
+    if b"Job Wall-clock time: " in head + tail or b"CPU Efficiency: " in head + tail:
+        # A job's own log may end with its report: then another parser reads the training.
+        return 0.9 if len(head) < 4000 and b"it/s" not in head else 0.05
+    first = head.partition(b"\n")[0]
+    fields = set(re.split(rb"[|\s,]+", first))
+    return 0.95 if fields & HEADS and b"State" in fields else 0.0
+
+
+def parse(log: LogReader) -> list[Draft]:
+    first = log.head.partition(b"\n")[0]
+    if b"State" in first and b"JobID" in first:
+        return _sacct(log)
+    draft = Draft(log.whole, "slurm")
+    report(draft)
+    return [draft]
+
+
+def report(draft: Draft) -> None:
+    """Notes what seff says at the end of a log."""
+    values = {found["key"]: found for found in draft.span.log.whole.near(SEFF)}
+    if "Job Wall-clock time" not in values:
+        return
+    for key, name, read in (
+        ("Job ID", "job_id", str),
+        ("Job Wall-clock time", "elapsed_s", seconds),
+    ):
+        if found := values.get(key):
+            draft.set(name, read(found["value"]), found)
+    if found := values.get("State"):
+        ended(draft, found["value"], found)
+
+
+def ended(draft: Draft, text: str, found: Found) -> None:
+    """Notes a state in Slurm's words, `CANCELLED by 1000`, `COMPLETED (exit code 0)`."""
+    match = EXIT.match(text.strip().rstrip("+"))
+    if not match:
+        return
+    word = match["state"]
+    known = STATES.get(word) or next((state for state in State if state.value == word), None)
+    if known:
+        draft.set("state", known, found)
+        draft.set("reason", None if known is State.COMPLETED else f"Slurm says {text.strip()}", found)
+        draft.set("exit_code", whole(match["code"]))
+
+
+def _sacct(log: LogReader) -> list[Draft]:
+    """One draft a job; its steps give what only they know, such as the largest memory."""
+    lines = log.text(log.start, log.size).decode(errors="replace").split("\n")
+    rows = _table(lines)
+    jobs: dict[str, Draft] = {}
+    offset = log.start
+    for line, cells in zip(lines, rows, strict=True):
+        found = Found(offset, {}, line)
+        offset += len(line.encode()) + 1
+        job, _, step = cells.get("JobID", "").partition(".")
+        if not re.fullmatch(r"\d+(?:_\d+|_\[[\d,%-]+\]|\+\d+)?", job):
+            continue
+        draft = jobs.setdefault(job, Draft(log.whole, "slurm"))
+        draft.set("job_id", job)
+        memory = size(cells.get("MaxRSS", ""))
+        if memory and memory > (draft.get("peak_mem_bytes") or 0):
+            draft.set("peak_mem_bytes", round(memory), found)
+            draft.set("mem_kind", "host_rss")
+        if step:
+            continue
+        draft.set("elapsed_s", seconds(cells.get("Elapsed")), found)
+        ended(draft, cells.get("State", ""), found)
+        draft.set("started", _time(cells.get("Start")))
+        draft.set("ended", _time(cells.get("End")))
+        code = re.match(r"\d+", cells.get("ExitCode", ""))
+        draft.set("exit_code", int(code.group()) if code else None)
+        if gpus := re.search(r"gres/gpu(?::[\w.-]+)?=(\d+)", cells.get("AllocTRES", "") + cells.get("ReqTRES", "")):
+            draft.set("gpus", int(gpus.group(1)), found)
+    return list(jobs.values())
+
+
+def _table(lines: list[str]) -> list[dict[str, str]]:
+    """The cells of each line of a parsable or an aligned table, by column."""
+    head = lines[0]
+    if "|" in head:
+        names = head.split("|")
+        return [dict(zip(names, line.split("|"), strict=False)) for line in lines]
+    names = head.split()
+    rule = next((line for line in lines[1:3] if re.fullmatch(r"[ -]+", line.strip() or "x")), None)
+    if not rule:
+        return [dict(zip(names, line.split(), strict=False)) for line in lines]
+    spans = [match.span() for match in re.finditer(r"-+", rule)]
+    return [{n: line[a:b].strip() for n, (a, b) in zip(names, spans, strict=False)} for line in lines]
+
+
+def _time(text: str | None) -> str | None:
+    return text if text and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", text) else None

@@ -1,0 +1,27 @@
+"""`metrics.jsonl` of this project's own jobs: an event a line."""
+
+from __future__ import annotations
+
+import json
+
+from chiplog.ledger.draft import Draft
+from chiplog.ledger.metrics import Start, read_events, train_usage
+from chiplog.ledger.reader import Found, LogReader
+
+
+def sniff(head: bytes, tail: bytes) -> float:
+    try:
+        first = json.loads(head.partition(b"\n")[0])
+    except ValueError:
+        return 0.0
+    return 1.0 if isinstance(first, dict) and first.get("event") == "start" else 0.0
+
+
+def parse(log: LogReader) -> list[Draft]:
+    draft = Draft(log.whole, "torchtune")
+    events = read_events(log.path)
+    for name, value in train_usage(events).model_dump(exclude_none=True).items():
+        draft.set(name, value)
+    if any(isinstance(event, Start) for event in events):
+        draft.done = Found(max(0, log.size - 1), {}, "") if b'"event": "end"' in log.tail else None
+    return [draft]

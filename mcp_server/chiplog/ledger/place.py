@@ -1,0 +1,99 @@
+"""Where a job ran: its id, its GPUs, how many processes, since when and how long."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from datetime import datetime
+
+from chiplog.ledger.draft import Draft
+from chiplog.ledger.reader import Span, pattern
+from chiplog.ledger.units import whole
+
+JOB_ID = [
+    pattern(rb"\*\*\* (?:JOB|STEP) (?P<job>\d+)(?:[._]\w+)? (?:STEPD TERMINATED )?ON ", b"*** "),
+    pattern(rb"StepId=(?P<job>\d+)", b"StepId="),
+    pattern(rb"(?i:\bslurm[_ ]?job[_ ]?id)[\"']?[ :=]+[\"']?(?P<job>\d+(?:_\d+)?)\b", b""),
+    pattern(rb"(?i:^[^\n]{0,20}\bjob[ _]?id)[\"']?[ :=]+[\"']?(?P<job>\d{3,}(?:_\d+)?)\b", b""),
+    pattern(rb"^Submitted batch job (?P<job>\d+)", b"Submitted batch job "),
+]
+GPU = [
+    # A row of nvidia-smi's table, then its lists and CSV, then torch's and a library's own words.
+    pattern(rb"^\| +\d+ +(?P<gpu>(?:NVIDIA |Tesla |GeForce |Quadro |AMD )[\w .-]+?) +(?:On|Off|N/A) +\|", b"| "),
+    pattern(rb"^GPU \d+: (?P<gpu>[^\n(]+?) \(UUID", b"(UUID"),
+    pattern(
+        rb"\b(?P<gpu>(?:(?:NVIDIA|Tesla|GeForce|Quadro|AMD Instinct) )+(?:RTX |GTX |TITAN |Tesla )*"
+        rb"(?:GH|GB|RTX|MI|[AHLVPTKB])-?\d{1,4}\w*(?:[ -](?:SXM\d?|PCIe|PCIE|NVL|Ti|SUPER|Ada Generation|HBM\d\w?|"
+        rb"\d{2,3} ?GB|MIG \d\w\.\d+gb))*)",
+        b"",
+    ),
+    pattern(rb"(?P<gpu>\b(?:RTX ?A?\d{4}(?: ?Ti| SUPER| Ada(?: Generation)?)?|[AHV]\d00-(?:SXM\d?|PCI[Ee]|NVL)"
+            rb"(?:-\d+GB)?))\b", b""),
+]  # fmt: skip
+N_GPUS = [
+    pattern(rb"(?i:\bworld[_ ]size)[\"']?(?:[:=]| \.+)[ :=.]*[\"']?(?P<n>\d{1,5})\b", b""),
+    pattern(rb"\bdist_world_size=(?P<n>\d+)", b"dist_world_size="),
+    pattern(rb"(?i:num(?:ber)?[_ ](?:of[_ ])?(?:gpus|devices)|\bgpus?[_ ]count)[\"']?[ :=]+"
+            rb"[\"']?(?P<n>\d{1,4})\b", b""),
+    pattern(rb"\bWORLD_SIZE[ :=]+(?P<n>\d{1,5})\b", b"WORLD_SIZE"),
+]  # fmt: skip
+STARTED = pattern(rb"(?i:^[# ]*job[ _]?(?:started|start time|start)(?: at| on)?) *: *(?P<at>[^\n#]+)", b"")
+ENDED = pattern(rb"(?i:^[# ]*job[ _]?(?:ended|finished|completed|end time|end)(?: at| on)?) *: *(?P<at>[^\n#]+)", b"")
+CANCELLED = pattern(rb"CANCELLED AT (?P<at>[\dT:-]{19})", b" CANCELLED AT ")
+SMI_MEMORY = pattern(rb"\| +(?P<used>\d+)MiB / +\d+MiB +\|", b"MiB / ")
+WORKED = 100  # MiB on a card that stand for a job
+SMI_ROW = pattern(rb"^\| +(?P<id>\d+) +(?:NVIDIA|Tesla|GeForce|Quadro|AMD)[\w .-]+? +(?:On|Off|N/A) +\|", b"| ")
+SMI_LIST = pattern(rb"^GPU (?P<id>\d+): [^\n]+\(UUID", b"(UUID")
+
+
+def place(draft: Draft, span: Span) -> None:
+    """Notes what the log says of where it ran."""
+    whole_log = span.log.whole
+    for wanted in JOB_ID:
+        if draft.get("job_id") is None and (found := whole_log.last(wanted) or whole_log.first(wanted)):
+            draft.set("job_id", found["job"], found)
+    for wanted in GPU:
+        if draft.get("device") is None and (
+            found := span.first(wanted) or span.last(wanted) or whole_log.first(wanted)
+        ):
+            draft.set("device", " ".join(found["gpu"].split()), found)
+    _count(draft, span)
+    _elapsed(draft)
+    if draft.get("peak_mem_bytes") is None:
+        for found in span.near(SMI_MEMORY):
+            if int(found["used"]) > WORKED:
+                draft.peak(f"{found['used']} MiB", "whole_card", found)
+
+
+def _elapsed(draft: Draft) -> None:
+    """Seconds between what a prologue and an epilogue, or Slurm itself, say of the job."""
+    log = draft.span.log.whole
+    start, end = log.first(STARTED), log.last(ENDED) or log.last(CANCELLED)
+    if draft.get("elapsed_s") is None and start and end:
+        began, ended = date(start["at"]), date(end["at"])
+        if began and ended and ended >= began:
+            draft.set("elapsed_s", (ended - began).total_seconds(), end)
+
+
+def date(text: str) -> datetime | None:
+    """A date as `date` prints it in an English or C locale, or ISO 8601; the zone is left out."""
+    words = re.sub(r"\b(?:[A-Z]{3,4}T?|[+-]\d{4})(?= \d{4}$)", "", " ".join(text.split()))
+    for form in ("%a %b %d %I:%M:%S %p %Y", "%a %b %d %H:%M:%S %Y", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S"):
+        with suppress(ValueError):
+            return datetime.strptime(" ".join(words.split()), form)
+    return None
+
+
+def _count(draft: Draft, span: Span) -> None:
+    """How many GPUs: what the framework says, else the processes, else the cards that are listed."""
+    if draft.get("gpus") is not None:
+        return
+    for wanted in N_GPUS:
+        if (found := span.first(wanted)) and (n := whole(found["n"])):
+            draft.set("gpus", n, found)
+            return
+    for wanted in (SMI_ROW, SMI_LIST):
+        rows = [found for found in span.near(wanted)]
+        if rows:
+            draft.set("gpus", len({found["id"] for found in rows}), rows[0])
+            return

@@ -1,0 +1,110 @@
+"""What several parsers do alike: choosing the bar that trains, and figures from it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from chiplog.ledger.bars import Bar
+from chiplog.ledger.draft import Draft
+from chiplog.ledger.reader import Found, Pattern, Span, pattern
+from chiplog.ledger.units import number
+
+OTHER_WORK = re.compile(
+    r"(?i)\b(?:map|filter|flatten|download|load|fetch|generat|tokeniz|sav|eval|valid|test|sanity|predict|prepar|"
+    r"process|convert|cast|pack|creat|extract|upload|writing|merg|resolv|shard|sampl|infer|comput|calibrat|quantiz|pre-?load|dataset)"
+)
+OWN_WORK = re.compile(r"(?i)\b(?:train|epoch|step|iter|fit)")
+EXAMPLES = re.compile(r"(?i)^(?:examples?|[kMG]?i?B|files?|shards?|tables?|rows?|samples?)/s")
+WARM_UP = 0.1
+
+
+def training_bars(bars: Sequence[Bar], planned: int | None = None) -> list[Bar]:
+    """Of all bars those of the training loop: of the planned length, else named so, else the longest in time."""
+    groups: dict[tuple[str, int | None], list[Bar]] = defaultdict(list)
+    for one in bars:
+        unit = one.found.get("unit") or ""
+        if not EXAMPLES.match(unit) and not OTHER_WORK.search(one.label):
+            groups[re.sub(r"[\d/.,]+", "#", one.label), one.total].append(one)
+    if not groups:
+        return []
+
+    def rank(key: tuple[str, int | None]) -> tuple[bool, bool, float]:
+        label, total = key
+        own = bool(OWN_WORK.search(label))
+        return planned is not None and total == planned, own, max(one.elapsed_s for one in groups[key])
+
+    best = max(groups, key=rank)
+    return groups[best]
+
+
+def take_bars(draft: Draft, bars: Sequence[Bar]) -> None:
+    """Steps, planned steps, seconds and speed of a bar that counts optimiser steps."""
+    if not bars:
+        return
+    last = bars[-1]
+    draft.default("steps", last.done, last.found)
+    draft.default("steps_planned", last.total, last.found)
+    draft.default("train_s", last.elapsed_s, last.found)
+    first_done = bars[0].done if bars[0].elapsed_s == 0 else 0
+    draft.default("resumed_from", first_done if first_done < last.done else 0)
+    draft.worked(last.found)
+    if bars[0].done <= 0.5 * last.done or last.complete:  # else its early part is not in the log
+        take_speed(draft, last.done - (draft.get("resumed_from") or 0), last.elapsed_s)
+    steady(draft, bars)
+
+
+def take_speed(draft: Draft, steps: float, seconds: float | None) -> None:
+    """Mean steps a second of this run."""
+    if seconds and steps > 0:
+        draft.default("mean_steps_per_s", steps / seconds)
+
+
+def steady(draft: Draft, bars: Sequence[Bar]) -> None:
+    """Median speed between states of a bar after the first tenth of the steps."""
+    rates = [
+        (later.done - one.done) / (later.elapsed_s - one.elapsed_s)
+        for one, later in itertools.pairwise(bars)
+        if later.done > one.done
+        and later.elapsed_s - one.elapsed_s >= 1
+        and one.done >= WARM_UP * (later.total or bars[-1].done)
+    ]
+    if len(rates) >= 3:
+        draft.default("steps_per_s", statistics.median(rates))
+
+
+def take_losses(draft: Draft, span: Span, wanted: Pattern) -> None:
+    """First and last loss; the pattern's group is `loss`."""
+    if first := span.first(wanted):
+        draft.set("loss_first", number(first["loss"]), first)
+    if last := span.last(wanted, far=True):
+        draft.set("loss_last", number(last["loss"]), last)
+        draft.worked(last)
+
+
+WORK = [
+    pattern(rb"\d+%\|[^|\n]*\| *[1-9][\d.]*[kM]?/", b"%|"),
+    pattern(rb"(?i:loss)[\"']?[=: ]+[\"']?[\d.]", b"oss"),
+    pattern(rb"Traceback \(most recent call last\):", b"Traceback (most"),
+]
+
+
+def distinct(span: Span, starts: Sequence[int]) -> list[int]:
+    """Of the places where a run is announced, those before which another one did or lost something.
+
+    Every rank may announce the same run.
+    """
+    kept: list[int] = []
+    for start in starts:
+        between = Span(span.log, kept[-1], start) if kept else None
+        if between is None or any(between.last(sign) for sign in WORK):
+            kept.append(start)
+    return kept
+
+
+def latest(found: Iterable[Found | None]) -> Found | None:
+    """The one that stands last."""
+    return max((one for one in found if one), key=lambda one: one.offset, default=None)
