@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import struct
 from pathlib import Path
 
 import pytest
+
+# Where the tests run in the background, Ctrl-C is ignored, and so it would be in every child.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 FAKE_RECIPES = ROOT / "tests" / "core" / "fake_recipes"

@@ -19,6 +19,9 @@ BAR = pattern(
     rb"(?:, *(?P<rate>[\d.]+|\?) *(?P<unit>[^\s,\]\d]+))?(?P<after>[^\]\n]{0,600})",
     b" [",
 )
+CUT = pattern(  # cut off before its times
+    rb"(?P<percent>\d{1,3})%\|[^|\n]{0,600}\| *(?P<done>\d[\d.]*[kMGT]?)/(?P<total>\d[\d.]*[kMGT]?)(?! *\[)", b"%|"
+)
 LABEL = re.compile(r"^(?:\d+:|\[\S+\]:?|\([^)]*\))\s*")  # a rank's or an actor's own prefix
 
 
@@ -30,7 +33,7 @@ class Bar:
     label: str  # what stands before it
     done: int
     total: int | None  # null: not known
-    elapsed_s: float
+    elapsed_s: float | None  # null: cut off
     per_s: float | None  # units a second, as shown
     after: str  # what stands after the rate
 
@@ -42,15 +45,18 @@ class Bar:
 def bar(found: Found) -> Bar | None:
     """The bar in a match of BAR."""
     total = whole(found.get("total"))
-    done, elapsed = whole(found.get("done") or found.get("count")), seconds(found["elapsed"])
-    if done is None or elapsed is None or total == 0:
+    done, elapsed = whole(found.get("done") or found.get("count")), seconds(found.get("elapsed"))
+    if done is None or total == 0:
         return None
+    if elapsed is None and (not total or abs(100 * done / total - int(found["percent"])) > 1):
+        return None  # the total is cut off too
     rate, unit = number(found.get("rate")), found.get("unit") or ""
     per_s = None if not rate else 1 / rate if unit.startswith("s/") else rate if unit.endswith("/s") else None
     label = LABEL.sub("", found.before).strip(" :|")
-    return Bar(found, label, done, total, elapsed, per_s, found["after"])
+    return Bar(found, label, done, total, elapsed, per_s, found.get("after") or "")
 
 
 def bars(span: Span) -> list[Bar]:
     """All bars near either end of a span."""
-    return [one for found in span.near(BAR) if (one := bar(found))]
+    found = sorted([*span.near(BAR), *span.near(CUT)], key=lambda one: one.offset)
+    return [one for match in found if (one := bar(match))]

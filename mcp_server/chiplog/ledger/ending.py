@@ -37,6 +37,7 @@ HOST_OOM = [
 TIME_OVER = [pattern(rb"PBS: job killed: walltime \d+ exceeded|TERM_RUNLIMIT", b"T")]
 NODE_LOST = [pattern(rb"slurmstepd: error: \*\*\* \w+ \d+[^\n]*NODE_FAIL|launch failed requeued held", b"e")]
 GPU_OOM = [
+    pattern(rb"^(?:torch\.)?(?:cuda\.)?OutOfMemoryError +Traceback[^\n]*", b"OutOfMemoryError "),
     pattern(rb"CUDA out of memory\b[^\n]*", b"CUDA out of memory"),
     pattern(rb"(?:HIP|XPU|MPS backend) out of memory\b[^\n]*", b" out of memory"),
     pattern(rb"CUDA error: out of memory[^\n]*|CUBLAS_STATUS_ALLOC_FAILED[^\n]*", b"CU"),
@@ -66,7 +67,7 @@ FATAL = [
     pattern(rb"^\S*: (?:line \d+: )?\S+: (?:command not found|Permission denied|No such file or directory)$", b": "),
     pattern(rb"^\S+\.py: error: [^\n]+|^error: [^\n]+", b"error: "),
     pattern(
-        rb"^srun: error: [^\n]*(?:[Ee]xited with exit code (?P<code>[1-9]\d*)|: Killed|: Aborted)[^\n]*", b"srun: "
+        rb"\bsrun: error: [^\n]*(?:[Ee]xited with exit code (?P<code>[1-9]\d*)|: Killed|: Aborted)[^\n]*", b"srun: "
     ),
     pattern(rb"exits with return code = (?P<code>-?[1-9]\d*)", b"exits with return code"),
     pattern(rb"exitcode *: (?P<code>-?[1-9]\d*) \(pid", b"exitcode"),
@@ -74,6 +75,7 @@ FATAL = [
     pattern(rb"^sbatch: error: [^\n]+|^slurmstepd: error: (?!\*\*\*|_get|[^\n]*oom)[^\n]+", b"error: "),
 ]
 GOOD = [
+    pattern(rb"(?i:\bexit[ _]?(?:code|status))[\"']? ?[=:] ?0\b", b""),
     pattern(rb"exits successfully", b"exits successfully"),
     pattern(rb"^Successfully completed\.", b"Successfully completed."),
     pattern(
@@ -99,6 +101,8 @@ def end(draft: Draft, span: Span) -> None:
     if memory := _out_of_memory(span, draft.progress):
         draft.set("oom", memory[0], memory[1])
     ending = _ending(draft, span)
+    if ending.state is State.OUT_OF_MEMORY and draft.get("oom") is None:
+        draft.set("oom", OutOfMemory(kind="host"), ending.found)
     draft.set("state", ending.state, ending.found)
     draft.set("reason", ending.reason)
     draft.set("exit_code", ending.exit_code)
@@ -149,6 +153,8 @@ def _failure(tail: Span, worked: int) -> Found | None:
     # A launcher reports that its child failed; the child's own words say why.
     own = [found for found in errors if "ChildFailedError" not in found.line and "CalledProcessError" not in found.line]
     chosen = (own or errors or [])[-1:] or sorted(fatal, key=_offset)[-1:]
+    if not chosen and trace and trace.offset >= worked and not _ignored(tail, trace):
+        return trace  # what it says is cut off
     if not chosen or max(found.offset for found in [*errors, *fatal]) < worked:
         return None
     code = next((found.get("code") for found in fatal if found.get("code")), None)

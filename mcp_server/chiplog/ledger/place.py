@@ -15,6 +15,7 @@ JOB_ID = [
     pattern(rb"StepId=(?P<job>\d+)", b"StepId="),
     pattern(rb"(?i:\bslurm[_ ]?job[_ ]?id)[\"']?[ :=]+[\"']?(?P<job>\d+(?:_\d+)?)\b", b""),
     pattern(rb"(?i:^[^\n]{0,20}\bjob[ _]?id)[\"']?[ :=]+[\"']?(?P<job>\d{3,}(?:_\d+)?)\b", b""),
+    pattern(rb"^Subject: Job (?P<job>\d+): <", b"Subject: Job "),
     pattern(rb"^Submitted batch job (?P<job>\d+)", b"Submitted batch job "),
 ]
 GPU = [
@@ -32,11 +33,13 @@ GPU = [
 ]  # fmt: skip
 N_GPUS = [
     pattern(rb"(?i:\bworld[_ ]size)[\"']?(?:[:=]| \.+)[ :=.]*[\"']?(?P<n>\d{1,5})\b", b""),
+    pattern(rb"\bNum GPUs(?: used)? = (?P<n>\d+)", b"Num GPUs"),
     pattern(rb"\bdist_world_size=(?P<n>\d+)", b"dist_world_size="),
     pattern(rb"(?i:num(?:ber)?[_ ](?:of[_ ])?(?:gpus|devices)|\bgpus?[_ ]count)[\"']?[ :=]+"
             rb"[\"']?(?P<n>\d{1,4})\b", b""),
     pattern(rb"\bWORLD_SIZE[ :=]+(?P<n>\d{1,5})\b", b"WORLD_SIZE"),
 ]  # fmt: skip
+LSF_RUN = pattern(rb"^ *Run time : +(?P<s>\d+) sec\.", b"Run time : ")
 STARTED = pattern(rb"(?i:^[# ]*job[ _]?(?:started|start time|start)(?: at| on)?) *: *(?P<at>[^\n#]+)", b"")
 ENDED = pattern(rb"(?i:^[# ]*job[ _]?(?:ended|finished|completed|end time|end)(?: at| on)?) *: *(?P<at>[^\n#]+)", b"")
 CANCELLED = pattern(rb"CANCELLED AT (?P<at>[\dT:-]{19})", b" CANCELLED AT ")
@@ -68,6 +71,8 @@ def place(draft: Draft, span: Span) -> None:
 def _elapsed(draft: Draft) -> None:
     """Seconds between what a prologue and an epilogue, or Slurm itself, say of the job."""
     log = draft.span.log.whole
+    if found := log.last(LSF_RUN):
+        draft.set("elapsed_s", float(found["s"]), found)
     start, end = log.first(STARTED), log.last(ENDED) or log.last(CANCELLED)
     if draft.get("elapsed_s") is None and start and end:
         began, ended = date(start["at"]), date(end["at"])

@@ -35,7 +35,7 @@ def training_bars(bars: Sequence[Bar], planned: int | None = None) -> list[Bar]:
     def rank(key: tuple[str, int | None]) -> tuple[bool, bool, float]:
         label, total = key
         own = bool(OWN_WORK.search(label))
-        return planned is not None and total == planned, own, max(one.elapsed_s for one in groups[key])
+        return planned is not None and total == planned, own, max(one.elapsed_s or 0.0 for one in groups[key])
 
     best = max(groups, key=rank)
     return groups[best]
@@ -48,13 +48,25 @@ def take_bars(draft: Draft, bars: Sequence[Bar]) -> None:
     last = bars[-1]
     draft.default("steps", last.done, last.found)
     draft.default("steps_planned", last.total, last.found)
-    draft.default("train_s", last.elapsed_s, last.found)
-    first_done = bars[0].done if bars[0].elapsed_s == 0 else 0
-    draft.default("resumed_from", first_done if first_done < last.done else 0)
+    timed = [one for one in bars if one.elapsed_s is not None]
     draft.worked(last.found)
-    if bars[0].done <= 0.5 * last.done or last.complete:  # else its early part is not in the log
+    if not timed:
+        return
+    last = timed[-1]
+    draft.default("train_s", last.elapsed_s, last.found)
+    first_done = timed[0].done if timed[0].elapsed_s == 0 else 0
+    draft.default("resumed_from", first_done if first_done < last.done else 0)
+    if not _began_late(timed):
         take_speed(draft, last.done - (draft.get("resumed_from") or 0), last.elapsed_s)
-    steady(draft, bars)
+    steady(draft, timed)
+
+
+def _began_late(timed: Sequence[Bar]) -> bool:
+    """Whether a bar counted from a step above 0 that the log does not show: far faster at first than it says."""
+    first = timed[0]
+    if not first.elapsed_s or not first.per_s or first.done <= 0.5 * timed[-1].done:
+        return False
+    return first.done / first.elapsed_s > 3 * first.per_s
 
 
 def take_speed(draft: Draft, steps: float, seconds: float | None) -> None:
@@ -68,7 +80,9 @@ def steady(draft: Draft, bars: Sequence[Bar]) -> None:
     rates = [
         (later.done - one.done) / (later.elapsed_s - one.elapsed_s)
         for one, later in itertools.pairwise(bars)
-        if later.done > one.done
+        if one.elapsed_s is not None
+        and later.elapsed_s is not None
+        and later.done > one.done
         and later.elapsed_s - one.elapsed_s >= 1
         and one.done >= WARM_UP * (later.total or bars[-1].done)
     ]

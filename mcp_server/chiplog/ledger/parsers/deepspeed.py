@@ -18,6 +18,11 @@ SPEED = pattern(
     rb"(?:, CurrSamplesPerSec=[\d.]+)?(?:, MemAllocated=[\d.]+\w+, MaxMemAllocated=(?P<mem>[\d.]+\w+))?",
     b"RunningAvgSamplesPerSec=",
 )
+OLD_SPEED = pattern(
+    rb"\] \d+/(?P<step>\d+), SamplesPerSec=(?P<rate>[\d.]+)"
+    rb"(?:, MemAllocated=[\d.]+\w+, MaxMemAllocated=(?P<mem>[\d.]+\w+))?",
+    b", SamplesPerSec=",
+)
 STEPS = pattern(
     rb"^steps: (?P<step>\d+) loss: (?P<loss>[\w.+-]+) iter time \(s\): (?P<seconds>[\d.]+)", b"iter time (s): "
 )
@@ -41,7 +46,7 @@ EPOCHS = pattern(
 
 def sniff(head: bytes, tail: bytes) -> float:
     both = head + tail
-    if b"RunningAvgSamplesPerSec=" in both or re.search(rb"\[Rank \d+\] step=\d+, skipped=", both):
+    if b"SamplesPerSec=" in both or re.search(rb"\[Rank \d+\] step=\d+, skipped=", both):
         return 0.8
     return 0.5 if b"[deepspeed" in both.lower() or b"DeepSpeedEngine" in both else 0.0
 
@@ -63,12 +68,13 @@ def _run(span: Span) -> Draft:
         draft.set("steps", whole(found["step"]), found)
         draft.worked(found)
         draft.set("mean_steps_per_s", 1 / (number(found["seconds"]) or float("inf")) or None, found)
-    stamped = [(found, when) for found in span.near(STEP) if (when := stamp(found.before))]
-    if len(stamped) > 3:
+    marks = span.near(STEP) or span.near(OLD_SPEED)
+    stamped = [(found, when) for found in marks if (when := stamp(found.line))]
+    if len(stamped) > 1:
         (one, start), (other, stop) = stamped[len(stamped) // 10], stamped[-1]
         passed = (stop - start).total_seconds()
         draft.default("steps_per_s", (int(other["step"]) - int(one["step"])) / passed if passed > 1 else None)
-    for wanted in (STEP, SPEED):
+    for wanted in (STEP, SPEED, OLD_SPEED):
         if found := span.last(wanted):
             draft.default("steps", whole(found["step"]), found)
             draft.worked(found)
@@ -92,7 +98,7 @@ def _engine(draft: Draft, span: Span) -> None:
         draft.default("gpus", len(found["ids"].split(",")), found)
     if found := span.first(WORLD):
         draft.default("gpus", whole(found.get("n") or found.get("m")), found)
-    if found := span.last(SPEED):
+    if found := span.last(SPEED) or span.last(OLD_SPEED):
         draft.default("samples_per_s", number(found["rate"]), found)
         if found.get("mem"):
             draft.peak(re.sub(r"(?<=\d)(?=[A-Z])", " ", found["mem"]), "allocated", found)

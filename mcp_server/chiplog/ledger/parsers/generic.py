@@ -22,6 +22,7 @@ LOSS = pattern(
     rb"|NaN|-inf)\b",
     b"oss",
 )
+OF_TEST = re.compile(r"(?i)\s*(?:test|val(?:id(?:ation)?)?|eval(?:uation)?)\b")
 VALIDATION = pattern(
     rb"(?i:\b(?:val(?:idation)?|eval|dev|test)[_/ ]?loss)[\"']?(?: *[=:]+ *| +)(?P<loss>\d[\d.]*(?:[eE][-+]?\d+)?|nan)",
     b"oss",
@@ -31,11 +32,21 @@ EPOCH = pattern(
     rb"(?P<epochs>\d+))?",
     b"poch",
 )
-PLANNED = pattern(rb"(?:total|max|train|num)_(?:train(?:ing)?_)?steps[\"']?[ ,=:]+[\"']?(?P<total>\d+)\b", b"_steps")
+NUM_UPDATES = pattern(rb"\bnum_updates[\"']?[: ]+[\"']?(?P<step>\d+)", b"num_updates")
+OVERALL = pattern(
+    rb"Overall training speed: (?P<steps>\d+) iterations in (?P<time>(?:\d+ days?, )?\d+:\d\d:\d\d)",
+    b"Overall training",
+)
+PLANNED = pattern(
+    rb"(?i:total|max|train|num)[_ ](?:train(?:ing)?[_ ])?steps[\"']?[ ,=:]+[\"']?(?P<total>\d+)\b", b"steps"
+)
 TIME = pattern(rb"(?i:\b(?:total |full )?train(?:ing)?(?:[ _](?:time|took|done in|finished in|completed in"
                rb"|runtime|duration))+)"
                rb"[^\d\n]{0,12}(?P<time>(?:\d+ days?, *)?\d+:\d\d:\d\d(?:\.\d+)?|[\d.]+ ?(?:s|sec|secs|seconds"
                rb"|min|mins|minutes|h|hrs?|hours)\b)", b"rain")  # fmt: skip
+NAMED_MEMORY = pattern(
+    rb"max_mem(?:ory)?_(?P<kind>allocated|reserved)_(?P<unit>[mg]i?b)[\"']?[:= ]+(?P<size>[\d.]+)", b"max_mem"
+)
 MEMORY = pattern(rb"(?i:(?:peak|max(?:imum)?)[_ ](?:gpu[_ ])?(?:mem(?:ory)?)(?:[_ ](?P<kind>alloc"
                  rb"(?:ated)?|reserved|active))?(?:[_ ]usage)?)"
                  rb"[^\d\n]{0,25}(?P<size>[\d.]+) ?(?P<unit>[MG]i?B)", b"")  # fmt: skip
@@ -73,6 +84,8 @@ def run(span: Span, draft: Draft) -> Draft:
 def losses(draft: Draft, span: Span) -> None:
     """First, last and validation losses."""
     first, last = span.first(LOSS), span.last(LOSS)
+    while last and OF_TEST.match(last.line):  # what a test printed is no training loss
+        last = span.before(last.offset - len(last.before.encode())).last(LOSS)
     if first and last:
         draft.default("loss_first", number(first["loss"]), first)
         draft.default("loss_last", number(last["loss"]), last)
@@ -97,6 +110,12 @@ def steps(draft: Draft, span: Span) -> None:
         if draft.default("steps", whole(found.get("step") or found.get("in")), found):
             draft.worked(found)
         draft.default("steps_planned", whole(found.get("total") or found.get("of")), found)
+    if found := span.last(NUM_UPDATES):
+        draft.default("steps", whole(found["step"]), found)
+    if found := span.last(OVERALL):
+        draft.done = found
+        draft.default("train_s", seconds(found["time"]), found)
+        take_speed(draft, int(found["steps"]), seconds(found["time"]))
     if found := span.first(PLANNED):
         draft.default("steps_planned", whole(found["total"]), found)
 
@@ -104,9 +123,9 @@ def steps(draft: Draft, span: Span) -> None:
 def memory(draft: Draft, span: Span) -> None:
     """The largest peak that is named."""
     if draft.get("peak_mem_bytes") is None:
-        for found in span.near(MEMORY):
+        for found in [*span.near(MEMORY), *span.near(NAMED_MEMORY)]:
             kind = (found.get("kind") or "allocated").lower()
-            draft.peak(f"{found['size']} {found['unit']}", KIND.get(kind, "allocated"), found)
+            draft.peak(f"{found['size']} {found['unit'].upper().replace('I', 'i')}", KIND.get(kind, "allocated"), found)
 
 
 def _spelled(text: str) -> float | None:

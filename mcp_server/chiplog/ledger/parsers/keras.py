@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.reader import LogReader, pattern
@@ -16,6 +17,7 @@ BATCH = pattern(
     b"/step",
 )
 LOSS = pattern(rb"\d+/\d+ [^\n]{0,400}?\bloss: (?P<loss>[\w.+-]+)", b"loss: ")
+EXACT = 20  # seconds of an epoch from which their being whole says enough
 VALIDATION = pattern(rb"\bval_loss: (?P<loss>[\w.+-]+)", b"val_loss: ")
 
 
@@ -41,6 +43,9 @@ def parse(log: LogReader) -> list[Draft]:
         if epoch:
             draft.set("steps_planned", int(epoch["epochs"]) * total, batch)
         draft.worked(batch)
+    paces = [float(f["done"]) / float(f["elapsed"]) for f in span.near(BATCH) if int(f["elapsed"]) >= EXACT]
+    if paces:
+        draft.set("mean_steps_per_s", statistics.fmean(paces), batch)
     if first := span.first(LOSS):
         draft.set("loss_first", number(first["loss"]), first)
     if last := span.last(LOSS):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 
-from chiplog.ledger.bars import BAR, Bar, bar
+from chiplog.ledger.bars import Bar, bars
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.parsers import generic
 from chiplog.ledger.reader import LogReader, Span, pattern
-from chiplog.ledger.runs import steady, take_speed
+from chiplog.ledger.runs import distinct, steady, take_speed
 from chiplog.ledger.units import number, whole
 
 WORLD = pattern(rb"GLOBAL_RANK: \d+, MEMBER: \d+/(?P<n>\d+)", b"MEMBER: ")
 DEVICES = pattern(rb"LOCAL_RANK: \d+ - CUDA_VISIBLE_DEVICES: \[(?P<ids>[\d,]+)\]", b"LOCAL_RANK: ")
 STOPPED = pattern(rb"`?Trainer\.fit`? stopped: `?(?P<why>[^`\n]+)`? reached", b"stopped: ")
 LIMIT = re.compile(r"max_(?P<what>epochs|steps)=(?P<n>\d+)")
-STARTED = pattern(rb"^GPU available: ", b"GPU available: ")
+STARTED = pattern(rb"^[^\n]{0,60}\bGPU available: ", b"GPU available: ")
 LABEL = re.compile(r"Epoch (?P<epoch>\d+)(?:/(?P<last>\d+))?")
 LOSS = re.compile(r"(?:^|[, ])(?P<key>(?:train[_/])?loss(?:_step)?)=(?P<loss>-?[\w.+-]+)")
 PARAMS = pattern(rb"^(?P<n>[\d.]+) ?(?P<unit>[KMB]?) +Total params", b"Total params")
@@ -34,7 +34,7 @@ def sniff(head: bytes, tail: bytes) -> float:
 
 def parse(log: LogReader) -> list[Draft]:
     starts = [found.offset for found in log.whole.all(STARTED)]
-    return [_run(span) for span in log.whole.cut(starts if len(starts) > 1 else [])]
+    return [_run(span) for span in log.whole.cut(distinct(log.whole, starts))]
 
 
 def _run(span: Span) -> Draft:
@@ -45,7 +45,7 @@ def _run(span: Span) -> Draft:
         draft.set("gpus", len(found["ids"].split(",")), found)
     if found := span.first(PARAMS):
         draft.set("n_params", round((number(found["n"]) or 0) * UNITS[found["unit"]]), found)
-    shown = [one for found in span.near(BAR) if (one := bar(found)) and LABEL.match(one.label)]
+    shown = [one for one in bars(span) if LABEL.match(one.label)]
     if shown:
         _epochs(draft, shown)
     if found := span.last(STOPPED):

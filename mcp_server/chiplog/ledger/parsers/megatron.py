@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 
 from chiplog.ledger.draft import Draft
+from chiplog.ledger.parsers.deepspeed import SPEED
 from chiplog.ledger.reader import LogReader, Span, pattern
 from chiplog.ledger.units import number, whole
 
@@ -14,7 +16,7 @@ ELAPSED = pattern(
     rb"(?P<time>[\d.]+)",
     b"elapsed time per iteration",
 )
-LOSS = pattern(rb"iteration +\d+/ *\d+ \|[^\n]*?\b(?:lm|train(?:ing)?|total) loss: (?P<loss>[\w.+-]+)", b" loss: ")
+LOSS = pattern(rb"iteration +\d+/ *\d+ \|[^\n]*?\b(?:lm|train(?:ing)?|total)[ _]loss: (?P<loss>[\w.+-]+)", b" loss: ")
 BATCH = pattern(rb"iteration +\d+/[^\n]*?global batch size: +(?P<n>\d+)", b"global batch size: ")
 SAMPLES = pattern(rb"iteration +\d+/[^\n]*?consumed samples: +(?P<n>\d+)", b"consumed samples: ")
 VALIDATION = pattern(
@@ -83,6 +85,8 @@ def _run(span: Span) -> Draft:
     at = [step for f in validations if (step := whole(f.get("step")))]
     if at and max(at) > (draft.get("steps") or 0):
         draft.set("steps", max(at), validations[-1])
+    if (found := span.last(SPEED)) and found.get("mem"):
+        draft.peak(re.sub(r"(?<=\d)(?=[A-Z])", " ", found["mem"]), "allocated", found)
     for found in span.near(MEMORY):
         draft.peak(f"{found['size']} MB", "allocated", found)
     if found := span.last(DONE):

@@ -36,7 +36,7 @@ def sniff(head: bytes, tail: bytes) -> float:
 def parse(log: LogReader) -> list[Draft]:
     first = log.head.partition(b"\n")[0]
     if b"State" in first and b"JobID" in first:
-        return _sacct(log)
+        return _sacct(log) or [Draft(log.whole, "slurm")]
     draft = Draft(log.whole, "slurm")
     report(draft)
     return [draft]
@@ -52,7 +52,7 @@ def report(draft: Draft) -> None:
         ("Job Wall-clock time", "elapsed_s", seconds),
     ):
         if found := values.get(key):
-            draft.set(name, read(found["value"]), found)
+            draft.set(name, read(found["value"].split()[0]), found)
     if found := values.get("State"):
         ended(draft, found["value"], found)
 

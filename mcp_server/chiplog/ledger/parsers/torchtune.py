@@ -11,7 +11,7 @@ import re
 
 import yaml
 
-from chiplog.ledger.bars import BAR, Bar, bar
+from chiplog.ledger.bars import Bar, bars
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.reader import Found, LogReader, Span, pattern
 from chiplog.ledger.runs import steady, take_speed
@@ -53,8 +53,7 @@ def parse(log: LogReader) -> list[Draft]:
 def _run(span: Span) -> Draft:
     draft = Draft(span, "torchtune")
     _config(draft, span)
-    bars = [one for found in span.near(BAR) if (one := bar(found))]
-    steps = [(one, match) for one in bars if (match := LABEL.search(one.label))]
+    steps = [(one, match) for one in bars(span) if (match := LABEL.search(one.label))]
     if steps:
         _bars(draft, steps)
     _logged(draft, span)
@@ -88,14 +87,14 @@ def _bars(draft: Draft, steps: list[tuple[Bar, re.Match[str]]]) -> None:
     if last[0].done == length:
         draft.set("epoch", float(epoch), last[0].found)
     draft.set("steps_planned", length * (draft.get("epochs") or epoch), last[0].found)
-    before_bar = int(first[1]["step"]) - first[0].done  # steps of earlier epochs, and of an earlier attempt
+    before_bar = max(0, int(first[1]["step"]) - first[0].done)  # steps of earlier epochs, and of an earlier attempt
     draft.set("resumed_from", before_bar if before_bar % length or (before_bar and first[0].done <= 3) else 0)
     seconds, before = 0.0, {}
     for one, match in steps:  # the first time that an epoch shows a step is before it saves
         key = int(match["epoch"])
-        if key not in before or one.done > before[key].done:
+        if one.elapsed_s is not None and (key not in before or one.done > before[key].done):
             before[key] = one
-    seconds = sum(one.elapsed_s for one in before.values())
+    seconds = sum(one.elapsed_s or 0.0 for one in before.values())
     done = sum(one.done for one in before.values())
     if len(before) == epoch or draft.get("resumed_from"):
         draft.set("train_s", seconds, last[0].found)
@@ -199,6 +198,7 @@ def _memory(draft: Draft, span: Span) -> None:
         after_init = b"after model init" in before.lower() or draft.get("steps") is None or found.offset < 0
         kind = KIND[found["kind"]]
         if after_init:
-            draft.peak(found["size"], "after_init", found)
+            if kind == "allocated" or draft.get("mem_kind") is None:
+                draft.peak(found["size"], "after_init", found)
         elif kind == "allocated" or draft.get("mem_kind") in (None, "after_init"):
             draft.peak(found["size"], kind, found)

@@ -26,7 +26,9 @@ NAMES = {
     "Total optimization steps": "steps_planned", "Number of trainable parameters": "n_trainable",
 }  # fmt: skip
 LOSS = pattern(rb"\{'loss': '?(?P<loss>-?[\w.+-]+)'?, [^}\n]*\}", b"{'loss': ")
-ENDED = pattern(rb"(?P<all>\{[^{}\n]*'train_runtime': '?(?P<seconds>[\d.e+]+)'?[^{}\n]*\})", b"'train_runtime': ")
+ENDED = pattern(
+    rb"(?P<all>\{[^{}]{0,600}'train_runtime': '?(?P<seconds>[\d.e+]+)'?[^{}]{0,600}\}?)", b"'train_runtime': "
+)
 EVAL = pattern(rb"\{[^{}\n]*'eval_loss': '?(?P<loss>[\w.+-]+)'?[^{}\n]*\}", b"'eval_loss': ")
 TABLE = pattern(rb"^ *(?P<key>epoch|train_loss|train_runtime|train_samples_per_second|train_steps_per_second"
                 rb"|train_samples)"
@@ -35,6 +37,11 @@ TABLE_NAMES = {
     "epoch": "epoch", "train_loss": "loss_mean", "train_runtime": "train_s", "train_samples": "n_samples",
     "train_samples_per_second": "samples_per_s", "train_steps_per_second": "mean_steps_per_s",
 }  # fmt: skip
+TRAINED = pattern(rb"\*{5} train metrics \*{5}", b"***** train metrics")
+OUTPUT = pattern(rb"TrainOutput\(global_step=(?P<step>\d+), training_loss=(?P<loss>[\w.+-]+)", b"TrainOutput(")
+NOTEBOOK = pattern(  # the table that a notebook shows
+    rb"Step\s+Training Loss(?P<rows>(?:[\s\\|]+\d+[\s|]+\d+\.\d+)+)", b"Training Loss"
+)
 RESUMED = pattern(rb"Continuing training from global step (?P<step>\d+)", b"Continuing training from global step")
 ARGUMENT = pattern(
     rb"^ *(?P<key>per_device_train_batch_size|gradient_accumulation_steps|num_train_epochs|max_steps|model_max_length|"
@@ -62,7 +69,7 @@ CHECKPOINT = pattern(rb"\b(?:checkpoint-|global_step)(?P<step>\d+)\b", b"")
 
 def sniff(head: bytes, tail: bytes) -> float:
     both = head + tail
-    if b"'train_runtime'" in both or RUNNING.regex.search(both):
+    if b"'train_runtime'" in both or b"***** train metrics" in both or RUNNING.regex.search(both):
         return 0.9
     if re.search(rb"\{'loss': '?[\d.naif]", both) or b"train_samples_per_second" in both:
         return 0.85
@@ -145,6 +152,15 @@ def _metrics(draft: Draft, span: Span) -> None:
     if end := span.last(ENDED):
         values = _dictionary(end)
         _ended(draft, values, end)
+    if found := span.last(OUTPUT):
+        draft.set("steps", whole(found["step"]), found)
+        draft.default("loss_mean", number(found["loss"]), found)
+    if found := span.last(NOTEBOOK):
+        rows = re.findall(r"(\d+)\s+([\d.]+)", found["rows"])
+        draft.default("loss_first", number(rows[0][1]), found)
+        draft.default("loss_last", number(rows[-1][1]), found)
+    if found := span.last(TRAINED):
+        draft.done = found
     for found in span.near(TABLE):
         value = seconds(found["value"]) if ":" in found["value"] else number(found["value"])
         draft.default(TABLE_NAMES[found["key"]], value, found)
@@ -174,4 +190,4 @@ def _argument(draft: Draft, found: Found) -> None:
 
 def _dictionary(found: Found) -> dict[str, str]:
     """The values of a printed dictionary, as text; of a line cut in two, as many as are whole."""
-    return {key: value for key, value in re.findall(r"'(\w+)': '?([\w.+-]+)'?", found.line)}
+    return {key: value for key, value in re.findall(r"'(\w+)': '?([\w.+-]+)'?", found.get("all") or found.line)}
