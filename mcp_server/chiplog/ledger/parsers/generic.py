@@ -22,7 +22,7 @@ LOSS = pattern(
     rb"|NaN|-inf)\b",
     b"oss",
 )
-OF_TEST = re.compile(r"(?i)\s*(?:test|val(?:id(?:ation)?)?|eval(?:uation)?)\b")
+OF_TEST = re.compile(r"(?i)\s*(?:test|eval(?:uation)?)\s*:")
 VALIDATION = pattern(
     rb"(?i:\b(?:val(?:idation)?|eval|dev|test)[_/ ]?loss)[\"']?(?: *[=:]+ *| +)(?P<loss>\d[\d.]*(?:[eE][-+]?\d+)?|nan)",
     b"oss",
