@@ -56,13 +56,12 @@ IN_USE = [
 # The last line of a traceback, which may stand behind a rank or a time.
 ERROR = pattern(
     rb"^(?:\[?(?:rank)?\d+\]?[: ]+|\S*\]:? ?)?(?P<words>(?P<name>(?:\w+\.)*[A-Z]\w*"
-    rb"(?:Error|Exception|Interrupt|Exit|Failure|Timeout|OutOfMemory))(?:: [^\n]*)?)$",
-    b"",
+    rb"(?:Error|Exception|Interrupt|Exit|Failure|Timeout|OutOfMemory))(?:: [^\n]*)?)$"
 )
 TRACEBACK = pattern(rb"Traceback \(most recent call last\):", b"Traceback (most")
 IGNORED = re.compile(rb"Exception ignored in|During handling|The above exception was the direct cause")
 FATAL = [
-    pattern(rb"^[^\n]{0,200}\b(?:Segmentation fault|Bus error|Aborted \(core dumped\)|Fatal Python error)[^\n]*", b""),
+    pattern(rb"^[^\n]{0,200}\b(?:Segmentation fault|Bus error|Aborted \(core dumped\)|Fatal Python error)[^\n]*"),
     pattern(rb"^(?:\S+: line \d+: +\d+ )?Killed\b[^\n]*|^slurmstepd: error: [^\n]*(?:Killed|SIGKILL)[^\n]*", b"K"),
     pattern(rb"^\S*: (?:line \d+: )?\S+: (?:command not found|Permission denied|No such file or directory)$", b": "),
     pattern(rb"^\S+\.py: error: [^\n]+|^error: [^\n]+", b"error: "),
@@ -75,14 +74,13 @@ FATAL = [
     pattern(rb"^sbatch: error: [^\n]+|^slurmstepd: error: (?!\*\*\*|_get|[^\n]*oom)[^\n]+", b"error: "),
 ]
 GOOD = [
-    pattern(rb"(?i:\bexit[ _]?(?:code|status))[\"']? ?[=:] ?0\b", b""),
+    pattern(rb"(?i:\bexit[ _]?(?:code|status))[\"']? ?[=:] ?0\b"),
     pattern(rb"exits successfully", b"exits successfully"),
     pattern(rb"^Successfully completed\.", b"Successfully completed."),
     pattern(
         rb"(?i:\b(?:training (?:is )?(?:completed?|finished|done|ended)|finished training|done training|"
         rb"training has (?:been )?(?:completed?|finished)|end of training|fine-?tuning (?:completed?|finished"
-        rb"|done)))\b",
-        b"",
+        rb"|done)))\b"
     ),
 ]
 

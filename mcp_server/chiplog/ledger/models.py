@@ -7,19 +7,25 @@ import re
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.reader import Found, Span, pattern
 
+FAMILIES = (
+    b"llama", b"qwen", b"mistral", b"mixtral", b"gemma", b"phi-", b"pythia", b"falcon", b"opt-", b"bloom", b"gpt-",
+    b"mpt-", b"stablelm", b"granite", b"deepseek", b"yi-", b"olmo", b"smollm", b"vicuna", b"zephyr", b"t5-", b"flan",
+    b"roberta", b"bert-", b"vit-", b"whisper", b"internlm", b"baichuan", b"chatglm",
+)  # fmt: skip
 FAMILY = (
-    rb"(?i:meta-llama|code-?llama|tiny-?llama|llama|qwen|mistral|mixtral|gemma|phi-?\d|pythia|falcon|opt-|bloom|gpt-?[2jn]|gpt-neo|"
-    rb"mpt-|stablelm|granite|deepseek|yi-\d|olmo|smollm|vicuna|zephyr|t5-|flan|roberta|bert-|deberta|vit-|whisper|internlm|baichuan|chatglm)"
+    rb"(?i:(?:meta-|code-?|tiny-?)?llama|qwen|mistral|mixtral|gemma|phi-?\d|pythia|falcon|opt-|bloom|gpt-?[2jn]|mpt-|"
+    rb"stablelm|granite|deepseek|yi-\d|olmo|smollm|vicuna|zephyr|t5-|flan|roberta|(?:de)?bert-|deberta|vit-|whisper|"
+    rb"internlm|baichuan|chatglm)"
 )
 # Where a model is named, the surest first; then any path whose last part is a family's name with a size.
 NAMED = [
     pattern(rb"(?:--)?(?:model_name_or_path|pretrained_model_name_or_path|base_model|model_id|checkpoint_dir)"
-            rb"[\"']?(?:[ =:,]+)[\"']?(?P<model>[\w./~-]+)", b""),
+            rb"[\"']?(?:[ =:,]+)[\"']?(?P<model>[\w./~-]+)", b"model_", b"base_model", b"checkpoint_dir"),
     pattern(rb"\"?_name_or_path\"?: \"(?P<model>[^\"\n]+)\"", b"_name_or_path"),
     pattern(rb"(?i:\bmodel(?:[_ ]?(?:name|path|id))?)[\"']?(?:[=:] *| +)[\"']?(?P<model>"
             rb"[\w./~-]*/?" + FAMILY + rb"[\w.-]*)", b"odel"),
     pattern(rb"models--(?P<model>[\w.-]+?--[\w.-]+)/", b"models--"),
-    pattern(rb"\b(?P<model>" + FAMILY + rb"[\w.-]*\d(?:\.\d+)?[bBmM]\b[\w.-]*)", b""),
+    pattern(rb"\b(?P<model>" + FAMILY + rb"[\w.-]*\d(?:\.\d+)?[bBmM]\b[\w.-]*)", *FAMILIES),
 ]  # fmt: skip
 TOP = 1 << 16  # bytes in which a configuration or a saved model is named
 KNOWN = re.compile(FAMILY.decode())

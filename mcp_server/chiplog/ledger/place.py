@@ -13,39 +13,40 @@ from chiplog.ledger.units import whole
 JOB_ID = [
     pattern(rb"\*\*\* (?:JOB|STEP) (?P<job>\d+)(?:[._]\w+)? (?:STEPD TERMINATED )?ON ", b"*** "),
     pattern(rb"StepId=(?P<job>\d+)", b"StepId="),
-    pattern(rb"(?i:\bslurm[_ ]?job[_ ]?id)[\"']?[ :=]+[\"']?(?P<job>\d+(?:_\d+)?)\b", b""),
-    pattern(rb"(?i:^[^\n]{0,20}\bjob[ _]?id)[\"']?[ :=]+[\"']?(?P<job>\d{3,}(?:_\d+)?)\b", b""),
+    pattern(rb"(?i:\bslurm[_ ]?job[_ ]?id)[\"']?[ :=]+[\"']?(?P<job>\d+(?:_\d+)?)\b", b"slurm"),
+    pattern(rb"(?i:^[^\n]{0,20}\bjob[ _]?id)[\"']?[ :=]+[\"']?(?P<job>\d{3,}(?:_\d+)?)\b", b"job"),
     pattern(rb"^Subject: Job (?P<job>\d+): <", b"Subject: Job "),
     pattern(rb"^Submitted batch job (?P<job>\d+)", b"Submitted batch job "),
 ]
+VENDORS = (b"NVIDIA", b"Tesla", b"GeForce", b"Quadro", b"AMD ")
 GPU = [
     # A row of nvidia-smi's table, then its lists and CSV, then torch's and a library's own words.
-    pattern(rb"^\| +\d+ +(?P<gpu>(?:NVIDIA |Tesla |GeForce |Quadro |AMD )[\w .-]+?) +(?:On|Off|N/A) +\|", b"| "),
+    pattern(rb"^\| +\d+ +(?P<gpu>(?:NVIDIA |Tesla |GeForce |Quadro |AMD )[\w .-]+?) +(?:On|Off|N/A) +\|", *VENDORS),
     pattern(rb"^GPU \d+: (?P<gpu>[^\n(]+?) \(UUID", b"(UUID"),
     pattern(
         rb"\b(?P<gpu>(?:(?:NVIDIA|Tesla|GeForce|Quadro|AMD Instinct) )+(?:RTX |GTX |TITAN |Tesla )*"
         rb"(?:GH|GB|RTX|MI|[AHLVPTKB])-?\d{1,4}\w*(?:[ -](?:SXM\d?|PCIe|PCIE|NVL|Ti|SUPER|Ada Generation|HBM\d\w?|"
-        rb"\d{2,3} ?GB|MIG \d\w\.\d+gb))*)",
-        b"",
-    ),
+        rb"\d{2,3} ?GB|MIG \d\w\.\d+gb))*)", *VENDORS),
     pattern(rb"(?P<gpu>\b(?:RTX ?A?\d{4}(?: ?Ti| SUPER| Ada(?: Generation)?)?|[AHV]\d00-(?:SXM\d?|PCI[Ee]|NVL)"
-            rb"(?:-\d+GB)?))\b", b""),
+            rb"(?:-\d+GB)?))\b", b"RTX", b"00-"),
 ]  # fmt: skip
 N_GPUS = [
-    pattern(rb"(?i:\bworld[_ ]size)[\"']?(?:[:=]| \.+)[ :=.]*[\"']?(?P<n>\d{1,5})\b", b""),
+    pattern(rb"(?i:\bworld[_ ]size)[\"']?(?:[:=]| \.+)[ :=.]*[\"']?(?P<n>\d{1,5})\b", b"world"),
     pattern(rb"\bNum GPUs(?: used)? = (?P<n>\d+)", b"Num GPUs"),
     pattern(rb"\bdist_world_size=(?P<n>\d+)", b"dist_world_size="),
     pattern(rb"(?i:num(?:ber)?[_ ](?:of[_ ])?(?:gpus|devices)|\bgpus?[_ ]count)[\"']?[ :=]+"
-            rb"[\"']?(?P<n>\d{1,4})\b", b""),
+            rb"[\"']?(?P<n>\d{1,4})\b", b"gpu", b"device"),
     pattern(rb"\bWORLD_SIZE[ :=]+(?P<n>\d{1,5})\b", b"WORLD_SIZE"),
 ]  # fmt: skip
 LSF_RUN = pattern(rb"^ *Run time : +(?P<s>\d+) sec\.", b"Run time : ")
-STARTED = pattern(rb"(?i:^[# ]*job[ _]?(?:started|start time|start)(?: at| on)?) *: *(?P<at>[^\n#]+)", b"")
-ENDED = pattern(rb"(?i:^[# ]*job[ _]?(?:ended|finished|completed|end time|end)(?: at| on)?) *: *(?P<at>[^\n#]+)", b"")
+STARTED = pattern(rb"(?i:^[# ]*job[ _]?(?:started|start time|start)(?: at| on)?) *: *(?P<at>[^\n#]+)", b"job")
+ENDED = pattern(
+    rb"(?i:^[# ]*job[ _]?(?:ended|finished|completed|end time|end)(?: at| on)?) *: *(?P<at>[^\n#]+)", b"job"
+)
 CANCELLED = pattern(rb"CANCELLED AT (?P<at>[\dT:-]{19})", b" CANCELLED AT ")
 SMI_MEMORY = pattern(rb"\| +(?P<used>\d+)MiB / +\d+MiB +\|", b"MiB / ")
 WORKED = 100  # MiB on a card that stand for a job
-SMI_ROW = pattern(rb"^\| +(?P<id>\d+) +(?:NVIDIA|Tesla|GeForce|Quadro|AMD)[\w .-]+? +(?:On|Off|N/A) +\|", b"| ")
+SMI_ROW = pattern(rb"^\| +(?P<id>\d+) +(?:NVIDIA|Tesla|GeForce|Quadro|AMD)[\w .-]+? +(?:On|Off|N/A) +\|", *VENDORS)
 SMI_LIST = pattern(rb"^GPU (?P<id>\d+): [^\n]+\(UUID", b"(UUID")
 
 

@@ -31,16 +31,22 @@ _PLAIN = bytes.maketrans(b"\r\0\x08\x0b\x0c", b"\n    ")
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """What to look for: a regular expression over bytes, and words without which it cannot match."""
+    """What to look for: a regular expression over bytes, and words of which one must be there for it to match."""
 
     regex: re.Pattern[bytes]
-    hint: bytes
+    hints: tuple[bytes, ...]
+    folded: bool  # whether the words are sought in small letters
 
 
 @cache
-def pattern(regex: bytes, hint: bytes = b"") -> Pattern:
-    """`^` and `$` are the ends of lines; without the bytes of `hint` in a block, the block is passed over."""
-    return Pattern(re.compile(regex, re.MULTILINE), hint)
+def pattern(regex: bytes, *hints: bytes) -> Pattern:
+    """`^` and `$` are the ends of lines; a block without any of the hints is passed over.
+
+    Where the expression ignores case, so do the hints, which then are in small letters.
+    """
+    folded = b"(?i" in regex
+    assert not folded or all(hint == hint.lower() for hint in hints), regex
+    return Pattern(re.compile(regex, re.MULTILINE), hints, folded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +159,12 @@ class Span:
             stop = start
         return None
 
-    def near(self, wanted: Pattern) -> list[Found]:
-        """All matches near either end, in their order."""
-        if len(self) <= 2 * EDGE:
+    def near(self, wanted: Pattern, edge: int = EDGE) -> list[Found]:
+        """All matches in so many bytes at either end, in their order."""
+        if len(self) <= 2 * edge:
             return list(self.all(wanted))
-        early = self._forward(wanted, self.start, self.start + EDGE)
-        return [*early, *self._forward(wanted, self.stop - EDGE, self.stop)]
+        early = self._forward(wanted, self.start, self.start + edge)
+        return [*early, *self._forward(wanted, self.stop - edge, self.stop)]
 
     def all(self, wanted: Pattern) -> Iterator[Found]:
         """Every match; reads all of it."""
@@ -181,7 +187,8 @@ class Span:
             end = min(at + BLOCK, stop)
             lead = 1 if at > 0 else 0  # so that ^ is the start of a line and not of a block
             text = self.log.text(at - lead, min(end + OVERLAP, self.stop))
-            if wanted.hint in text:
+            searched = text.lower() if wanted.folded and wanted.hints else text
+            if not wanted.hints or any(hint in searched for hint in wanted.hints):
                 for match in wanted.regex.finditer(text, max(lead, after - at + lead)):
                     offset = at - lead + match.start()
                     if offset >= end:

@@ -13,8 +13,7 @@ from chiplog.ledger.units import number, seconds, whole
 STEP = pattern(
     rb"\[ *(?P<in>\d+)/(?P<of>\d+)\]|(?i:\b(?:global[_ ]?step|training[_ ]step|train[_ ]step|completed step"
     rb"|steps?|iter(?:ation)?s?|it|batch|update))"
-    rb"[\"']?(?: *[=:#\[(|-] *| +)\[? *(?P<step>\d[\d,]*)(?: *(?:/|of) *(?P<total>\d[\d,]*))?",
-    b"",
+    rb"[\"']?(?: *[=:#\[(|-] *| +)\[? *(?P<step>\d[\d,]*)(?: *(?:/|of) *(?P<total>\d[\d,]*))?"
 )
 LOSS = pattern(
     rb"(?i:(?<![\w/-])(?:actor/|train/)?(?:(?:train(?:ing)?|avg|mean|running|total|lm|ce|sft)[_/ ]?)*loss)"
@@ -49,10 +48,11 @@ NAMED_MEMORY = pattern(
 )
 MEMORY = pattern(rb"(?i:(?:peak|max(?:imum)?)[_ ](?:gpu[_ ])?(?:mem(?:ory)?)(?:[_ ](?P<kind>alloc"
                  rb"(?:ated)?|reserved|active))?(?:[_ ]usage)?)"
-                 rb"[^\d\n]{0,25}(?P<size>[\d.]+) ?(?P<unit>[MG]i?B)", b"")  # fmt: skip
+                 rb"[^\d\n]{0,25}(?P<size>[\d.]+) ?(?P<unit>[MG]i?B)")  # fmt: skip
 RATE = pattern(
-    rb"(?i:tokens?(?:/s(?:ec(?:ond)?)?|_per_sec(?:ond)?)(?P<scope>/(?:device|gpu))?)[\"']?[=: ]+(?P<rate>[\d.,]+)", b""
+    rb"(?i:tokens?(?:/s(?:ec(?:ond)?)?|_per_sec(?:ond)?)(?P<scope>/(?:device|gpu))?)[\"']?[=: ]+(?P<rate>[\d.,]+)"
 )
+BESIDE = 400  # bytes from a loss in which its step is named
 KIND = {"reserved": "reserved", "active": "active"}
 
 
@@ -104,7 +104,7 @@ def epochs(draft: Draft, span: Span) -> None:
 def steps(draft: Draft, span: Span) -> None:
     """The last step that is named beside a loss, and how many are planned."""
     last = span.last(LOSS)
-    near = [f for f in span.near(STEP) if last and abs(f.offset - last.offset) < 400]
+    near = list(span.after(last.offset - BESIDE).before(last.offset + BESIDE).all(STEP)) if last else []
     if near:
         found = near[-1]
         if draft.default("steps", whole(found.get("step") or found.get("in")), found):

@@ -7,7 +7,7 @@ import statistics
 
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.parsers.deepspeed import SPEED
-from chiplog.ledger.reader import LogReader, Span, pattern
+from chiplog.ledger.reader import BLOCK, LogReader, Span, pattern
 from chiplog.ledger.units import number, whole
 
 ITERATION = pattern(rb"iteration +(?P<step>\d+)/ *(?P<total>\d+) \|(?P<rest>[^\n]*)", b"iteration ")
@@ -76,7 +76,7 @@ def _run(span: Span) -> Draft:
         draft.set("loss_last", number(other["loss"]), other)
     if found := span.last(BATCH):
         draft.set("batch_size", whole(found["n"]), found)
-    times = [(number(f["time"]) or 0.0) / (1000 if f["unit"] == "ms" else 1) for f in span.near(ELAPSED)]
+    times = [(number(f["time"]) or 0.0) / (1000 if f["unit"] == "ms" else 1) for f in span.near(ELAPSED, BLOCK)]
     times = [time for time in times if time > 0]
     if times:
         draft.set("steps_per_s", 1 / statistics.median(times[-max(1, len(times) // 4) :]))  # batches may ramp up

@@ -45,8 +45,7 @@ NOTEBOOK = pattern(  # the table that a notebook shows
 RESUMED = pattern(rb"Continuing training from global step (?P<step>\d+)", b"Continuing training from global step")
 ARGUMENT = pattern(
     rb"^ *(?P<key>per_device_train_batch_size|gradient_accumulation_steps|num_train_epochs|max_steps|model_max_length|"
-    rb"max_seq_length|bf16|fp16|lora_r|lora_rank|seed)[\"']?[=:] ?(?P<value>[\w.+-]+),?$",
-    b"",
+    rb"max_seq_length|bf16|fp16|lora_r|lora_rank|seed)[\"']?[=:] ?(?P<value>[\w.+-]+),?$"
 )
 ARGUMENT_NAMES = {
     "per_device_train_batch_size": "micro_batch_size", "gradient_accumulation_steps": "grad_accum",
@@ -64,7 +63,7 @@ WANDB_NAMES = {
     "epoch": "epoch", "global_step": "steps", "loss": "loss_last", "train_loss": "loss_mean",
     "train_runtime": "train_s",
 }  # fmt: skip
-CHECKPOINT = pattern(rb"\b(?:checkpoint-|global_step)(?P<step>\d+)\b", b"")
+CHECKPOINT = pattern(rb"\b(?:checkpoint-|global_step)(?P<step>\d+)\b")
 
 
 def sniff(head: bytes, tail: bytes) -> float:
