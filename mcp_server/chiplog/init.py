@@ -9,8 +9,9 @@ from chiplog.answers import Answer
 from chiplog.bundle import bundle
 from chiplog.checks import Check, failed, passed, warning
 from chiplog.checks.lookup import list_models
-from chiplog.engines.local import available_cpus, available_gpus
+from chiplog.engines.local import available_gpus
 from chiplog.files import write_atomic
+from chiplog.machine import available_cpus
 from chiplog.settings import FILE_NAME, Settings, find_workspace, load_settings
 
 

@@ -17,10 +17,11 @@ from chiplog.checks import Check, Report, warning
 from chiplog.checks.dataset import DatasetReport, check_dataset
 from chiplog.checks.lookup import resolve_dataset, resolve_model
 from chiplog.checks.model import ModelReport, check_model
-from chiplog.engines.local import available_cpus, available_gpus, gpu_name
+from chiplog.engines.local import available_gpus, gpu_name
 from chiplog.errors import NotFoundError, PlanError
 from chiplog.estimate import NAMED, Estimate, RunEstimate, estimate_run, workload
 from chiplog.ledger import Ledger
+from chiplog.machine import available_cpus
 from chiplog.plan import Experiment, Plan, Run, Value, expand, parse_plan
 from chiplog.recipes import choose_recipe, load_recipe, manual
 from chiplog.record import Record

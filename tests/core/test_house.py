@@ -18,6 +18,7 @@ ORDER = [
     "schema",
     "files",
     "home",
+    "machine",
     "text",
     "settings",
     "bundle",

@@ -10,8 +10,8 @@ import pytest
 
 from chiplog.engines import Job, LocalEngine
 from chiplog.engines.job import read_options, seconds
-from chiplog.engines.local import available_cpus
 from chiplog.errors import EngineError
+from chiplog.machine import available_cpus
 from chiplog.record import State
 
 

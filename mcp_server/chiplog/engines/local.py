@@ -21,6 +21,7 @@ from typing import Any
 from chiplog.engines.job import Job, Options, read_options
 from chiplog.errors import EngineError
 from chiplog.home import home
+from chiplog.machine import available_cpus
 from chiplog.record import State
 
 _SCHEMA = """
@@ -170,11 +171,6 @@ def _withdraw(queue: sqlite3.Connection, which: str, values: Sequence[Any]) -> N
 def _job(row: sqlite3.Row) -> Job:
     fields = ("reason", "exit_code", "restarts", "submitted", "started", "ended", "name")
     return Job(id=str(row["id"]), state=State(row["state"]), log=Path(row["log"]), **{f: row[f] for f in fields})
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_gpus() -> list[str]:

@@ -19,7 +19,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from chiplog.engines.local import LocalEngine, available_cpus, available_gpus, group_alive, kill_group, utc_now
+from chiplog.engines.local import LocalEngine, available_gpus, group_alive, kill_group, utc_now
+from chiplog.machine import available_cpus
 from chiplog.record import State
 
 POLL_S = 0.2

@@ -59,7 +59,6 @@ ERROR = pattern(
     rb"(?:Error|Exception|Interrupt|Exit|Failure|Timeout|OutOfMemory))(?:: [^\n]*)?)$"
 )
 TRACEBACK = pattern(rb"Traceback \(most recent call last\):", b"Traceback (most")
-IGNORED = re.compile(rb"Exception ignored in|During handling|The above exception was the direct cause")
 FATAL = [
     pattern(rb"^[^\n]{0,200}\b(?:Segmentation fault|Bus error|Aborted \(core dumped\)|Fatal Python error)[^\n]*"),
     pattern(rb"^(?:\S+: line \d+: +\d+ )?Killed\b[^\n]*|^slurmstepd: error: [^\n]*(?:Killed|SIGKILL)[^\n]*", b"K"),

@@ -25,6 +25,11 @@ SUREST = [
     State.TIMEOUT, State.PREEMPTED, State.NODE_FAIL, State.OUT_OF_MEMORY, State.CANCELLED, State.FAILED,
     State.COMPLETED, State.INCOMPLETE, State.UNKNOWN,
 ]  # fmt: skip
+UNSAID = (State.INCOMPLETE, State.UNKNOWN)
+# Of a log that grew, what its first part said for good, and what is joined figure by figure.
+KEPT = {"loss_first", "resumed_from", "device", "gpus", "resumed", "n_params"}
+JOINED = {"val_losses", "checkpoint_s", "peak_mem_bytes", "mem_kind"}
+RECORD_KEPT = {"key", "usage", "config", "evidence", "logs", "version", "attempt", "framework", "model", "started"}
 
 
 @cache
@@ -35,24 +40,21 @@ def all_parsers() -> list[ModuleType]:
 
 
 class Parsed(NamedTuple):
-    """The runs in a log, in their order, and the byte after the last whole line."""
+    """The runs in a log, in their order, the byte after the last whole line, and which parser read it."""
 
     records: list[Record]
     read_to: int
+    parser: str
 
 
 def parse_log(path: Path, start: int = 0, parser: str | None = None) -> Parsed:
     """Reads a log from byte `start` on, by the named parser or the surest. Raises RecordError if it cannot."""
     with LogReader(path, start) as log:
-        records = [draft.record(_key(path, number)) for number, draft in enumerate(drafts(log, parser))]
-        last_line = log.text(max(start, log.size - OVERLAP), log.size).rfind(b"\n")
-        return Parsed(records, max(start, log.size - OVERLAP) + last_line + 1 if last_line >= 0 else start)
-
-
-def parser_name(path: Path) -> str:
-    """Name of the parser that is surest of a log. Raises RecordError where it cannot be read."""
-    with LogReader(path) as log:
-        return _surest(log).__name__.rpartition(".")[2]
+        module = next((m for m in all_parsers() if _name(m) == parser), None) or _surest(log)
+        records = [draft.record(_key(path, number)) for number, draft in enumerate(drafts(log, module))]
+        end = max(start, log.size - OVERLAP)
+        last_line = log.text(end, log.size).rfind(b"\n")
+        return Parsed(records, end + last_line + 1 if last_line >= 0 else start, _name(module))
 
 
 def continued(before: Sequence[Record], after: Sequence[Record]) -> list[Record]:
@@ -62,12 +64,8 @@ def continued(before: Sequence[Record], after: Sequence[Record]) -> list[Record]
     *earlier, last = before
     going_on, *new = after
     usage = {key: value for key, value in last.usage if value is not None}
-    later = {key: value for key, value in going_on.usage if value is not None and not (key in KEPT and key in usage)}
-    usage |= {
-        key: value
-        for key, value in later.items()
-        if key not in ("val_losses", "checkpoint_s", "peak_mem_bytes", "mem_kind")
-    }
+    settled = JOINED | (KEPT & usage.keys())
+    usage |= {key: value for key, value in going_on.usage if value is not None and key not in settled}
     usage["val_losses"] = [*last.usage.val_losses, *going_on.usage.val_losses]
     if saved := going_on.usage.checkpoint_s:
         usage["checkpoint_s"] = saved + (last.usage.checkpoint_s or 0.0)
@@ -96,11 +94,6 @@ def continued(before: Sequence[Record], after: Sequence[Record]) -> list[Record]
     return [*earlier, merged, *(r.model_copy(update={"key": _renumbered(r.key, len(before))}) for r in new)]
 
 
-UNSAID = (State.INCOMPLETE, State.UNKNOWN)
-KEPT = {"loss_first", "resumed_from", "device", "gpus", "resumed", "n_params"}
-RECORD_KEPT = {"key", "usage", "config", "evidence", "logs", "version", "attempt", "framework", "model", "started"}
-
-
 def _renumbered(key: str, before: int) -> str:
     name, _, number = key.rpartition(":")
     return f"{name}:{int(number) + before - 1}"
@@ -117,9 +110,8 @@ def parse_job(paths: Sequence[Path]) -> list[Record]:
     return [*earlier, last]
 
 
-def drafts(log: LogReader, name: str | None = None) -> list[Draft]:
-    """The runs as the surest parser reads them, or the named one, with where they ran and how they ended."""
-    module = next((m for m in all_parsers() if m.__name__.rpartition(".")[2] == name), None) or _surest(log)
+def drafts(log: LogReader, module: ModuleType) -> list[Draft]:
+    """The runs as a parser reads them, with where they ran and how they ended."""
     found: list[Draft] = module.parse(log)
     for draft in found:
         place(draft, draft.span)
@@ -129,6 +121,10 @@ def drafts(log: LogReader, name: str | None = None) -> list[Draft]:
     if found and found[-1].get("elapsed_s") is None:
         report(found[-1])  # seff, which some epilogues print at the end of the job's own log
     return found
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
 
 
 def _surest(log: LogReader) -> ModuleType:

@@ -120,13 +120,6 @@ class LogReader:
             self._blocks[number] = _plain(read)
         return self._blocks[number]
 
-    def line_at(self, offset: int) -> str:
-        """The line that holds this byte, cut to a length that can be shown."""
-        before = self.text(offset - LINE, offset)
-        after = self.text(offset, offset + LINE)
-        line = before[before.rfind(b"\n") + 1 :] + after.partition(b"\n")[0]
-        return line.decode(errors="replace").strip()[:LINE]
-
 
 class Span:
     """A part of a log, mostly one run."""

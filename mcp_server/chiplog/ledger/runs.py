@@ -6,11 +6,11 @@ import itertools
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from chiplog.ledger.bars import Bar
 from chiplog.ledger.draft import Draft
-from chiplog.ledger.reader import Found, Pattern, Span, pattern
+from chiplog.ledger.reader import Pattern, Span, pattern
 from chiplog.ledger.units import number
 
 OTHER_WORK = re.compile(
@@ -117,8 +117,3 @@ def distinct(span: Span, starts: Sequence[int]) -> list[int]:
         if between is None or any(between.last(sign) for sign in WORK):
             kept.append(start)
     return kept
-
-
-def latest(found: Iterable[Found | None]) -> Found | None:
-    """The one that stands last."""
-    return max((one for one in found if one), key=lambda one: one.offset, default=None)

@@ -19,8 +19,9 @@ from typing import NamedTuple
 from pydantic import Field
 
 from chiplog.errors import RecordError
-from chiplog.ledger.parse import continued, parse_log, parser_name
+from chiplog.ledger.parse import continued, parse_log
 from chiplog.ledger.store import Ledger, Seen
+from chiplog.machine import available_cpus
 from chiplog.record import Record
 from chiplog.schema import Frozen
 
@@ -59,7 +60,7 @@ def scan(roots: Sequence[Path], ledger: Ledger, progress: Progress = None, worke
     absent = [path for path, seen in known.items() if path not in there and not seen.gone]
     gone = [path for path in absent if any(path == root or path.startswith(root + os.sep) for root in within)]
     runs, done, errors = 0, 0, []
-    for batch in _read_all(work, workers if workers is not None else _cores()):
+    for batch in _read_all(work, workers if workers is not None else available_cpus()):
         read = [(seen, _joined(ledger, seen, old, records)) for seen, old, records in batch]
         ledger.put_logs(read)
         runs += sum(len(records) for _, records in read)
@@ -151,15 +152,12 @@ def _read(found: Found, old: Seen | None) -> tuple[Seen, Seen | None, list[Recor
         old is not None and not old.error and old.inode == found.inode and found.size > old.size and bool(old.parser)
     )
     grown = grown and path.suffix != ".gz"
-    start = old.read_to if old and grown else 0
     try:
-        parser = old.parser if old and grown else parser_name(path)
-        records, read_to = parse_log(path, start, parser)
-        error = None
+        parsed = parse_log(path, old.read_to, old.parser) if old and grown else parse_log(path)
     except RecordError as wrong:
-        records, read_to, parser, error = [], 0, None, str(wrong)
-    seen = Seen(**found._asdict(), read_to=read_to, parser=parser, error=error)
-    return seen, old if grown else None, records
+        return Seen(**found._asdict(), read_to=0, error=str(wrong)), None, []
+    seen = Seen(**found._asdict(), read_to=parsed.read_to, parser=parsed.parser)
+    return seen, old if grown else None, parsed.records
 
 
 def _joined(ledger: Ledger, seen: Seen, old: Seen | None, records: list[Record]) -> list[Record]:
@@ -168,10 +166,6 @@ def _joined(ledger: Ledger, seen: Seen, old: Seen | None, records: list[Record])
         return records
     before = ledger.of_file(seen.path)
     return continued(before, records)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def redacted(records: Iterable[Record]) -> Iterator[Record]:

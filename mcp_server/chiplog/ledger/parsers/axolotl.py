@@ -20,7 +20,6 @@ NAMES = {
     "sequence_len": "max_seq_len", "micro_batch_size": "micro_batch_size", "gradient_accumulation_steps": "grad_accum",
     "lora_r": "lora_rank", "num_epochs": "epochs",
 }  # fmt: skip
-USED = pattern(rb"GPU memory usage [^:\n]*: *(?P<size>[\d.]+ ?GB) ", b"GPU memory usage")
 
 
 def sniff(head: bytes, tail: bytes) -> float:

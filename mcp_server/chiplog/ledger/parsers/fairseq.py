@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.reader import LogReader, pattern
-from chiplog.ledger.runs import take_speed
+from chiplog.ledger.runs import take_losses, take_speed
 from chiplog.ledger.units import number, whole
 
 LOSS = pattern(
@@ -26,11 +26,7 @@ def sniff(head: bytes, tail: bytes) -> float:
 
 def parse(log: LogReader) -> list[Draft]:
     span, draft = log.whole, Draft(log.whole, "fairseq")
-    first, last = span.first(LOSS), span.last(LOSS)
-    if first and last:
-        draft.set("loss_first", number(first["loss"]), first)
-        draft.set("loss_last", number(last["loss"]), last)
-        draft.worked(last)
+    take_losses(draft, span, LOSS)
     if found := span.last(UPDATES):
         draft.set("steps", whole(found["step"]), found)
     if found := span.last(EPOCH):

@@ -7,6 +7,7 @@ import statistics
 
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.reader import LogReader, pattern
+from chiplog.ledger.runs import take_losses
 from chiplog.ledger.units import number
 
 EPOCH = pattern(rb"^Epoch (?P<epoch>\d+)/(?P<epochs>\d+)", b"Epoch ")
@@ -46,9 +47,6 @@ def parse(log: LogReader) -> list[Draft]:
     paces = [float(f["done"]) / float(f["elapsed"]) for f in span.near(BATCH) if int(f["elapsed"]) >= EXACT]
     if paces:
         draft.set("mean_steps_per_s", statistics.fmean(paces), batch)
-    if first := span.first(LOSS):
-        draft.set("loss_first", number(first["loss"]), first)
-    if last := span.last(LOSS):
-        draft.set("loss_last", number(last["loss"]), last)
+    take_losses(draft, span, LOSS)
     draft.set("val_losses", [v for f in span.all(VALIDATION) if (v := number(f["loss"])) is not None] or None)
     return [draft]

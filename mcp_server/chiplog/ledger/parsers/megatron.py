@@ -8,6 +8,7 @@ import statistics
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.parsers.deepspeed import SPEED
 from chiplog.ledger.reader import BLOCK, LogReader, Span, pattern
+from chiplog.ledger.runs import take_losses
 from chiplog.ledger.units import number, whole
 
 ITERATION = pattern(rb"iteration +(?P<step>\d+)/ *(?P<total>\d+) \|(?P<rest>[^\n]*)", b"iteration ")
@@ -18,7 +19,6 @@ ELAPSED = pattern(
 )
 LOSS = pattern(rb"iteration +\d+/ *\d+ \|[^\n]*?\b(?:lm|train(?:ing)?|total)[ _]loss: (?P<loss>[\w.+-]+)", b" loss: ")
 BATCH = pattern(rb"iteration +\d+/[^\n]*?global batch size: +(?P<n>\d+)", b"global batch size: ")
-SAMPLES = pattern(rb"iteration +\d+/[^\n]*?consumed samples: +(?P<n>\d+)", b"consumed samples: ")
 VALIDATION = pattern(
     rb"valid(?:ation)? loss at (?:iteration (?P<step>\d+))?[^|\n]*\| lm loss value: (?P<loss>[\w.+-]+)",
     b"lm loss value: ",
@@ -71,9 +71,7 @@ def _run(span: Span) -> Draft:
         draft.worked(last)
     if found := span.first(RESUMED):
         draft.set("resumed_from", whole(found["step"]), found)
-    if (one := span.first(LOSS)) and (other := span.last(LOSS)):
-        draft.set("loss_first", number(one["loss"]), one)
-        draft.set("loss_last", number(other["loss"]), other)
+    take_losses(draft, span, LOSS)
     if found := span.last(BATCH):
         draft.set("batch_size", whole(found["n"]), found)
     times = [(number(f["time"]) or 0.0) / (1000 if f["unit"] == "ms" else 1) for f in span.near(ELAPSED, BLOCK)]

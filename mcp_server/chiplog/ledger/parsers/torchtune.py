@@ -17,7 +17,6 @@ from chiplog.ledger.reader import Found, LogReader, Span, pattern
 from chiplog.ledger.runs import steady, take_speed
 from chiplog.ledger.units import number, whole
 
-START = pattern(rb"Running (?P<recipe>\w+)(?: with resolved config)?:? *(?:with resolved config)?:?$", b"Running ")
 CONFIG_START = pattern(rb"[Rr]unning (?P<recipe>\w+) with resolved config:", b"with resolved config:")
 LABEL = re.compile(r"(?P<epoch>\d+)\|(?P<step>\d+)\|Loss: (?P<loss>-?[\w.+-]+)")
 MEMORY = pattern(
@@ -28,7 +27,6 @@ SAVED = pattern(
     rb"(?:Checkpoint saved in|[Ss]aving checkpoint took) (?P<seconds>[\d.]+) (?:seconds|secs)", b"heckpoint"
 )
 WANDB = pattern(rb"^wandb: +(?P<key>[\w/.]+) +(?P<value>-?[\d.e+-]+|nan|inf)$", b"wandb: ")
-TIMED = pattern(rb"^(?P<at>\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d)", b":")
 KIND = {"allocation": "allocated", "alloc": "allocated", "active": "active", "reserved": "reserved"}
 SETTINGS = {  # of the resolved configuration; torchtune's batch_size is one forward pass
     "epochs": "epochs", "max_steps_per_epoch": "max_steps_per_epoch", "gradient_accumulation_steps": "grad_accum",
