@@ -13,8 +13,9 @@ from chiplog.diagnosis import diagnose
 from chiplog.errors import ConfirmationNeeded, NotFoundError
 from chiplog.ledger import Ledger
 from chiplog.ledger.parse import parse_job
-from chiplog.ledger.scan import Progress, redacted, scan
+from chiplog.ledger.scan import redacted, scan
 from chiplog.record import Record, State, read_records, write_records
+from chiplog.schema import Progress
 from chiplog.settings import Settings, load_settings
 from chiplog.tables import markdown
 from chiplog.text import duration, size
@@ -31,7 +32,7 @@ def scan_logs(
         list[str] | None,
         Field(description="Files, folders or globs; null: [paths] logs of chiplog.toml and the experiments."),
     ] = None,
-    progress: Progress = None,
+    progress: Progress | None = None,
 ) -> ScanAnswer:
     """Reads logs of past runs into the ledger: any framework, new and changed files only."""
     settings = load_settings()

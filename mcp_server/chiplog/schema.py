@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+# What long work calls now and then: how much is done, of how much (null: not known), and of what.
+Progress = Callable[[float, float | None, str], None]
 
 
 class Frozen(BaseModel):

@@ -14,28 +14,19 @@ from pydantic import Field
 
 from chiplog import collect as collecting
 from chiplog import planning, running
-from chiplog import studies as study_commands
 from chiplog.answers import (
     CancelAnswer,
-    CreatedAnswer,
-    DatasetAnswer,
-    ModelAnswer,
     PlanAnswer,
     PlanRow,
     RecordsAnswer,
     SetupAnswer,
     StatusAnswer,
-    StudiesAnswer,
     SubmitAnswer,
     SummaryAnswer,
 )
-from chiplog.bundle import study_folder
-from chiplog.checks import Check, Report
-from chiplog.checks.dataset import check_dataset as inspect_dataset
-from chiplog.checks.lookup import resolve_model
-from chiplog.checks.model import check_model as inspect_model
 from chiplog.errors import ChiplogError, ConfirmationNeeded, in_words
 from chiplog.folder import ExperimentFolder, find_experiment
+from chiplog.inputs import check_dataset, check_model, check_words, create_dataset, list_studies
 from chiplog.ledger import Ledger
 from chiplog.past_runs import (
     diagnose_run,
@@ -52,81 +43,17 @@ from chiplog.recipes import manual
 from chiplog.record import State
 from chiplog.render import refuse_credentials, render, write_experiment
 from chiplog.report import write_summary
+from chiplog.schema import Progress
 from chiplog.settings import load_settings
 from chiplog.summary import summarize
 from chiplog.tables import bullets, cut_note, listed, plan_table, probe_words, span, summary_table, totals_words
 from chiplog.text import duration
 
-Progress = Callable[[float, float | None, str], None] | None
 Name = Annotated[str, Field(description="Name of the experiment (its date may be left out), or its folder.")]
 Confirm = Annotated[bool, Field(description="Set once the user has agreed.")]
 Limit = Annotated[int, Field(ge=1, le=1000, description="Rows to answer with at most.")]
 Runs = Annotated[list[str] | None, Field(description="Only these runs; null: all.")]
 LISTED = 20
-
-
-def list_studies() -> StudiesAnswer:
-    """Lists the studies that come with chiplog or stand in the workspace's tasks/, with their plans."""
-    found = study_commands.list_studies()
-    lines = [f"{study.name}: {study.about} Plans: {', '.join(study.plans) or 'none'}." for study in found]
-    return StudiesAnswer(
-        summary="\n".join(lines) or "There is no study: plan with your own model and data.",
-        next=["plan_experiment(study=..., plan=...) plans one of them"],
-        studies=found,
-    )
-
-
-def check_dataset(
-    path: Annotated[str, Field(description="File or folder of the data set, or its name under the data folders.")],
-    model: Annotated[str | None, Field(description="Model whose tokenizer counts the tokens.")] = None,
-    system_prompt: Annotated[str | None, Field(description="What is put before every sample.")] = None,
-    prompt: Annotated[str, Field(description="What the user says; {input} is the sample's input.")] = "{input}",
-    progress: Progress = None,
-) -> DatasetAnswer:
-    """Checks a data set: splits, rows, shape, empty and duplicate rows, leaks between splits, token counts."""
-    settings = load_settings()
-    file = planning.find_dataset(path, settings)
-    tokenizer = settings.allowed(resolve_model(model, settings.model_roots, settings.workspace)) if model else None
-    report = inspect_dataset(file, model=tokenizer, system_prompt=system_prompt, prompt=prompt, progress=progress)
-    splits = ", ".join(
-        f"{name} {split.rows} rows" + (f" and {split.tokens.total} tokens" if split.tokens else "")
-        for name, split in report.splits.items()
-    )
-    head = f"{file.name} is {'usable' if report.ok else 'not usable as it is'}: {splits or 'no split'}."
-    return DatasetAnswer(summary=_with_checks(head, report), ok=report.ok, report=report)
-
-
-def check_model(
-    name: Annotated[str, Field(description="Folder of the model, or its name under the model folders.")],
-    needs_chat: Annotated[bool, Field(description="Whether its chat template is needed.")] = True,
-) -> ModelAnswer:
-    """Checks a model folder: configuration, every weight file whole, tokenizer, chat template, parameter count."""
-    settings = load_settings()
-    folder = settings.allowed(resolve_model(name, settings.model_roots, settings.workspace))
-    report = inspect_model(folder, needs_chat=needs_chat)
-    params = f"{report.n_params:,} parameters" if report.n_params else "parameters not counted"
-    head = f"{folder.name} is {'usable' if report.ok else 'not usable as it is'}: {report.model_type}, {params}."
-    return ModelAnswer(summary=_with_checks(head, report), ok=report.ok, report=report)
-
-
-def create_dataset(
-    study: Annotated[str, Field(description="Study whose generator makes the data.")],
-    options: Annotated[dict[str, Value], Field(description="Options of the generator, such as words_len: 5.")],
-) -> CreatedAnswer:
-    """Makes a study's data set from a seed: the same options give the same bytes."""
-    settings = load_settings()
-    study_commands.check_options(options)
-    study_folder(study)  # so that its name is a folder under tasks/ and nothing else
-    out = settings.allowed(settings.workspace / "tasks" / study / "input")
-    made = study_commands.run_command(study, "data.py", {**options, "out": str(out)})
-    rows = ", ".join(f"{name} {count}" for name, count in made["rows"].items())
-    return CreatedAnswer(
-        summary=f"{made['path']}: {rows} rows, sha256 {made['sha256'][:12]}.",
-        next=["check_dataset looks at it", "plan_experiment plans with it"],
-        path=made["path"],
-        rows=made["rows"],
-        sha256=made["sha256"],
-    )
 
 
 def plan_experiment(
@@ -161,7 +88,7 @@ def plan_experiment(
     time_limit_s: Annotated[int | None, Field(ge=1, description="Seconds after which a run is ended.")] = None,
     limit: Limit = 50,
     confirm: Confirm = False,
-    progress: Progress = None,
+    progress: Progress | None = None,
 ) -> PlanAnswer:
     """Plans an experiment: checks data and models, names the runs, estimates them from past runs, writes plan.yaml."""
     settings = load_settings()
@@ -177,7 +104,7 @@ def plan_experiment(
     lines = [planned.plan.question, "", table, cut_note(len(planned.rows), limit), totals_words(totals)]
     if totals.controls:
         lines.append("A control is the base model, evaluated without fine-tuning; it has no training job.")
-    lines += [f"warning: {_check_words(check)}" for check in planned.warnings] + probe_words(planned.rows)
+    lines += [f"warning: {check_words(check)}" for check in planned.warnings] + probe_words(planned.rows)
     return PlanAnswer(
         summary="\n".join(line for line in lines if line is not None),
         next=[f"show the table to the user, then setup_experiment_dirs(experiment={planned.plan.name!r})"],
@@ -185,7 +112,7 @@ def plan_experiment(
         experiment=planned.plan.name,
         rows=[_plan_row(row) for row in planned.rows[:limit]],
         totals=totals,
-        warnings=[_check_words(check) for check in planned.warnings],
+        warnings=[check_words(check) for check in planned.warnings],
     )
 
 
@@ -259,7 +186,7 @@ def experiment_status(
     lines: Annotated[int, Field(ge=1, le=500, description="How many lines of the log.")] = 20,
     wait_s: Annotated[float, Field(ge=0, le=600, description="Seconds to wait for the jobs to end.")] = 0,
     limit: Limit = 50,
-    progress: Progress = None,
+    progress: Progress | None = None,
 ) -> StatusAnswer:
     """How the runs stand: state, step, loss, time left; with log_of the end of a log. Can wait for the jobs to end."""
     folder = find_experiment(experiment, load_settings())
@@ -388,14 +315,6 @@ def _status_words(row: running.RunStatus) -> str:
     if row.reason and (not row.state or row.state.ended):
         parts.append(row.reason)
     return ", ".join(parts)
-
-
-def _with_checks(head: str, report: Report) -> str:
-    return "\n".join([head, *(f"{check.level}: {_check_words(check)}" for check in report.problems)])
-
-
-def _check_words(check: Check) -> str:
-    return f"{check.subject}: {check.found}. {check.mend}"
 
 
 class Tool(NamedTuple):

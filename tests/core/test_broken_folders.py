@@ -17,8 +17,7 @@ import pytest
 from chiplog import running, tools
 from chiplog.collect import collect
 from chiplog.engines import LocalEngine, engine_for
-from chiplog.engines.job import read_options
-from chiplog.errors import ChiplogError, EngineError, NotFoundError, RecordError, RenderError, SettingsError
+from chiplog.errors import ChiplogError, EngineError, NotFoundError, RecordError, RenderError
 from chiplog.folder import ExperimentFolder, Submission, find_experiment
 from chiplog.ledger import Ledger
 from chiplog.ledger.metrics import read_events, read_scores, train_usage
@@ -192,43 +191,11 @@ def test_an_engine_that_is_not_there_is_named(folder: ExperimentFolder):
         engine_for("\0")
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        (b"--cpus-per-task=abc", "is no number of CPUs"),
-        (b"--cpus-per-task=0", "is no number of CPUs"),
-        (b"--cpus-per-task", "is no number of CPUs"),
-        (b'--job-name="open', "No closing quotation"),
-        (b"--job-name=\xff", "can't decode"),
-        (b"--job-name=a\0b", "is no name"),
-        (b"--output=", "is no name"),
-        (b"--time=soon", "is no time"),
-        (b"--time=99999999999999999999", "is no time"),
-        (b"--gres=gpu:many", "is no number of GPUs"),
-        (b"--gres=2", "is no number of GPUs"),
-        (b"--gpus=a100:x", "is no number of GPUs"),
-    ],
-)
-def test_an_option_that_a_person_broke_is_named_by_file_and_line(tmp_path: Path, line: bytes, words: str):
-    (tmp_path / "run.sbatch").write_bytes(b"#!/bin/bash\n# words\n#SBATCH " + line + b"\necho hi\n")
-    with pytest.raises(EngineError, match=words) as refused:
-        read_options(tmp_path / "run.sbatch")
-    assert "run.sbatch, line 3: " in str(refused.value)
-
-
 def test_what_is_no_script_is_not_queued(folder: ExperimentFolder):
     file = folder.path / "runs" / "rank4" / "run.sbatch"
     file.write_bytes(b"")
     with pytest.raises(EngineError, match=r"does not begin with #!"):
         LocalEngine().submit([file])
-
-
-def test_options_are_read_as_slurm_reads_them(tmp_path: Path):
-    (tmp_path / "s").write_bytes(
-        b"#!/bin/bash\r\n#SBATCH --time 0 --gpus=a100:2\r\n#SBATCH --cpus-per-task 3\r\n\xff\n"
-    )
-    options = read_options(tmp_path / "s")
-    assert (options.time_limit_s, options.gpus, options.cpus) == (None, 2, 3)
 
 
 ODD_LINES = [
@@ -325,29 +292,6 @@ def test_a_name_that_is_none_is_not_found(workspace: Path, name: str):
     with pytest.raises(NotFoundError) as refused:
         find_experiment(name, load_settings())
     assert len(str(refused.value)) < 1000
-
-
-@pytest.mark.parametrize("path", ['"~nobodyhere/x"', '"a\\u0000b"', "3", '["a"]'])
-@pytest.mark.parametrize("key", ["models", "datasets", "experiments", "logs"])
-def test_a_path_that_is_none_is_named_by_its_setting(workspace: Path, key: str, path: str):
-    value = path if key == "experiments" else f"[{path}]"
-    (workspace / "chiplog.toml").write_text(f"[paths]\n{key} = {value}\n")
-    with pytest.raises(SettingsError, match=rf"chiplog\.toml is wrong:\n  paths\.{key}"):
-        load_settings()
-
-
-@pytest.mark.parametrize("variable", ["CHIPLOG_WORKSPACE", "XDG_CONFIG_HOME"])
-def test_a_variable_that_names_no_folder_is_named(workspace: Path, monkeypatch: pytest.MonkeyPatch, variable: str):
-    monkeypatch.setenv(variable, "~nobodyhere/x")
-    with pytest.raises(SettingsError, match=f"set {variable}"):
-        load_settings()
-
-
-def test_a_path_that_cannot_be_followed_is_not_allowed(workspace: Path):
-    (workspace / "circle").symlink_to(workspace / "circle")
-    for path in ("a\0b", "~nobodyhere", "circle"):
-        with pytest.raises(NotFoundError, match="is no path"):
-            load_settings().allowed(path)
 
 
 def test_on_a_full_disk_runs_can_be_followed_and_no_record_is_lost(

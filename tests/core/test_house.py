@@ -43,6 +43,7 @@ ORDER = [
     "tables",
     "report",
     "answers",
+    "inputs",
     "diagnosis",
     "past_runs",
     "tools",

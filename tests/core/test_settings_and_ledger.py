@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chiplog.errors import OutsideRootsError, RecordError, SettingsError
+from chiplog.errors import NotFoundError, OutsideRootsError, RecordError, SettingsError
 from chiplog.ledger import Ledger
 from chiplog.record import Record, State, Usage, read_records, write_records
 from chiplog.settings import load_settings
@@ -78,6 +78,29 @@ def test_a_link_does_not_lead_out_of_the_allowed_folders(workspace: Path, tmp_pa
     for path in ("data/link", "../secret", "/etc/passwd", "data/../../secret"):
         with pytest.raises(OutsideRootsError, match="outside the folders"):
             settings.allowed(path)
+
+
+@pytest.mark.parametrize("path", ['"~nobodyhere/x"', '"a\\u0000b"', "3", '["a"]'])
+@pytest.mark.parametrize("key", ["models", "datasets", "experiments", "logs"])
+def test_a_path_that_is_none_is_named_by_its_setting(workspace: Path, key: str, path: str):
+    value = path if key == "experiments" else f"[{path}]"
+    (workspace / "chiplog.toml").write_text(f"[paths]\n{key} = {value}\n")
+    with pytest.raises(SettingsError, match=rf"chiplog\.toml is wrong:\n  paths\.{key}"):
+        load_settings()
+
+
+@pytest.mark.parametrize("variable", ["CHIPLOG_WORKSPACE", "XDG_CONFIG_HOME"])
+def test_a_variable_that_names_no_folder_is_named(workspace: Path, monkeypatch: pytest.MonkeyPatch, variable: str):
+    monkeypatch.setenv(variable, "~nobodyhere/x")
+    with pytest.raises(SettingsError, match=f"set {variable}"):
+        load_settings()
+
+
+def test_a_path_that_cannot_be_followed_is_not_allowed(workspace: Path):
+    (workspace / "circle").symlink_to(workspace / "circle")
+    for path in ("a\0b", "~nobodyhere", "circle"):
+        with pytest.raises(NotFoundError, match="is no path"):
+            load_settings().allowed(path)
 
 
 def test_records_come_back_as_they_were_put(tmp_path: Path):

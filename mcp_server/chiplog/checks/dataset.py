@@ -25,10 +25,9 @@ from chiplog.checks.lookup import missing_dataset
 from chiplog.checks.model_files import BadFile, read_config
 from chiplog.checks.row_index import Comparison, RowIndex
 from chiplog.checks.samples import Samples, Tally, TokenCounts, read_samples
-from chiplog.schema import Frozen
+from chiplog.schema import Frozen, Progress
 from chiplog.trainer_files import load_trainer_file
 
-Progress = Callable[[float, float | None, str], None]
 PROGRESS_ROWS = 1_000
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,13 +23,12 @@ from chiplog.ledger.parse import continued, parse_log
 from chiplog.ledger.store import Ledger, Seen
 from chiplog.machine import available_cpus
 from chiplog.record import Record
-from chiplog.schema import Frozen
+from chiplog.schema import Frozen, Progress
 
 NAMES = ["*.out", "*.err", "*.log", "*.out.gz", "*.err.gz", "*.log.gz", "slurm-*", "stdout*", "stderr*", "log.txt",
          "*_log.txt", "train*.txt", "seff*", "sacct*"]  # fmt: skip
 BATCH = 64
 FEW = 200  # files that are read here: to start processes costs more than to read them
-Progress = Callable[[float, float | None, str], None] | None
 
 
 class Scanned(Frozen):
@@ -51,7 +50,9 @@ class Found(NamedTuple):
     inode: int
 
 
-def scan(roots: Sequence[Path], ledger: Ledger, progress: Progress = None, workers: int | None = None) -> Scanned:
+def scan(
+    roots: Sequence[Path], ledger: Ledger, progress: Progress | None = None, workers: int | None = None
+) -> Scanned:
     """Reads what is new under these files and folders into the ledger."""
     there = {found.path: found for root in roots for found in find_logs(root)}
     known = ledger.seen()
