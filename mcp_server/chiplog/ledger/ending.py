@@ -30,17 +30,21 @@ HOST_OOM = [
     pattern(rb"oom[-_]kill(?:ed)?(?: event\(?s?\)?)?(?: in (?:StepId=|step )(?P<job>\d+))?", b"oom"),
     pattern(rb"Exceeded (?:job|step) memory limit", b" memory limit"),
     pattern(rb"error: \S+: tasks? [\d,-]+: Out Of Memory", b"Out Of Memory"),
-    pattern(rb"TERM_MEMLIMIT|job killed: v?mem \d+\w* exceeded", b"M"),
+    pattern(rb"TERM_MEMLIMIT|job killed: v?mem \d+\w* exceeded", b"TERM_MEM", b"job killed: "),
     pattern(rb"^(?:\S*MemoryError)\b", b"MemoryError"),
     pattern(rb"DefaultCPUAllocator: (?:can't|not enough memory)[^\n]*", b"DefaultCPUAllocator"),
 ]
-TIME_OVER = [pattern(rb"PBS: job killed: walltime \d+ exceeded|TERM_RUNLIMIT", b"T")]
-NODE_LOST = [pattern(rb"slurmstepd: error: \*\*\* \w+ \d+[^\n]*NODE_FAIL|launch failed requeued held", b"e")]
+TIME_OVER = [pattern(rb"PBS: job killed: walltime \d+ exceeded|TERM_RUNLIMIT", b"PBS: ", b"TERM_RUN")]
+NODE_LOST = [
+    pattern(
+        rb"slurmstepd: error: \*\*\* \w+ \d+[^\n]*NODE_FAIL|launch failed requeued held", b"NODE_FAIL", b"launch failed"
+    )
+]
 GPU_OOM = [
     pattern(rb"^(?:torch\.)?(?:cuda\.)?OutOfMemoryError +Traceback[^\n]*", b"OutOfMemoryError "),
     pattern(rb"CUDA out of memory\b[^\n]*", b"CUDA out of memory"),
     pattern(rb"(?:HIP|XPU|MPS backend) out of memory\b[^\n]*", b" out of memory"),
-    pattern(rb"CUDA error: out of memory[^\n]*|CUBLAS_STATUS_ALLOC_FAILED[^\n]*", b"CU"),
+    pattern(rb"CUDA error: out of memory[^\n]*|CUBLAS_STATUS_ALLOC_FAILED[^\n]*", b"CUDA error: ", b"CUBLAS_"),
     pattern(rb"RESOURCE_EXHAUSTED: Out of memory[^\n]*", b"RESOURCE_EXHAUSTED"),
     pattern(rb"OOM when allocating tensor[^\n]*", b"OOM when"),
 ]
@@ -60,9 +64,24 @@ ERROR = pattern(
 )
 TRACEBACK = pattern(rb"Traceback \(most recent call last\):", b"Traceback (most")
 FATAL = [
-    pattern(rb"^[^\n]{0,200}\b(?:Segmentation fault|Bus error|Aborted \(core dumped\)|Fatal Python error)[^\n]*"),
-    pattern(rb"^(?:\S+: line \d+: +\d+ )?Killed\b[^\n]*|^slurmstepd: error: [^\n]*(?:Killed|SIGKILL)[^\n]*", b"K"),
-    pattern(rb"^\S*: (?:line \d+: )?\S+: (?:command not found|Permission denied|No such file or directory)$", b": "),
+    pattern(
+        rb"^[^\n]{0,200}\b(?:Segmentation fault|Bus error|Aborted \(core dumped\)|Fatal Python error)[^\n]*",
+        b"Segmentation fault",
+        b"Bus error",
+        b"Aborted (core",
+        b"Fatal Python error",
+    ),
+    pattern(
+        rb"^(?:\S+: line \d+: +\d+ )?Killed\b[^\n]*|^slurmstepd: error: [^\n]*(?:Killed|SIGKILL)[^\n]*",
+        b"Killed",
+        b"SIGKILL",
+    ),
+    pattern(
+        rb"^\S*: (?:line \d+: )?\S+: (?:command not found|Permission denied|No such file or directory)$",
+        b"command not found",
+        b"Permission denied",
+        b"No such file",
+    ),
     pattern(rb"^\S+\.py: error: [^\n]+|^error: [^\n]+", b"error: "),
     pattern(
         rb"\bsrun: error: [^\n]*(?:[Ee]xited with exit code (?P<code>[1-9]\d*)|: Killed|: Aborted)[^\n]*", b"srun: "
@@ -73,7 +92,7 @@ FATAL = [
     pattern(rb"^sbatch: error: [^\n]+|^slurmstepd: error: (?!\*\*\*|_get|[^\n]*oom)[^\n]+", b"error: "),
 ]
 GOOD = [
-    pattern(rb"(?i:\bexit[ _]?(?:code|status))[\"']? ?[=:] ?0\b"),
+    pattern(rb"(?i:\bexit[ _]?(?:code|status))[\"']? ?[=:] ?0\b", b"exit"),
     pattern(rb"exits successfully", b"exits successfully"),
     pattern(rb"^Successfully completed\.", b"Successfully completed."),
     pattern(
@@ -129,7 +148,7 @@ def _ending(draft: Draft, span: Span) -> Ending:
     if failed and failed.offset > _offset(done):
         cancelled = "KeyboardInterrupt" in failed.line
         words = failed.get("words") or failed.line
-        return Ending(State.CANCELLED if cancelled else State.FAILED, words, failed, whole(failed.get("code")))
+        return Ending(State.CANCELLED if cancelled else State.FAILED, words, failed, _code(tail))
     if done:
         return Ending(State.COMPLETED, None, done, None)
     steps, planned = draft.get("steps"), draft.get("steps_planned")
@@ -154,9 +173,12 @@ def _failure(tail: Span, worked: int) -> Found | None:
         return trace  # what it says is cut off
     if not chosen or max(found.offset for found in [*errors, *fatal]) < worked:
         return None
-    code = next((found.get("code") for found in fatal if found.get("code")), None)
-    found = chosen[0]
-    return Found(found.offset, {**found.groups, **({"code": code} if code else {})}, found.line)
+    return chosen[0]
+
+
+def _code(tail: Span) -> int | None:
+    """The exit status that a launcher reports."""
+    return next((whole(found["code"]) for p in FATAL if (found := tail.last(p)) and found.get("code")), None)
 
 
 def _is_noise(found: Found) -> bool:

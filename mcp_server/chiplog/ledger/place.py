@@ -35,7 +35,8 @@ N_GPUS = [
     pattern(rb"\bNum GPUs(?: used)? = (?P<n>\d+)", b"Num GPUs"),
     pattern(rb"\bdist_world_size=(?P<n>\d+)", b"dist_world_size="),
     pattern(rb"(?i:num(?:ber)?[_ ](?:of[_ ])?(?:gpus|devices)|\bgpus?[_ ]count)[\"']?[ :=]+"
-            rb"[\"']?(?P<n>\d{1,4})\b", b"gpu", b"device"),
+            rb"[\"']?(?P<n>\d{1,4})\b", b"gpus", b"devices", b"gpu_count",
+            b"gpu count"),
     pattern(rb"\bWORLD_SIZE[ :=]+(?P<n>\d{1,5})\b", b"WORLD_SIZE"),
 ]  # fmt: skip
 LSF_RUN = pattern(rb"^ *Run time : +(?P<s>\d+) sec\.", b"Run time : ")
@@ -53,12 +54,13 @@ SMI_LIST = pattern(rb"^GPU (?P<id>\d+): [^\n]+\(UUID", b"(UUID")
 def place(draft: Draft, span: Span) -> None:
     """Notes what the log says of where it ran."""
     whole_log = span.log.whole
+    outside = len(whole_log) > len(span)  # what stands before the first of several runs is true of all
     for wanted in JOB_ID:
-        if draft.get("job_id") is None and (found := whole_log.last(wanted) or whole_log.first(wanted)):
+        if draft.get("job_id") is None and (found := whole_log.last(wanted) or whole_log.any(wanted)):
             draft.set("job_id", found["job"], found)
     for wanted in GPU:
         if draft.get("device") is None and (
-            found := span.first(wanted) or span.last(wanted) or whole_log.first(wanted)
+            found := span.any(wanted) or (whole_log.first(wanted) if outside else None)
         ):
             draft.set("device", " ".join(found["gpu"].split()), found)
     _count(draft, span)

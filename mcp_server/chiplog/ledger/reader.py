@@ -21,7 +21,9 @@ EDGE = 1 << 19  # bytes at the start and at the end of a run that are searched f
 BLOCK = 1 << 16
 OVERLAP = 1 << 12  # no match is longer
 LINE = 400  # characters of a line that are kept as evidence
-CACHED = 24  # blocks: both edges of a run
+CACHED = 24  # blocks that are held
+FIRST_STRIDE = 1 << 12  # bytes from the end that are searched first for what stands last
+SKIMMED = 1 << 20  # bytes that are searched for a hint at once, before any of them is read closely
 GZIP = 31  # what zlib calls the format
 LARGEST_GZIP = 1 << 31  # bytes that are unpacked of one
 
@@ -49,20 +51,71 @@ def pattern(regex: bytes, *hints: bytes) -> Pattern:
     return Pattern(re.compile(regex, re.MULTILINE), hints, folded)
 
 
-@dataclass(frozen=True, slots=True)
 class Found:
     """One match: where it begins, its named groups as text, its line, and what stands before it there."""
 
-    offset: int
-    groups: dict[str, str]
-    line: str
-    before: str = ""
+    __slots__ = ("_match", "offset")
+
+    def __init__(self, offset: int, match: re.Match[bytes]) -> None:
+        self.offset, self._match = offset, match
 
     def __getitem__(self, name: str) -> str:
-        return self.groups[name]
+        return self._match[name].decode(errors="replace").strip()
 
     def get(self, name: str) -> str | None:
-        return self.groups.get(name)
+        """A group; null if it took no part, or if there is none of that name."""
+        value = self._match[name] if name in self._match.re.groupindex else None
+        return None if value is None else value.decode(errors="replace").strip()
+
+    @property
+    def end(self) -> int:
+        """The byte after it."""
+        return self.offset + self._match.end() - self._match.start()
+
+    @property
+    def line(self) -> str:
+        """Its line, cut to what can be shown."""
+        text, at = self._match.string, self._match.start()
+        stop = text.find(b"\n", at, at + LINE)
+        whole = text[self._line_start : stop if stop >= 0 else at + LINE]
+        return whole.decode(errors="replace").strip()[: 2 * LINE]
+
+    @property
+    def before(self) -> str:
+        """What stands before it in its line."""
+        return self._match.string[self._line_start : self._match.start()].decode(errors="replace")
+
+    @property
+    def line_offset(self) -> int:
+        """The byte at which its line begins, or what of the line can be shown."""
+        return self.offset - (self._match.start() - self._line_start)
+
+    @property
+    def _line_start(self) -> int:
+        text, at = self._match.string, self._match.start()
+        return text.rfind(b"\n", max(0, at - LINE), at) + 1 or max(0, at - LINE)
+
+
+class Window:
+    """A block of a log with a little of what stands before and after it, and which hints are in it."""
+
+    def __init__(self, start: int, text: bytes) -> None:
+        self.start, self.text = start, text
+        self._hints: dict[bytes, bool] = {}
+
+    @cached_property
+    def folded(self) -> bytes:
+        return self.text.lower()
+
+    def may_have(self, wanted: Pattern) -> bool:
+        """Whether one of the pattern's hints is in it."""
+        known = self._hints
+        for hint in wanted.hints:
+            if hint not in known:
+                known[hint] = hint in (self.folded if wanted.folded else self.text)
+            if known[hint]:
+                return True
+        return not wanted.hints
 
 
 class LogReader:
@@ -76,7 +129,7 @@ class LogReader:
         except (OSError, EOFError, zlib.error) as error:
             raise RecordError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         self.start = min(start, self.size)
-        self._blocks: dict[int, bytes] = {}
+        self._windows: dict[int, Window] = {}
 
     def close(self) -> None:
         self.file.close()
@@ -104,21 +157,28 @@ class LogReader:
     def text(self, start: int, stop: int) -> bytes:
         """These bytes, blanked of what is for terminals only."""
         start, stop = max(start, 0), min(stop, self.size)
-        first = start // BLOCK
-        blocks = b"".join(self._block(number) for number in range(first, -(-stop // BLOCK)))
-        return blocks[start - first * BLOCK : stop - first * BLOCK]
+        number = start // BLOCK
+        window = self.window(number)
+        if stop <= min((number + 1) * BLOCK + OVERLAP, self.size):
+            return window.text[start - window.start : max(start, stop) - window.start]
+        return _plain(self.raw(start, stop))
 
-    def _block(self, number: int) -> bytes:
-        if number not in self._blocks:
-            while len(self._blocks) >= CACHED:
-                del self._blocks[next(iter(self._blocks))]
-            try:
-                self.file.seek(number * BLOCK)
-                read = self.file.read(BLOCK)
-            except OSError as error:
-                raise RecordError(f"{self.path} cannot be read: {error.strerror}") from error
-            self._blocks[number] = _plain(read)
-        return self._blocks[number]
+    def window(self, number: int) -> Window:
+        """The block of that number."""
+        if number not in self._windows:
+            while len(self._windows) >= CACHED:
+                del self._windows[next(iter(self._windows))]
+            start = max(0, number * BLOCK - OVERLAP)
+            self._windows[number] = Window(start, _plain(self.raw(start, (number + 1) * BLOCK + OVERLAP)))
+        return self._windows[number]
+
+    def raw(self, start: int, stop: int) -> bytes:
+        """These bytes as they are. Raises RecordError if they cannot be read."""
+        try:
+            self.file.seek(start)
+            return self.file.read(max(0, stop - start))
+        except OSError as error:
+            raise RecordError(f"{self.path} cannot be read: {error.strerror}") from error
 
 
 class Span:
@@ -138,33 +198,47 @@ class Span:
 
     def first(self, wanted: Pattern, far: bool = False) -> Found | None:
         """The first match, near the start only unless `far`."""
-        stop = self.stop if far else min(self.stop, self.start + EDGE)
-        return next(self._forward(wanted, self.start, stop), None)
+        matches = self.all(wanted) if far else self._matches(wanted, self.start, min(self.stop, self.start + EDGE))
+        return next(matches, None)
 
     def last(self, wanted: Pattern, far: bool = False) -> Found | None:
         """The last match, near the end only unless `far`."""
         least = self.start if far else max(self.start, self.stop - EDGE)
-        stop = self.stop
-        while stop > least:
-            start = max(least, stop - BLOCK)
-            if found := list(self._forward(wanted, start, stop)):
-                return found[-1]
-            stop = start
+        for stop in range(self.stop, least, -SKIMMED):
+            start = max(least, stop - SKIMMED)
+            if far and not self._may_have(wanted, start, stop):
+                continue
+            for number in reversed(range(start // BLOCK, -(-stop // BLOCK))):
+                if found := self._last(wanted, max(start, number * BLOCK), min(stop, (number + 1) * BLOCK)):
+                    return found
         return None
+
+    def any(self, wanted: Pattern) -> Found | None:
+        """The first match near the start, else the last near the end."""
+        return self.first(wanted) or (self.last(wanted) if len(self) > EDGE else None)
 
     def near(self, wanted: Pattern, edge: int = EDGE) -> list[Found]:
         """All matches in so many bytes at either end, in their order."""
         if len(self) <= 2 * edge:
-            return list(self.all(wanted))
-        early = self._forward(wanted, self.start, self.start + edge)
-        return [*early, *self._forward(wanted, self.stop - edge, self.stop)]
+            return list(self._matches(wanted, self.start, self.stop))
+        early = self._matches(wanted, self.start, self.start + edge)
+        return [*early, *self._matches(wanted, self.stop - edge, self.stop)]
 
     def all(self, wanted: Pattern) -> Iterator[Found]:
-        """Every match; reads all of it."""
-        return self._forward(wanted, self.start, self.stop)
+        """Every match; skims all of it."""
+        after = self.start
+        for start in range(self.start, self.stop, SKIMMED):
+            stop = min(start + SKIMMED, self.stop)
+            if self._may_have(wanted, start, stop):
+                for found in self._matches(wanted, max(start, after), stop):
+                    after = found.end
+                    yield found
 
-    def has(self, wanted: Pattern) -> bool:
-        return self.first(wanted) is not None or self.last(wanted) is not None
+    def _may_have(self, wanted: Pattern, start: int, stop: int) -> bool:
+        """Whether a hint is in these bytes as they are; where there are few, they are worth no skimming."""
+        if len(self) <= 2 * EDGE or not wanted.hints:
+            return True
+        return Window(start, self.log.raw(start, min(stop + OVERLAP, self.stop))).may_have(wanted)
 
     def cut(self, starts: list[int]) -> list[Span]:
         """One span from each of these positions to the next; what stands before the first belongs to it."""
@@ -173,36 +247,36 @@ class Span:
         ends = [*starts[1:], self.stop]
         return [Span(self.log, start, end) for start, end in zip([self.start, *starts[1:]], ends, strict=True)]
 
-    def _forward(self, wanted: Pattern, start: int, stop: int) -> Iterator[Found]:
-        """Matches that begin in [start, stop), block by block; each block is searched with what follows it."""
-        at, after = start, start
-        while at < stop:
-            end = min(at + BLOCK, stop)
-            lead = 1 if at > 0 else 0  # so that ^ is the start of a line and not of a block
-            text = self.log.text(at - lead, min(end + OVERLAP, self.stop))
-            searched = text.lower() if wanted.folded and wanted.hints else text
-            if not wanted.hints or any(hint in searched for hint in wanted.hints):
-                for match in wanted.regex.finditer(text, max(lead, after - at + lead)):
-                    offset = at - lead + match.start()
-                    if offset >= end:
-                        break
-                    after = at - lead + max(match.end(), match.start() + 1)
-                    yield Found(offset, _groups(match), *_line(text, match.start()))
-            at = end
+    def _matches(self, wanted: Pattern, start: int, stop: int) -> Iterator[Found]:
+        """Matches that begin in [start, stop), block by block; each block is searched with what surrounds it."""
+        after = start
+        for number in range(start // BLOCK, -(-stop // BLOCK)):
+            window = self.log.window(number)
+            if not window.may_have(wanted):
+                continue
+            base, end = window.start, min(stop, (number + 1) * BLOCK)
+            least = max(start, number * BLOCK, after)
+            for match in wanted.regex.finditer(window.text, least - base, self.stop - base):
+                offset = base + match.start()
+                if offset >= end:
+                    break
+                after = base + max(match.end(), match.start() + 1)
+                yield Found(offset, match)
 
-
-def _groups(match: re.Match[bytes]) -> dict[str, str]:
-    return {
-        name: value.decode(errors="replace").strip() for name, value in match.groupdict().items() if value is not None
-    }
-
-
-def _line(text: bytes, at: int) -> tuple[str, str]:
-    """The line around a byte, cut to what can be shown, and what of it stands before that byte."""
-    start = text.rfind(b"\n", max(0, at - LINE), at) + 1 or max(0, at - LINE)
-    stop = text.find(b"\n", at, at + LINE)
-    line = text[start : stop if stop >= 0 else at + LINE].decode(errors="replace").strip()
-    return line[: 2 * LINE], text[start:at].decode(errors="replace")
+    def _last(self, wanted: Pattern, start: int, stop: int) -> Found | None:
+        """The last match that begins in [start, stop), a part of one block: from its end, in growing strides."""
+        window, stride = self.log.window(start // BLOCK), FIRST_STRIDE
+        while stop > start and window.may_have(wanted):
+            least = max(start, stop - stride)
+            if least > start:  # from the beginning of a line on
+                least = max(start, window.start + window.text.rfind(b"\n", 0, least - window.start) + 1)
+            found = None
+            for found in self._matches(wanted, least, stop):  # noqa: B007
+                pass
+            if found:
+                return found
+            stop, stride = least, 4 * stride
+        return None
 
 
 def _plain(raw: bytes) -> bytes:

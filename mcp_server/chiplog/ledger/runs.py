@@ -41,6 +41,11 @@ def training_bars(bars: Sequence[Bar], planned: int | None = None) -> list[Bar]:
     return groups[best]
 
 
+def trains(one: Bar) -> bool:
+    """Whether a bar says that it is the training's, by its label or by a loss."""
+    return "loss" in one.after.lower() or bool(OWN_WORK.search(one.label) and not OTHER_WORK.search(one.label))
+
+
 def take_bars(draft: Draft, bars: Sequence[Bar]) -> None:
     """Steps, planned steps, seconds and speed of a bar that counts optimiser steps."""
     if not bars:
@@ -92,7 +97,7 @@ def steady(draft: Draft, bars: Sequence[Bar]) -> None:
 
 def take_losses(draft: Draft, span: Span, wanted: Pattern) -> None:
     """First and last loss; the pattern's group is `loss`."""
-    if first := span.first(wanted):
+    if first := span.first(wanted, far=True):
         draft.set("loss_first", number(first["loss"]), first)
     if last := span.last(wanted, far=True):
         draft.set("loss_last", number(last["loss"]), last)

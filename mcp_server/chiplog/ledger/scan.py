@@ -103,9 +103,10 @@ def find_logs(root: Path) -> Iterator[Found]:
                 is_folder = entry.is_dir()
             except OSError:
                 continue
+            path = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
             if is_folder:
-                stack.append(entry.path)
-            elif is_log(entry.name) and (found := _found(os.path.realpath(entry.path))):
+                stack.append(path)
+            elif is_log(entry.name) and (found := _found(path)):
                 yield found
 
 

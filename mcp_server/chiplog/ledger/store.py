@@ -1,7 +1,7 @@
 """The index of past runs: one SQLite file, rebuilt at any time from records and logs.
 
 Rollback journal and a busy timeout, since home directories on clusters are network file systems. The table `runs`
-holds whole records and, beside them, the columns that are searched; `files` says how far each log was read.
+holds what is searched, in few pages; `records` holds whole records; `files` says how far each log was read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from chiplog.home import home
 from chiplog.record import Record, State
 from chiplog.schema import Frozen
 
-VERSION = 2
+VERSION = 3
 COLUMNS = {  # what can be searched, and where a record has it
     "experiment": "experiment", "run": "run", "kind": "kind", "recipe": "recipe", "model": "model",
     "device": "usage.device", "state": "state", "started": "started", "framework": "framework", "method": "method",
@@ -30,7 +30,8 @@ COLUMNS = {  # what can be searched, and where a record has it
     "loss_last": "usage.loss_last", "ended": "ended",
 }  # fmt: skip
 _SCHEMA = f"""
-CREATE TABLE runs (key TEXT PRIMARY KEY, file TEXT, {", ".join(COLUMNS)}, record TEXT NOT NULL);
+CREATE TABLE runs (key TEXT PRIMARY KEY, file TEXT, {", ".join(COLUMNS)});
+CREATE TABLE records (key TEXT PRIMARY KEY REFERENCES runs ON DELETE CASCADE, record TEXT NOT NULL);
 CREATE INDEX runs_by_recipe ON runs (recipe, device, model);
 CREATE INDEX runs_by_file ON runs (file);
 CREATE INDEX runs_by_start ON runs (started DESC);
@@ -39,6 +40,7 @@ CREATE TABLE files (
   read_to INTEGER NOT NULL, parser TEXT, error TEXT, gone INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 """
+_BOTH = "runs JOIN records USING (key)"
 BUSY_S = 30.0
 
 
@@ -96,7 +98,7 @@ class Ledger:
     def of_file(self, path: str) -> list[Record]:
         """The records of one log, in its order."""
         with self._open() as connection:
-            rows = connection.execute("SELECT record FROM runs WHERE file = ? ORDER BY key", (path,))
+            rows = connection.execute(f"SELECT record FROM {_BOTH} WHERE file = ? ORDER BY key", (path,))
             return [Record.model_validate_json(row["record"]) for row in rows]
 
     def records(self, *, device: str | None = None, state: State | None = None) -> list[Record]:
@@ -124,7 +126,7 @@ class Ledger:
         with self._open() as connection:
             (total,) = connection.execute(f"SELECT count(*) FROM runs WHERE {where}", values).fetchone()
             rows = connection.execute(
-                f"SELECT record FROM runs WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?",
+                f"SELECT record FROM {_BOTH} WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?",
                 [*values, -1 if limit is None else limit, offset],
             )
             return [Record.model_validate_json(row["record"]) for row in rows], total
@@ -132,7 +134,7 @@ class Ledger:
     def get(self, key: str) -> Record | None:
         """The record of that key, or null."""
         with self._open() as connection:
-            row = connection.execute("SELECT record FROM runs WHERE key = ?", (key,)).fetchone()
+            row = connection.execute("SELECT record FROM records WHERE key = ?", (key,)).fetchone()
             return Record.model_validate_json(row["record"]) if row else None
 
     def forget(self, key: str) -> bool:
@@ -146,6 +148,7 @@ class Ledger:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             connection = sqlite3.connect(self.file, timeout=BUSY_S)
             connection.row_factory = sqlite3.Row
+            connection.execute("PRAGMA foreign_keys = ON")
             try:
                 with connection:
                     _prepare(connection)
@@ -170,8 +173,10 @@ def _prepare(connection: sqlite3.Connection) -> None:
     if version > VERSION:
         raise sqlite3.DatabaseError(f"it is of version {version}, made by a newer chiplog: update chiplog")
     tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    old = [row[0] for row in connection.execute("SELECT record FROM runs")] if "runs" in tables else []
-    connection.execute("DROP TABLE IF EXISTS runs")
+    table = "records" if "records" in tables else "runs"
+    old = [row[0] for row in connection.execute(f"SELECT record FROM {table}")] if table in tables else []
+    for name in ("records", "runs", "files"):  # logs are read again
+        connection.execute(f"DROP TABLE IF EXISTS {name}")
     for statement in _SCHEMA.split(";"):
         connection.execute(statement)
     _put(connection, None, [Record.model_validate_json(text) for text in old])
@@ -179,9 +184,12 @@ def _prepare(connection: sqlite3.Connection) -> None:
 
 
 def _put(connection: sqlite3.Connection, file: str | None, records: Iterable[Record]) -> None:
-    marks = ", ".join("?" * (len(COLUMNS) + 3))
-    rows = [(r.key, file, *(_value(r, path) for path in COLUMNS.values()), r.model_dump_json()) for r in records]
+    marks = ", ".join("?" * (len(COLUMNS) + 2))
+    records = list(records)
+    rows = [(r.key, file, *(_value(r, path) for path in COLUMNS.values())) for r in records]
     connection.executemany(f"INSERT OR REPLACE INTO runs VALUES ({marks})", rows)
+    texts = [(r.key, r.model_dump_json(exclude_none=True)) for r in records]
+    connection.executemany("INSERT OR REPLACE INTO records VALUES (?, ?)", texts)
 
 
 def _value(record: Record, path: str) -> Any:

@@ -8,7 +8,7 @@ from chiplog.ledger.bars import bars
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.parsers import generic, transformers
 from chiplog.ledger.reader import LogReader, Span, pattern
-from chiplog.ledger.runs import take_bars, take_losses, training_bars
+from chiplog.ledger.runs import take_bars, take_losses, training_bars, trains
 from chiplog.ledger.units import number, stamp, whole
 
 STEP = pattern(rb"\[Rank \d+\] step=(?P<step>\d+), skipped=\d+, lr=", b"] step=")
@@ -80,7 +80,7 @@ def _run(span: Span) -> Draft:
             draft.worked(found)
     if found := span.last(EPOCHS):
         draft.set("epochs", whole(found["epochs"]), found)
-    take_bars(draft, training_bars(bars(span)))
+    take_bars(draft, training_bars(bars(span, trains)))
     return generic.run(span, draft)
 
 

@@ -7,7 +7,7 @@ import re
 from chiplog.ledger.bars import bars
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.reader import LogReader, Span, pattern
-from chiplog.ledger.runs import take_bars, take_speed, training_bars
+from chiplog.ledger.runs import take_bars, take_speed, training_bars, trains
 from chiplog.ledger.units import number, seconds, whole
 
 STEP = pattern(
@@ -24,7 +24,9 @@ LOSS = pattern(
 OF_TEST = re.compile(r"(?i)\s*(?:test|eval(?:uation)?)\s*:")
 VALIDATION = pattern(
     rb"(?i:\b(?:val(?:idation)?|eval|dev|test)[_/ ]?loss)[\"']?(?: *[=:]+ *| +)(?P<loss>\d[\d.]*(?:[eE][-+]?\d+)?|nan)",
-    b"oss",
+    b"val",
+    b"dev",
+    b"test",
 )
 EPOCH = pattern(
     rb"(?i:(?<![\w/-])epoch)[\"']?(?: *[=:#\[(] *| +)\[? *(?P<epoch>\d+(?:\.\d+)?)(?!/micro)\b(?: *(?:/|of) *"
@@ -48,7 +50,7 @@ NAMED_MEMORY = pattern(
 )
 MEMORY = pattern(rb"(?i:(?:peak|max(?:imum)?)[_ ](?:gpu[_ ])?(?:mem(?:ory)?)(?:[_ ](?P<kind>alloc"
                  rb"(?:ated)?|reserved|active))?(?:[_ ]usage)?)"
-                 rb"[^\d\n]{0,25}(?P<size>[\d.]+) ?(?P<unit>[MG]i?B)")  # fmt: skip
+                 rb"[^\d\n]{0,25}(?P<size>[\d.]+) ?(?P<unit>[MG]i?B)", b"mem")  # fmt: skip
 RATE = pattern(
     rb"(?i:tokens?(?:/s(?:ec(?:ond)?)?|_per_sec(?:ond)?)(?P<scope>/(?:device|gpu))?)[\"']?[=: ]+(?P<rate>[\d.,]+)"
 )
@@ -68,7 +70,7 @@ def run(span: Span, draft: Draft) -> Draft:
     """Everything that is named in the usual words."""
     losses(draft, span)
     epochs(draft, span)
-    take_bars(draft, training_bars(bars(span)))
+    take_bars(draft, training_bars(bars(span, trains)))
     steps(draft, span)
     memory(draft, span)
     if found := span.last(TIME):
@@ -83,7 +85,7 @@ def run(span: Span, draft: Draft) -> Draft:
 
 def losses(draft: Draft, span: Span) -> None:
     """First, last and validation losses."""
-    first, last = span.first(LOSS), span.last(LOSS)
+    first, last = span.first(LOSS, far=True), span.last(LOSS, far=True)
     while last and OF_TEST.match(last.line):  # what a test printed is no training loss
         last = span.before(last.offset - len(last.before.encode())).last(LOSS)
     if first and last:

@@ -8,7 +8,7 @@ import statistics
 from chiplog.ledger.bars import bars
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.reader import LogReader, Span, pattern
-from chiplog.ledger.runs import distinct, take_bars, take_speed, training_bars
+from chiplog.ledger.runs import distinct, take_bars, take_speed, training_bars, trains
 from chiplog.ledger.units import number, seconds, whole
 
 STEP = pattern(rb"^[^\n]{0,120}?\bStep (?P<step>\d+): (?P<pairs>[\w/]+=[-\w.+]+(?:, [\w/]+=[-\w.+]+)*)", b"Step ")
@@ -30,7 +30,7 @@ def sniff(head: bytes, tail: bytes) -> float:
     both = head + tail
     if b"completed step: " in both and b"Tokens/s/device" in both:
         return 0.9
-    if re.search(rb"\bStep \d+: [\w/]+=", both):
+    if re.search(rb"Step \d+: [\w/]+=", both):
         return 0.7 if b"jax" in both or b"Progress on: " in both else 0.4
     return 0.0
 
@@ -61,7 +61,7 @@ def _run(span: Span) -> Draft:
         draft.worked(lines[-1])
     if found := span.first(RESTORED):
         draft.set("resumed_from", whole(found.get("step") or found.get("other")), found)
-    take_bars(draft, training_bars(bars(span)))
+    take_bars(draft, training_bars(bars(span, trains)))
     if last_one := span.last(PROGRESS):
         done, elapsed = whole(last_one["done"]) or 0, seconds(last_one["elapsed"])
         draft.set("steps", max(done, draft.get("steps") or 0), last_one)

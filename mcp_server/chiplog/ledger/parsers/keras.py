@@ -24,7 +24,7 @@ VALIDATION = pattern(rb"\bval_loss: (?P<loss>[\w.+-]+)", b"val_loss: ")
 
 def sniff(head: bytes, tail: bytes) -> float:
     both = head + tail
-    if re.search(rb"\d+/\d+ (?:\[[=>.]+\]|\xe2\x94\x81)", both) and b"loss: " in both:
+    if b"loss: " in both and re.search(rb"\d/\d+ (?:\[[=>.]+\]|\xe2\x94\x81)", both):
         return 0.9
     return 0.0
 

@@ -29,7 +29,7 @@ def sniff(head: bytes, tail: bytes) -> float:
         return 0.9
     if b"pytorch_lightning" in both or b"lightning.pytorch" in both or b"lightning_fabric" in both:
         return 0.8
-    return 0.6 if re.search(rb"Epoch \d+: +\d+%\|[^\n]*v_num=", both) else 0.0
+    return 0.6 if b"v_num=" in both and re.search(rb"Epoch \d+: +\d+%\|[^\n]*v_num=", both) else 0.0
 
 
 def parse(log: LogReader) -> list[Draft]:
@@ -45,7 +45,7 @@ def _run(span: Span) -> Draft:
         draft.set("gpus", len(found["ids"].split(",")), found)
     if found := span.first(PARAMS):
         draft.set("n_params", round((number(found["n"]) or 0) * UNITS[found["unit"]]), found)
-    shown = [one for one in bars(span) if LABEL.match(one.label)]
+    shown = [one for one in bars(span, lambda one: bool(LABEL.match(one.label))) if LABEL.match(one.label)]
     if shown:
         _epochs(draft, shown)
     if found := span.last(STOPPED):

@@ -64,8 +64,7 @@ def _run(span: Span) -> Draft:
                 draft.set("dtype", key, found)
         else:
             draft.default(NAMES[key], whole(value), found)
-    first, last = span.first(ITERATION), span.last(ITERATION)
-    if first and last:
+    if last := span.last(ITERATION):
         draft.set("steps", whole(last["step"]), last)
         draft.set("steps_planned", whole(last["total"]), last)
         draft.worked(last)

@@ -14,6 +14,7 @@ SEFF = pattern(
     rb"(?P<value>[^\n]+)",
     b": ",
 )
+WALL_CLOCK = pattern(rb"^Job Wall-clock time: +\d", b"Job Wall-clock time: ")
 EXIT = re.compile(r"(?P<state>[A-Z_]+)(?: by \d+)?(?: \(exit code (?P<code>\d+)\))?")
 STATES = {
     "OUT_OF_ME": State.OUT_OF_MEMORY,
@@ -21,6 +22,7 @@ STATES = {
     "DEADLINE": State.TIMEOUT,
     "REVOKED": State.CANCELLED,
 }
+LINE = pattern(rb"^[^\n]+$")
 HEADS = {b"JobID", b"JobIDRaw"}
 
 
@@ -44,9 +46,10 @@ def parse(log: LogReader) -> list[Draft]:
 
 def report(draft: Draft) -> None:
     """Notes what seff says at the end of a log."""
-    values = {found["key"]: found for found in draft.span.log.whole.near(SEFF)}
-    if "Job Wall-clock time" not in values:
+    log = draft.span.log.whole
+    if not log.any(WALL_CLOCK):
         return
+    values = {found["key"]: found for found in log.near(SEFF)}
     for key, name, read in (
         ("Job ID", "job_id", str),
         ("Job Wall-clock time", "elapsed_s", seconds),
@@ -72,13 +75,10 @@ def ended(draft: Draft, text: str, found: Found) -> None:
 
 def _sacct(log: LogReader) -> list[Draft]:
     """One draft a job; its steps give what only they know, such as the largest memory."""
-    lines = log.text(log.start, log.size).decode(errors="replace").split("\n")
-    rows = _table(lines)
+    lines = list(log.whole.all(LINE))
+    rows = _table([log.text(found.offset, found.end).decode(errors="replace") for found in lines])
     jobs: dict[str, Draft] = {}
-    offset = log.start
-    for line, cells in zip(lines, rows, strict=True):
-        found = Found(offset, {}, line)
-        offset += len(line.encode()) + 1
+    for found, cells in zip(lines, rows, strict=True):
         job, _, step = cells.get("JobID", "").partition(".")
         if not re.fullmatch(r"\d+(?:_\d+|_\[[\d,%-]+\]|\+\d+)?", job):
             continue

@@ -38,7 +38,7 @@ SETTINGS = {  # of the resolved configuration; torchtune's batch_size is one for
 def sniff(head: bytes, tail: bytes) -> float:
     if b"torchtune" in head or (b"with resolved config:" in head and b"_component_" in head):
         return 0.95
-    if b"GPU peak memory alloc" in head + tail or re.search(rb"\d\|\d+\|Loss: ", head + tail):
+    if b"GPU peak memory alloc" in head + tail or re.search(rb"\|Loss: (?<=\d\|Loss: )", head + tail):
         return 0.9
     return 0.0
 
@@ -51,7 +51,8 @@ def parse(log: LogReader) -> list[Draft]:
 def _run(span: Span) -> Draft:
     draft = Draft(span, "torchtune")
     _config(draft, span)
-    steps = [(one, match) for one in bars(span) if (match := LABEL.search(one.label))]
+    shown = bars(span, lambda one: LABEL.search(one.label) is not None)
+    steps = [(one, match) for one in shown if (match := LABEL.search(one.label))]
     if steps:
         _bars(draft, steps)
     _logged(draft, span)
@@ -163,7 +164,7 @@ def _yaml(text: bytes) -> dict:
 
 
 def _logged(draft: Draft, span: Span) -> None:
-    first, last = span.first(LOGGED), span.last(LOGGED)
+    first, last = span.first(LOGGED, far=True), span.last(LOGGED)
     if not first or not last:
         return
     early, late = _pairs(first), _pairs(last)

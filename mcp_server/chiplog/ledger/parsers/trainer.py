@@ -6,7 +6,9 @@ import json
 
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.metrics import Start, read_events, train_usage
-from chiplog.ledger.reader import Found, LogReader
+from chiplog.ledger.reader import LogReader, pattern
+
+END = pattern(rb'"event": "end"', b'"event": "end"')
 
 
 def sniff(head: bytes, tail: bytes) -> float:
@@ -23,5 +25,5 @@ def parse(log: LogReader) -> list[Draft]:
     for name, value in train_usage(events).model_dump(exclude_none=True).items():
         draft.set(name, value)
     if any(isinstance(event, Start) for event in events):
-        draft.done = Found(max(0, log.size - 1), {}, "") if b'"event": "end"' in log.tail else None
+        draft.done = log.whole.last(END)
     return [draft]

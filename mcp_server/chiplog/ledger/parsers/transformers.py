@@ -11,10 +11,10 @@ import re
 from chiplog.ledger.bars import BAR, bars
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.reader import Found, LogReader, Span, pattern
-from chiplog.ledger.runs import distinct, steady, take_bars, training_bars
+from chiplog.ledger.runs import distinct, steady, take_bars, training_bars, trains
 from chiplog.ledger.units import number, seconds, whole
 
-RUNNING = pattern(rb"\*{5} Running training \*{5} *\n[^\n]*Num examples", b"***** Running training")
+RUNNING = pattern(rb"\*\*\*\*\* Running training \*\*\*\*\* *\n[^\n]*Num examples", b"***** Running training")
 COUNT = pattern(
     rb"(?P<key>Num examples|Num Epochs|Instantaneous batch size per (?:device|GPU)|Total train batch size[^=\n]*|"
     rb"Gradient Accumulation steps|Total optimization steps|Number of trainable parameters) *= *(?P<value>[\d,]+)",
@@ -93,7 +93,7 @@ def _starts(span: Span) -> list[int]:
 
 def _after(span: Span, end: Found) -> int:
     """The byte after a run's last words: its bar is drawn once more after its metrics."""
-    start = end.offset + len(end.groups.get("all", "")) + 1
+    start = end.end + 1
     last = Span(span.log, start, min(span.stop, start + 600)).first(BAR)
     return last.offset + 1 if last else start
 
@@ -111,7 +111,8 @@ def _run(span: Span, framework: str) -> Draft:
     if found := span.first(RESUMED):
         draft.set("resumed_from", whole(found["step"]), found)
     _metrics(draft, span)
-    train = training_bars(bars(span), draft.get("steps_planned"))
+    planned = draft.get("steps_planned")
+    train = training_bars(bars(span, lambda one: one.total == planned if planned else trains(one)), planned)
     take_bars(draft, train)
     steady(draft, train)
     for found in span.after(span.stop - 50_000).all(WANDB):
@@ -135,7 +136,7 @@ def _count_losses(draft: Draft, span: Span) -> None:
 
 
 def _metrics(draft: Draft, span: Span) -> None:
-    if first := span.first(LOSS):
+    if first := span.first(LOSS, far=True):
         draft.set("loss_first", number(first["loss"]), first)
     if last := span.last(LOSS):
         draft.set("loss_last", number(last["loss"]), last)
