@@ -21,6 +21,7 @@ class Draft:
         self.usage: dict[str, Any] = {}
         self.evidence: dict[str, Evidence] = {}
         self.progress = span.start  # where the last sign of work stands
+        self.per_epoch = False  # whether its steps count anew each epoch
         self.done: Found | None = None  # where it says that it came to its end
 
     def set(self, name: str, value: Any, found: Found | None = None, printed: str | None = None) -> bool:

@@ -15,6 +15,8 @@ from chiplog.record import OutOfMemory, State
 
 LATE = 20_000  # bytes of work after an error that show that it was caught; other ranks still print a little
 
+LATE_BARS = 2000  # bytes of output that was on its way when Slurm ended the job
+
 SLURM = pattern(
     rb"\*\*\* (?P<what>JOB|STEP) (?P<job>\d+)(?:[._][\w.+]+)? (?:STEPD TERMINATED )?ON (?P<node>\S+) "
     rb"CANCELLED AT (?P<at>[\dT:.-]+)(?: DUE (?:TO|to) (?P<why>[A-Za-z ]+?)(?:,[^*\n]*)?)? \*\*\*",
@@ -33,6 +35,7 @@ HOST_OOM = [
     pattern(rb"TERM_MEMLIMIT|job killed: v?mem \d+\w* exceeded", b"TERM_MEM", b"job killed: "),
     pattern(rb"^(?:\S*MemoryError)\b", b"MemoryError"),
     pattern(rb"DefaultCPUAllocator: (?:can't|not enough memory)[^\n]*", b"DefaultCPUAllocator"),
+    pattern(rb"OOM when allocating tensor[^\n]*device:CPU:[^\n]*", b"device:CPU:"),
 ]
 TIME_OVER = [pattern(rb"PBS: job killed: walltime \d+ exceeded|TERM_RUNLIMIT", b"PBS: ", b"TERM_RUN")]
 NODE_LOST = [
@@ -46,9 +49,13 @@ GPU_OOM = [
     pattern(rb"(?:HIP|XPU|MPS backend) out of memory\b[^\n]*", b" out of memory"),
     pattern(rb"CUDA error: out of memory[^\n]*|CUBLAS_STATUS_ALLOC_FAILED[^\n]*", b"CUDA error: ", b"CUBLAS_"),
     pattern(rb"RESOURCE_EXHAUSTED: Out of memory[^\n]*", b"RESOURCE_EXHAUSTED"),
-    pattern(rb"OOM when allocating tensor[^\n]*", b"OOM when"),
+    pattern(rb"OOM when allocating tensor(?![^\n]*device:CPU)[^\n]*", b"OOM when"),
+    pattern(rb"ran out of memory trying to allocate [^\n]*", b"ran out of memory"),
+    pattern(rb"Out of memory error on GPU \d+\.[^\n]*", b"Out of memory error on GPU"),
 ]
-TRIED = re.compile(r"(?:[Tt]ried to allocate|allocating|trying to allocate) ([\d.]+ ?[KMGT]?i?(?:B|bytes))")
+TRIED = re.compile(
+    r"(?:[Tt]ried to allocate|[Cc]annot allocate|allocating|trying to allocate) ([\d.]+ ?[KMGT]?i?(?:B|bytes))"
+)
 CAPACITY = [
     re.compile(r"total capac\w*ty of ([\d.]+ ?[KMGT]i?B)"),
     re.compile(r"; ([\d.]+ ?[KMGT]i?B) total capacity"),
@@ -62,26 +69,39 @@ ERROR = pattern(
     rb"^(?:\[?(?:rank)?\d+\]?[: ]+|\S*\]:? ?)?(?P<words>(?P<name>(?:\w+\.)*[A-Z]\w*"
     rb"(?:Error|Exception|Interrupt|Exit|Failure|Timeout|OutOfMemory))(?:: [^\n]*)?)$"
 )
+LAST_LINE = pattern(rb"^[^\n]*\S[^\n]*$")
+LEVEL = re.compile(r"^.{0,80}?(?:^|[\[\s|-])(?:ERROR|CRITICAL|FATAL)(?:[\]\s|:]|$)")
 TRACEBACK = pattern(rb"Traceback \(most recent call last\):", b"Traceback (most")
 FATAL = [
     pattern(
-        rb"^[^\n]{0,200}\b(?:Segmentation fault|Bus error|Aborted \(core dumped\)|Fatal Python error)[^\n]*",
+        rb"(?:Segmentation fault|Bus error|Aborted) \(core dumped\)[^\n]*|(?:^|: )(?:Segmentation fault|Bus error)\b"
+        rb"[^\n]*|Fatal Python error[^\n]*|\xe6\xae\xb5\xe9\x94\x99\xe8\xaf\xaf",
         b"Segmentation fault",
         b"Bus error",
         b"Aborted (core",
         b"Fatal Python error",
+        b"\xe6\xae\xb5",
     ),
     pattern(
-        rb"^(?:\S+: line \d+: +\d+ )?Killed\b[^\n]*|^slurmstepd: error: [^\n]*(?:Killed|SIGKILL)[^\n]*",
+        rb"(?:^\W{0,3}|\S+: line \d+: +\d+ )Killed\b[^\n]*|^\xe5\xb7\xb2\xe6\x9d\x80\xe6\xad\xbb"
+        rb"|^slurmstepd: error: [^\n]*(?:Killed|SIGKILL)[^\n]*",
         b"Killed",
         b"SIGKILL",
+        b"\xe5\xb7\xb2",
     ),
     pattern(
-        rb"^\S*: (?:line \d+: )?\S+: (?:command not found|Permission denied|No such file or directory)$",
+        rb"Watchdog caught collective operation timeout[^\n]*|we are taking the entire process down[^\n]*",
+        b"Watchdog caught",
+        b"taking the entire process down",
+    ),
+    pattern(
+        rb"^\S*: (?:line \d+: )?\S+: (?:command not found|Permission denied|No such file or directory)$"
+        rb"|: can't open file [^\n]+",
         b"command not found",
         b"Permission denied",
         b"No such file",
     ),
+    pattern(rb"^ *Exit (?:code|status): +(?P<code>[1-9]\d*)\b", b"Exit code", b"Exit status"),
     pattern(rb"^\S+\.py: error: [^\n]+|^error: [^\n]+", b"error: "),
     pattern(
         rb"\bsrun: error: [^\n]*(?:[Ee]xited with exit code (?P<code>[1-9]\d*)|: Killed|: Aborted)[^\n]*", b"srun: "
@@ -92,12 +112,17 @@ FATAL = [
     pattern(rb"^sbatch: error: [^\n]+|^slurmstepd: error: (?!\*\*\*|_get|[^\n]*oom)[^\n]+", b"error: "),
 ]
 GOOD = [
-    pattern(rb"(?i:\bexit[ _]?(?:code|status))[\"']? ?[=:] ?0\b", b"exit"),
+    pattern(rb"(?i:\bexit[ _]?(?:code|status))[\"']? ?[=:] *0\b", b"exit"),
+    pattern(
+        rb"^(?:\S+ )?Saved pipeline to output directory|^\[LightGBM\] \[Info\] Finish train",
+        b"Saved pipeline",
+        b"Finish",
+    ),
     pattern(rb"exits successfully", b"exits successfully"),
     pattern(rb"^Successfully completed\.", b"Successfully completed."),
     pattern(
         rb"(?i:\b(?:training (?:is )?(?:completed?|finished|done|ended)|finished training|done training|"
-        rb"training has (?:been )?(?:completed?|finished)|end of training|fine-?tuning (?:completed?|finished"
+        rb"training has (?:been )?(?:completed?|finished)|end(?: of)? training|fine-?tuning (?:completed?|finished"
         rb"|done)))\b"
     ),
 ]
@@ -128,11 +153,11 @@ def _ending(draft: Draft, span: Span) -> Ending:
     worked = draft.progress
     tail = span.after(max(span.start, worked - LATE))
     failed = _failure(tail, worked)
-    if slurm := span.last(SLURM):
+    if slurm := _cancelled(span, worked):
         why = (slurm.get("why") or "").strip().upper()
         state = next((state for words, state in WHY.items() if why.startswith(words)), State.CANCELLED)
         # srun cancels the step of a task that failed: what failed stands before it.
-        own_fault = slurm["what"] == "STEP" and not why and failed
+        own_fault = slurm["what"] == "STEP" and not why and failed and failed.offset < slurm.offset
         if not own_fault:
             if state is State.CANCELLED and (host := _last(HOST_OOM, tail)):
                 return Ending(State.OUT_OF_MEMORY, host.line, host)
@@ -152,11 +177,23 @@ def _ending(draft: Draft, span: Span) -> Ending:
     if done:
         return Ending(State.COMPLETED, None, done, None)
     steps, planned = draft.get("steps"), draft.get("steps_planned")
-    if steps and planned and steps >= planned:
+    if steps and planned and steps >= planned and not draft.per_epoch:
         return Ending(State.COMPLETED, None, None)
     if not draft.usage and not draft.config and len(span) == 0:
         return Ending(State.UNKNOWN, "the log is empty", None)
     return Ending(State.INCOMPLETE, "the log stops without saying why", None)
+
+
+def _cancelled(span: Span, worked: int) -> Found | None:
+    """Slurm's word that it ended the job, if no work was done after it, as by a next job that writes to the same log."""
+    found = span.last(SLURM)
+    return found if found and worked < found.offset + LATE_BARS else None
+
+
+def _last_word(tail: Span) -> Found | None:
+    """The last line, if it reports an error."""
+    last = tail.last(LAST_LINE)
+    return last if last and LEVEL.search(last.line) else None
 
 
 def _failure(tail: Span, worked: int) -> Found | None:
@@ -169,6 +206,8 @@ def _failure(tail: Span, worked: int) -> Found | None:
     # A launcher reports that its child failed; the child's own words say why.
     own = [found for found in errors if "ChildFailedError" not in found.line and "CalledProcessError" not in found.line]
     chosen = (own or errors or [])[-1:] or sorted(fatal, key=_offset)[-1:]
+    if not chosen and (said := _last_word(tail)) and said.offset > worked:
+        return said
     if not chosen and trace and trace.offset >= worked and not _ignored(tail, trace):
         return trace  # what it says is cut off
     if not chosen or max(found.offset for found in [*errors, *fatal]) < worked:

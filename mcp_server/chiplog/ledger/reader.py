@@ -68,6 +68,11 @@ class Found:
         return None if value is None else value.decode(errors="replace").strip()
 
     @property
+    def text(self) -> bytes:
+        """What it matched."""
+        return self._match.group()
+
+    @property
     def end(self) -> int:
         """The byte after it."""
         return self.offset + self._match.end() - self._match.start()

@@ -18,6 +18,7 @@ OTHER_WORK = re.compile(
     r"process|convert|cast|pack|creat|extract|upload|writing|merg|resolv|shard|sampl|infer|comput|calibrat|quantiz|pre-?load|dataset)"
 )
 OWN_WORK = re.compile(r"(?i)\b(?:train|epoch|step|iter|fit)")
+EPOCH_LABEL = re.compile(r"(?i)\bepoch:? *\[? *(?P<epoch>\d+)(?: *(?:/|of) *(?P<epochs>\d+))?")
 EXAMPLES = re.compile(r"(?i)^(?:examples?|[kMG]?i?B|files?|shards?|tables?|rows?|samples?)/s")
 WARM_UP = 0.1
 
@@ -47,23 +48,45 @@ def trains(one: Bar) -> bool:
 
 
 def take_bars(draft: Draft, bars: Sequence[Bar]) -> None:
-    """Steps, planned steps, seconds and speed of a bar that counts optimiser steps."""
+    """Steps, planned steps, seconds and speed of a bar that counts optimiser steps, of a run or of an epoch."""
     if not bars:
         return
     last = bars[-1]
-    draft.default("steps", last.done, last.found)
-    draft.default("steps_planned", last.total, last.found)
-    timed = [one for one in bars if one.elapsed_s is not None]
+    epoch = EPOCH_LABEL.search(last.label)
+    again = any(later.done < one.done for one, later in itertools.pairwise(bars))
+    draft.per_epoch = again or epoch is not None
     draft.worked(last.found)
+    if epoch and last.total:
+        _take_epochs(draft, bars, last, epoch)
+    else:
+        draft.default("steps", last.done, last.found)
+        draft.default("steps_planned", last.total, last.found)
+    timed = [one for one in bars if one.elapsed_s is not None]
     if not timed:
         return
     last = timed[-1]
-    draft.default("train_s", last.elapsed_s, last.found)
+    if not epoch or draft.get("steps") == last.done:  # the bars of earlier epochs counted their own seconds
+        draft.default("train_s", last.elapsed_s, last.found)
     first_done = timed[0].done if timed[0].elapsed_s == 0 else 0
     draft.default("resumed_from", first_done if first_done < last.done else 0)
     if not _began_late(timed):
-        take_speed(draft, last.done - (draft.get("resumed_from") or 0), last.elapsed_s)
+        take_speed(draft, last.done - (0 if epoch else draft.get("resumed_from") or 0), last.elapsed_s)
     steady(draft, timed)
+
+
+def _take_epochs(draft: Draft, bars: Sequence[Bar], last: Bar, label: re.Match[str]) -> None:
+    """Steps over all epochs, of a bar whose label counts them from 0 or from 1."""
+    first = EPOCH_LABEL.search(bars[0].label)
+    from_0 = first is not None and int(first["epoch"]) == 0
+    epoch, epochs, total = int(label["epoch"]), label["epochs"], last.total or 0
+    draft.default("epoch", float(epoch), last.found)
+    draft.default("steps", (epoch - (0 if from_0 else 1)) * total + last.done, last.found)
+    if epochs:
+        draft.default("epochs", int(epochs), last.found)
+        draft.default("steps_planned", int(epochs) * total, last.found)
+        draft.per_epoch = epoch < int(epochs) - (1 if from_0 else 0)
+    elif draft.get("steps") == last.done:
+        draft.default("steps_planned", last.total, last.found)
 
 
 def _began_late(timed: Sequence[Bar]) -> bool:

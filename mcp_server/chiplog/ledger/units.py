@@ -11,6 +11,7 @@ UNITS = {
     "k": 2**10, "kb": 10**3, "kib": 2**10, "m": 2**20, "mb": 10**6, "mib": 2**20,
     "g": 2**30, "gb": 10**9, "gib": 2**30, "t": 2**40, "tb": 10**12, "tib": 2**40,
 }  # fmt: skip
+DURATIONS = {"ms": 0.001, "m": 60, "h": 3600, "s": 1}
 COUNTS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _SIZE = re.compile(r"\s*([\d.]+(?:e[+-]?\d+)?)\s*([A-Za-z]*)\s*")
 _COUNT = re.compile(r"([\d.]+)([kKMGBT]?)")
@@ -50,6 +51,16 @@ def seconds(text: str | None) -> float | None:
         return None
     days, hours, minutes, rest = (float(part) if part else 0.0 for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def duration(text: str | None) -> float | None:
+    """Seconds of a clock, `1:02:03`, or of words, `38.57 seconds`, `2.5 h`, `1440 ms`; null for what is none."""
+    if not text or ":" in text:
+        return seconds(text)
+    match = re.fullmatch(r"([\d.]+) ?([a-z]*)", text.strip().lower())
+    value = number(match.group(1)) if match else None
+    factor = next((f for unit, f in DURATIONS.items() if match and match.group(2).startswith(unit)), 1)
+    return None if value is None else value * factor
 
 
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d{1,6}))?")

@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
-import re
-
 from chiplog.ledger.bars import bars
 from chiplog.ledger.draft import Draft
-from chiplog.ledger.reader import LogReader, Span, pattern
+from chiplog.ledger.ending import TRACEBACK
+from chiplog.ledger.lines import COST, EPOCH, METRIC, Line, pace, so_far, training_lines
+from chiplog.ledger.reader import BLOCK, LogReader, Span, pattern
 from chiplog.ledger.runs import take_bars, take_speed, training_bars, trains
-from chiplog.ledger.units import number, seconds, whole
+from chiplog.ledger.units import duration, number, whole
 
-STEP = pattern(
-    rb"\[ *(?P<in>\d+)/(?P<of>\d+)\]|(?i:\b(?:global[_ ]?step|training[_ ]step|train[_ ]step|completed step"
-    rb"|steps?|iter(?:ation)?s?|it|batch|update))"
-    rb"[\"']?(?: *[=:#\[(|-] *| +)\[? *(?P<step>\d[\d,]*)(?: *(?:/|of) *(?P<total>\d[\d,]*))?"
-)
-LOSS = pattern(
-    rb"(?i:(?<![\w/-])(?:actor/|train/)?(?:(?:train(?:ing)?|avg|mean|running|total|lm|ce|sft)[_/ ]?)*loss)"
-    rb"(?:[\"']?(?: *[=:]+ *| +(?:is +)?))[\"'\[(]?(?:tensor\()?(?P<loss>[-+]?\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf"
-    rb"|NaN|-inf)\b",
-    b"oss",
-)
-OF_TEST = re.compile(r"(?i)\s*(?:test|eval(?:uation)?)\s*:")
 VALIDATION = pattern(
     rb"(?i:\b(?:val(?:idation)?|eval|dev|test)[_/ ]?loss)[\"']?(?: *[=:]+ *| +)(?P<loss>\d[\d.]*(?:[eE][-+]?\d+)?|nan)",
-    b"val",
-    b"dev",
-    b"test",
-)
-EPOCH = pattern(
-    rb"(?i:(?<![\w/-])epoch)[\"']?(?: *[=:#\[(] *| +)\[? *(?P<epoch>\d+(?:\.\d+)?)(?!/micro)\b(?: *(?:/|of) *"
-    rb"(?P<epochs>\d+))?",
-    b"poch",
-)
-NUM_UPDATES = pattern(rb"\bnum_updates[\"']?[: ]+[\"']?(?P<step>\d+)", b"num_updates")
+    b"val", b"dev", b"test",
+)  # fmt: skip
 OVERALL = pattern(
     rb"Overall training speed: (?P<steps>\d+) iterations in (?P<time>(?:\d+ days?, )?\d+:\d\d:\d\d)",
     b"Overall training",
 )
 PLANNED = pattern(
-    rb"(?i:total|max|train|num)[_ ](?:train(?:ing)?[_ ])?steps[\"']?[ ,=:]+[\"']?(?P<total>\d+)\b", b"steps"
+    rb"(?i:(?<!per )(?:total|max|train|num|training)[_ ](?:(?:train(?:ing)?|optimization)[_ ])?"
+    rb"(?:steps|iter(?:ation)?s)(?:[^\n:=\d(]{0,20}(?=:))?)[\"']?[ ,=:]+[\"']?(?P<total>\d[\d,]*+)(?![.\w])",
+    b"steps", b"iters", b"iterations",
+)  # fmt: skip
+TIME = pattern(
+    rb"(?i:\b(?:total |full )?train(?:ing)?(?:[ _](?:time|took|done in|finished in|completed in"
+    rb"|runtime|duration))+)[^\d\n]{0,12}"
+    rb"(?P<time>(?:\d+ days?, *)?\d+:\d\d:\d\d(?:\.\d+)?|[\d.]+ ?(?:s|sec|secs|seconds|min|mins|minutes|h|hrs?|hours)\b"
+    rb"|\d+\.\d+$)|(?i:\btook) (?P<took>[\d.]+ (?:sec(?:ond)?s?|min(?:ute)?s?|hours?)) to train",
+    b"train",
 )
-TIME = pattern(rb"(?i:\b(?:total |full )?train(?:ing)?(?:[ _](?:time|took|done in|finished in|completed in"
-               rb"|runtime|duration))+)"
-               rb"[^\d\n]{0,12}(?P<time>(?:\d+ days?, *)?\d+:\d\d:\d\d(?:\.\d+)?|[\d.]+ ?(?:s|sec|secs|seconds"
-               rb"|min|mins|minutes|h|hrs?|hours)\b)", b"rain")  # fmt: skip
+RESUMED = pattern(
+    rb"(?i:\b(?:resum|restor|recover|continu)\w*\b[^\n]{0,200}?\b(?:step|iter(?:ation)?|global_step))[ =:_]*"
+    rb"(?P<step>\d+)",
+    b"resum", b"restor", b"recover", b"continu",
+)  # fmt: skip
 NAMED_MEMORY = pattern(
     rb"max_mem(?:ory)?_(?P<kind>allocated|reserved)_(?P<unit>[mg]i?b)[\"']?[:= ]+(?P<size>[\d.]+)", b"max_mem"
 )
@@ -52,9 +42,10 @@ MEMORY = pattern(rb"(?i:(?:peak|max(?:imum)?)[_ ](?:gpu[_ ])?(?:mem(?:ory)?)(?:[
                  rb"(?:ated)?|reserved|active))?(?:[_ ]usage)?)"
                  rb"[^\d\n]{0,25}(?P<size>[\d.]+) ?(?P<unit>[MG]i?B)", b"mem")  # fmt: skip
 RATE = pattern(
-    rb"(?i:tokens?(?:/s(?:ec(?:ond)?)?|_per_sec(?:ond)?)(?P<scope>/(?:device|gpu))?)[\"']?[=: ]+(?P<rate>[\d.,]+)"
-)
-BESIDE = 400  # bytes from a loss in which its step is named
+    rb"(?i:(?:tokens?(?:/s(?:ec(?:ond)?)?|_per_sec(?:ond)?| per second)|\btps)(?P<scope>/(?:device|gpu))?)[\"']?[=: ]+"
+    rb"(?P<rate>[\d.,]+)|(?P<before>[\d.,]+)(?P<kilo>k?) tok(?:ens)?/s",
+    b"tok", b"tps",
+)  # fmt: skip
 KIND = {"reserved": "reserved", "active": "active"}
 
 
@@ -68,70 +59,103 @@ def parse(log: LogReader) -> list[Draft]:
 
 def run(span: Span, draft: Draft) -> Draft:
     """Everything that is named in the usual words."""
-    losses(draft, span)
+    lines = training_lines(span)
+    losses(draft, span, lines)
+    lines = lines or training_lines(span, COST)
+    take_loss(draft, lines)
+    lines = lines or training_lines(span, METRIC)
     epochs(draft, span)
     take_bars(draft, training_bars(bars(span, trains)))
-    steps(draft, span)
-    memory(draft, span)
-    if found := span.last(TIME):
-        draft.default("train_s", seconds(found["time"]) or _spelled(found["time"]), found)
-        if draft.get("steps"):
-            take_speed(draft, draft.get("steps"), draft.get("train_s"))
+    steps(draft, span, lines)
+    memory(draft, span, lines)
+    times(draft, span, lines)
+    if step_s := pace(lines):
+        draft.default("steps_per_s", 1 / step_s, lines[-1].found)
     if found := span.last(RATE):
-        draft.default("tokens_per_s", number(found["rate"]), found)
-        draft.default("tokens_scope", "per_gpu" if found.get("scope") else "unknown")
+        kilo = 1000 if found.get("kilo") else 1
+        rate = number(found.get("rate") or found.get("before"))
+        if rate is not None and draft.default("tokens_per_s", rate * kilo, found):
+            draft.default("tokens_scope", "per_gpu" if found.get("scope") else "unknown")
     return draft
 
 
-def losses(draft: Draft, span: Span) -> None:
+def times(draft: Draft, span: Span, lines: list[Line]) -> None:
+    """Seconds of training, and with them the mean speed."""
+    total, counted = span.last(TIME), so_far(lines)
+    said = (total and draft.default("train_s", duration(total.get("time") or total.get("took")), total)) or (
+        counted and draft.default("train_s", counted, lines[-1].found)
+    )
+    if said and draft.get("steps"):
+        take_speed(draft, draft.get("steps") - (draft.get("resumed_from") or 0), draft.get("train_s"))
+
+
+def losses(draft: Draft, span: Span, lines: list[Line] | None = None) -> None:
     """First, last and validation losses."""
-    first, last = span.first(LOSS, far=True), span.last(LOSS, far=True)
-    while last and OF_TEST.match(last.line):  # what a test printed is no training loss
-        last = span.before(last.offset - len(last.before.encode())).last(LOSS)
-    if first and last:
-        draft.default("loss_first", number(first["loss"]), first)
-        draft.default("loss_last", number(last["loss"]), last)
-        draft.worked(last)
+    lines = training_lines(span) if lines is None else lines
+    take_loss(draft, lines)
     found = [value for f in span.near(VALIDATION) if (value := number(f["loss"])) is not None]
     draft.default("val_losses", found or None)
 
 
+def take_loss(draft: Draft, lines: list[Line]) -> None:
+    """First and last loss of these lines."""
+    if lines:
+        draft.default("loss_first", lines[0].loss, lines[0].found)
+        draft.default("loss_last", lines[-1].loss, lines[-1].found)
+        draft.worked(lines[-1].found)
+
+
 def epochs(draft: Draft, span: Span) -> None:
     """The last epoch that is named, and how many are planned."""
-    if found := span.last(EPOCH):
-        draft.default("epoch", number(found["epoch"]), found)
-        draft.default("epochs", whole(found.get("epochs")), found)
+    last = span.last(EPOCH)
+    if not last:
+        return
+    line = span.after(last.line_offset).before(last.end)
+    found = line.first(EPOCH) or last  # the line's first: other figures of the epoch may follow
+    draft.default("epoch", number(found.get("epoch") or found.get("before")), found)
+    draft.default("epochs", whole(found.get("epochs")), found)
 
 
-def steps(draft: Draft, span: Span) -> None:
-    """The last step that is named beside a loss, and how many are planned."""
-    last = span.last(LOSS)
-    near = list(span.after(last.offset - BESIDE).before(last.offset + BESIDE).all(STEP)) if last else []
-    if near:
-        found = near[-1]
-        if draft.default("steps", whole(found.get("step") or found.get("in")), found):
-            draft.worked(found)
-        draft.default("steps_planned", whole(found.get("total") or found.get("of")), found)
-    if found := span.last(NUM_UPDATES):
-        draft.default("steps", whole(found["step"]), found)
+def steps(draft: Draft, span: Span, lines: list[Line]) -> None:
+    """The last step that a line names, and how many are planned."""
+    counted = [one for one in lines if one.step is not None]
+    if counted and counted[-1].step is not None:
+        last = counted[-1]
+        done, planned = _over_epochs(last, counted[0])
+        if draft.default("steps", done, last.found):
+            draft.worked(last.found)
+        draft.default("steps_planned", planned, last.found)
     if found := span.last(OVERALL):
-        draft.done = found
-        draft.default("train_s", seconds(found["time"]), found)
-        take_speed(draft, int(found["steps"]), seconds(found["time"]))
+        draft.default("steps", whole(found["steps"]), found)
+        if not span.before(found.offset).after(found.offset - BLOCK).last(TRACEBACK):  # it is printed after errors too
+            draft.done = found
+        draft.default("train_s", duration(found["time"]), found)
+        take_speed(draft, int(found["steps"]), duration(found["time"]))
     if found := span.first(PLANNED):
         draft.default("steps_planned", whole(found["total"]), found)
+    first = next((one.step for one in counted), None)
+    if (found := span.first(RESUMED)) and first is not None:
+        before = whole(found["step"]) or 0
+        if before <= first <= 1.2 * before + 1000:
+            draft.default("resumed_from", before, found)
 
 
-def memory(draft: Draft, span: Span) -> None:
+def _over_epochs(last: Line, first: Line) -> tuple[int, int | None]:
+    """Steps done and planned, of a counter that begins anew each of so many epochs."""
+    done, total = last.step or 0, last.total
+    if not total or done > total or last.epoch is None or not last.epochs:
+        return done, total
+    before = int(last.epoch) - (0 if first.epoch == 0 else 1)
+    return max(0, before) * total + done, last.epochs * total
+
+
+def memory(draft: Draft, span: Span, lines: list[Line]) -> None:
     """The largest peak that is named."""
     if draft.get("peak_mem_bytes") is None:
         for found in [*span.near(MEMORY), *span.near(NAMED_MEMORY)]:
             kind = (found.get("kind") or "allocated").lower()
             draft.peak(f"{found['size']} {found['unit'].upper().replace('I', 'i')}", KIND.get(kind, "allocated"), found)
-
-
-def _spelled(text: str) -> float | None:
-    """Seconds of `38.57 seconds`, `2.5 h`."""
-    match = re.fullmatch(r"([\d.]+) ?([a-z]+)", text.lower())
-    value = number(match.group(1)) if match else None
-    return None if not match or value is None else value * {"s": 1, "m": 60, "h": 3600}[match.group(2)[0]]
+    if draft.get("peak_mem_bytes") is None:
+        for one in lines:
+            if one.memory:
+                draft.peak(one.memory, "allocated", one.found)

@@ -1,0 +1,235 @@
+"""Lines of a training loop: a step, an epoch, a loss and times, in whatever words.
+
+A line is found by its loss. What else it says is read from that line alone or, where it is a row of a table, from what
+stands around it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from chiplog.ledger.reader import EDGE, Found, Pattern, Span, pattern
+from chiplog.ledger.units import duration, number, stamp, whole
+
+_VALUE = rb"(?P<loss>[-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf|NaN)\b)"
+LOSS = pattern(
+    rb"(?i:(?<![\w/-])(?:actor/|train/|loss/train/)?(?:(?:train(?:ing)?(?:'s)?|avg\.?|average|mean|running|total|lm|ce|"
+    rb"sft|batch|step|log)[_/ -]?)*(?:loss|logloss)(?:/train(?:/total)?|\(train\))?"
+    rb"(?: (?!scale|func|type|ratio|mask|weight|is\b|for\b|on\b)[a-z]{2,20}(?= ?:))?)"
+    rb"(?:[\"']?(?: *(?:[=:|]|\xe2\x94\x82)+ *| +(?:is +|of +)?))[\"'\[(]?(?:tensor\()?" + _VALUE,
+    b"loss",
+)
+COST = pattern(rb"(?i:(?<![\w/-])(?<!time )cost)[\"']?(?: *[=:] *| +)" + _VALUE, b"cost")
+METRIC = pattern(  # what a loop prints that names no loss
+    rb"(?i:(?<![\w/])(?:[a-z]+[-_ ])?(?:rmse|mse|mae|acc(?:uracy)?|perplexity|ppl|reward|nll|auc|error|bleu|f1))"
+    rb"[\"']?(?: *[=:|] *| +)" + _VALUE,
+    b"mse", b"mae", b"acc", b"perplexity", b"ppl", b"reward", b"nll", b"auc", b"error", b"bleu", b"f1",
+)  # fmt: skip
+OF_TEST = re.compile(rb"(?i)(?<![a-z/])(?:test|val|valid|validation|eval|evaluation|evaluating|dev)(?![a-z/])")
+OWN = re.compile(rb"(?i)\btrain")
+
+_NAMES = rb"[\"']?(?: *(?:[=:#|(\[-]|\xe2\x94\x82)+ *| +)[\[(]? *"
+_COUNT = rb"(?P<step>\d[\d,]*+)(?!\.\d|[\d.]*[eE]\d|%| *(?:ms|secs?|it/s|s/it)\b)(?: *(?:/|of) *(?P<total>\d[\d,]*+))?"
+STEPS = [
+    re.compile(rb"(?i)(?:num_updates|global[_ ]?step|completed step|total[_ ]?timesteps)" + _NAMES + _COUNT),
+    re.compile(rb"(?i)(?<![\w/-])(?:train(?:ing)?[_ ])?(?:steps?|iter(?:ation)?s?|it|updates?|up\.|rounds?"
+               rb"|(?:mini-?)?batch(?:[_ ](?:id|idx|index))?)" + _NAMES + _COUNT),
+    re.compile(rb"\b\d+-(?P<step>\d+)batch\b"),
+    re.compile(rb"[\[(] *(?P<step>\d+) */ *(?P<total>\d+)(?= *[\])%(])"),
+    re.compile(rb"(?<=: ) *(?P<step>\d+) / (?P<total>\d+)\b"),
+    re.compile(rb"(?:^|[\]:] )\[(?P<step>\d+)\](?=\s)"),
+]  # fmt: skip
+EPOCH = pattern(
+    rb"(?i:(?<![a-z/-])(?<!per )(?<!(?:max|num|end)_)(?<!best_)(?<!\bn_)(?<!(?:total|start)_)(?<!per_)(?<!current_)"
+    rb"(?:epoch|ep)(?:\.{1,3}|\(train\))?[\"']?(?: *[=:#|\[(_]+ *| +|(?=\d))[\[(]? *"
+    rb"(?P<epoch>\d++(?:\.\d++)?)(?!/micro|[%a-z])(?: *(?:/|of) *(?P<epochs>\d+))?|\b(?P<before>\d+)epoch:)",
+    b"epoch", b"ep",
+)  # fmt: skip
+PER_STEP = re.compile(
+    rb"(?i)(?P<s>[\d.]+) ?(?P<unit>ms|s|secs?|seconds?) ?/ ?(?:step|it|iter|iteration|batch|update)\b"
+    rb"|(?P<rate>[\d.]+) ?(?:steps?|its?|iters?|iterations?|batch(?:es)?|updates?) ?/ ?s(?:ec(?:ond)?)?\b"
+    rb"|(?:(?:steps?|iters?|iterations?|batches|updates|it)(?:_per_|/)s(?:ec(?:ond)?)?|\bups)[\"']?[=: ]+"
+    rb"(?P<rate2>[\d.]+)"
+    rb"|(?:(?:iter|iteration|step|batch)[_ -]?(?:time|cost|duration)|time/step|(?<=, )seconds)[\"']?[=: ]+"
+    rb"(?P<s2>[\d.]+(?:e[-+]\d+)?) ?(?P<unit2>ms|s|sec)?\b"
+)
+TIME = re.compile(
+    rb"(?i)(?<![\w/-])(?:time(?:[ _]?(?:elapsed|used|usage))?|elapsed(?:[ _]time)?|wall(?:[ _]time)?|dt)[\"']?"
+    rb"(?: *(?:[=:|]|\xe2\x94\x82)+ *| +)(?P<time>(?:\d+ days?, *)?\d+:\d\d(?::\d\d)?(?:\.\d+)?|[\d.]+(?: ?(?:ms|"
+    rb"sec(?:ond)?s?|s|min|m|h))?\b)"
+    rb"|(?<=[-|] ) ?(?P<end>[\d.]+ ?s(?:ecs?)?|\d+:\d\d:\d\d)s?\s*$"
+)
+MEMORY = re.compile(
+    rb"(?i)\b(?:gpu[_ ])?(?:max[_ ])?mem(?:ory)?(?:[_ ]?used)?[\"']?[=:] *(?P<size>[\d.]+) ?(?P<unit>[GM]i?)b?\b"
+)
+BAR_END = re.compile(rb"(?:it/s|s/it)[^\]\n]*\]")
+SO_FAR = re.compile(rb"(?i)elapsed|wall")
+BESIDE = 800  # bytes before a loss in which its step may be named, and half as many after it
+LEAST = 1 << 14  # bytes at either end that are searched first
+FIRST, LAST = 20, 200  # lines that are read of each end
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What one line says; null what it does not."""
+
+    found: Found
+    loss: float | None
+    step: int | None
+    total: int | None
+    epoch: float | None
+    epochs: int | None
+    step_s: float | None  # seconds of a step
+    time_s: float | None  # seconds of a step, of an epoch, or of all until then
+    so_far: bool  # whether it says that they are of all until then
+    at: datetime | None
+    memory: str | None  # as printed, with its unit
+
+
+def training_lines(span: Span, wanted: Pattern = LOSS) -> list[Line]:
+    """The lines that name a loss of training, at either end of a span."""
+    edge = LEAST
+    while True:
+        matches = [found for found in span.near(wanted, edge) if not _of_test(found)]
+        late = bool(matches) and matches[-1].offset >= span.stop - edge
+        if late or edge >= EDGE or 2 * edge >= len(span):
+            break
+        edge = min(8 * edge, EDGE)
+    if len(matches) > FIRST + LAST:
+        matches = matches[:FIRST] + matches[-LAST:]
+    return [_line(span, group, start) for group, start in _groups(span, matches)]
+
+
+def _of_test(found: Found) -> bool:
+    """Whether its line speaks of a test before it."""
+    before = BAR_END.split(found.before.encode())[-1][-200:]
+    return bool(OF_TEST.search(before)) and not OWN.search(before + found.text)
+
+
+def _groups(span: Span, matches: Sequence[Found]) -> Iterator[tuple[list[Found], int]]:
+    """Matches by line, and where the line begins; of a line that names a step between two losses, by step."""
+    group: list[Found] = []
+    start = 0
+    for found in matches:
+        if group and found.offset - group[-1].end < BESIDE:
+            between = span.log.text(group[-1].end, found.offset)
+            begins = b"\n" in between or b"%|" in between or any(step.search(between) for step in STEPS[:2])
+            if not begins:
+                group.append(found)
+                continue
+        if group:
+            yield group, start
+        start = max(found.line_offset, group[-1].end if group else 0)
+        group = [found]
+    if group:
+        yield group, start
+
+
+def _line(span: Span, group: Sequence[Found], start: int) -> Line:
+    chosen = next((found for found in group if found.text.lower().startswith(b"total")), group[0])
+    text = span.log.text(start, group[-1].end) + _rest(span, group[-1].end)
+    epoch, pace, time = EPOCH.regex.search(text), PER_STEP.search(text), TIME.search(text)
+    step = _step(text[: epoch.start()] + b" " + text[epoch.end() :] if epoch else text)
+    held = MEMORY.search(text)
+    if not step and not epoch:
+        step = _step(span.log.text(max(span.start, start - BESIDE), start), last=True)
+        step = step or _step(span.log.text(group[-1].end, min(span.stop, group[-1].end + BESIDE // 2)))
+    return Line(
+        found=chosen,
+        loss=number(chosen["loss"]),
+        step=_whole(step, "step"),
+        total=_whole(step, "total"),
+        epoch=number(_text(epoch, "epoch") or _text(epoch, "before")),
+        epochs=_whole(epoch, "epochs"),
+        step_s=_step_s(pace),
+        time_s=duration(_text(time, "time") or _text(time, "end")),
+        so_far=bool(time and SO_FAR.search(time.group())),
+        at=stamp(text.decode(errors="replace")),
+        memory=f"{held['size'].decode()} {held['unit'].decode().upper().replace('I', 'i')}B" if held else None,
+    )
+
+
+def _rest(span: Span, start: int) -> bytes:
+    """What stands in the line after a byte."""
+    return span.log.text(start, min(span.stop, start + BESIDE // 2)).partition(b"\n")[0]
+
+
+def _step(text: bytes, last: bool = False) -> re.Match[bytes] | None:
+    for form in STEPS:
+        matches = list(form.finditer(text))
+        if matches:
+            return matches[-1 if last else 0]
+    return None
+
+
+def _step_s(match: re.Match[bytes] | None) -> float | None:
+    """Seconds of a step, stated or as the inverse of steps a second."""
+    if not match:
+        return None
+    rate = number(_text(match, "rate") or _text(match, "rate2"))
+    if rate is not None:
+        return 1 / rate if rate > 0 else None
+    time = number(_text(match, "s") or _text(match, "s2"))
+    unit = _text(match, "unit") or _text(match, "unit2")
+    return None if not time else time / 1000 if unit == "ms" else time
+
+
+def _text(match: re.Match[bytes] | None, name: str) -> str | None:
+    value = match[name] if match and name in match.re.groupindex else None
+    return None if value is None else value.decode(errors="replace")
+
+
+def _whole(match: re.Match[bytes] | None, name: str) -> int | None:
+    return whole(_text(match, name))
+
+
+def pace(lines: Sequence[Line]) -> float | None:
+    """Median seconds of a step: as the lines state it, else from times of single steps, else from their stamps."""
+    stamped = _stamped(lines)
+    stated = [one.step_s for one in lines if one.step_s]
+    times = [one.time_s for one in lines if one.time_s and one.step is not None] if not so_far(lines) else []
+    for values in (stated, times):
+        median = statistics.median(values[len(values) // 10 :]) if values else None
+        # What contradicts the stamps is the time of something else, such as of loading data.
+        if median and (stamped is None or 0.5 < median / stamped < 2):
+            return median
+    return stamped
+
+
+def _stamped(lines: Sequence[Line]) -> float | None:
+    """Seconds of a step between the last lines that have a stamp and a step."""
+    known = [(one.step, one.at) for one in lines if one.step is not None and one.at]
+    known = _rising(known, lambda pair: pair[0])
+    if len(known) < 2:
+        return None
+    (first, began), (last, ended) = known[0], known[-1]
+    passed = (ended - began).total_seconds()
+    return passed / (last - first) if last > first and passed > 0 else None
+
+
+def _rising(values: Sequence, key: Callable) -> list:
+    """The last values, as far back as they rise."""
+    kept = list(values[-1:])
+    for one in reversed(values[:-1]):
+        if key(one) >= key(kept[-1]):
+            break
+        kept.append(one)
+    return kept[::-1]
+
+
+def so_far(lines: Sequence[Line]) -> float | None:
+    """Seconds of training until the last line, where the lines count them up."""
+    timed = [one for one in lines if one.time_s is not None]
+    if not timed:
+        return None
+    if timed[-1].so_far:
+        return timed[-1].time_s
+    times = [one.time_s or 0.0 for one in timed]
+    steps = [later - one for one, later in itertools.pairwise(times)]
+    counted = len(times) >= 5 and min(steps) > 0 and times[-1] > 3 * max(steps[FIRST:] or steps)
+    return times[-1] if counted else None
