@@ -43,6 +43,7 @@ NODE_LOST = [
         rb"slurmstepd: error: \*\*\* \w+ \d+[^\n]*NODE_FAIL|launch failed requeued held", b"NODE_FAIL", b"launch failed"
     )
 ]
+RAN_OUT = pattern(rb"ran out of memory trying to allocate [^\n]*", b"ran out of memory")
 GPU_OOM = [
     pattern(rb"^(?:torch\.)?(?:cuda\.)?OutOfMemoryError +Traceback[^\n]*", b"OutOfMemoryError "),
     pattern(rb"CUDA out of memory\b[^\n]*", b"CUDA out of memory"),
@@ -50,7 +51,7 @@ GPU_OOM = [
     pattern(rb"CUDA error: out of memory[^\n]*|CUBLAS_STATUS_ALLOC_FAILED[^\n]*", b"CUDA error: ", b"CUBLAS_"),
     pattern(rb"RESOURCE_EXHAUSTED: Out of memory[^\n]*", b"RESOURCE_EXHAUSTED"),
     pattern(rb"OOM when allocating tensor(?![^\n]*device:CPU)[^\n]*", b"OOM when"),
-    pattern(rb"ran out of memory trying to allocate [^\n]*", b"ran out of memory"),
+    RAN_OUT,
     pattern(rb"Out of memory error on GPU \d+\.[^\n]*", b"Out of memory error on GPU"),
 ]
 TRIED = re.compile(
@@ -111,6 +112,11 @@ FATAL = [
     pattern(rb"^Exited with exit code (?P<code>[1-9]\d*)\.", b"Exited with exit code"),
     pattern(rb"^sbatch: error: [^\n]+|^slurmstepd: error: (?!\*\*\*|_get|[^\n]*oom)[^\n]+", b"error: "),
 ]
+TRAINED = pattern(
+    rb"(?i:\b(?:training (?:is )?(?:completed?|finished|done|ended)|finished training|done training|"
+    rb"training has (?:been )?(?:completed?|finished)|end(?: of)? training|fine-?tuning (?:completed?|finished"
+    rb"|done)))\b"
+)
 GOOD = [
     pattern(rb"(?i:\bexit[ _]?(?:code|status))[\"']? ?[=:] *0\b", b"exit"),
     pattern(
@@ -120,11 +126,7 @@ GOOD = [
     ),
     pattern(rb"exits successfully", b"exits successfully"),
     pattern(rb"^Successfully completed\.", b"Successfully completed."),
-    pattern(
-        rb"(?i:\b(?:training (?:is )?(?:completed?|finished|done|ended)|finished training|done training|"
-        rb"training has (?:been )?(?:completed?|finished)|end(?: of)? training|fine-?tuning (?:completed?|finished"
-        rb"|done)))\b"
-    ),
+    TRAINED,
 ]
 
 
@@ -185,9 +187,12 @@ def _ending(draft: Draft, span: Span) -> Ending:
 
 
 def _cancelled(span: Span, worked: int) -> Found | None:
-    """Slurm's word that it ended the job, if no work was done after it, as by a next job that writes to the same log."""
+    """Slurm's word that it ended the job; null if work was done after it, as by a next job with the same log."""
     found = span.last(SLURM)
-    return found if found and worked < found.offset + LATE_BARS else None
+    if not found or worked >= found.offset + LATE_BARS:
+        return None
+    done = span.after(found.offset).last(TRAINED)
+    return None if done and done.offset < worked + LATE_BARS and worked > found.offset else found
 
 
 def _last_word(tail: Span) -> Found | None:
@@ -237,9 +242,11 @@ def _out_of_memory(span: Span, worked: int) -> tuple[OutOfMemory, Found] | None:
         return None
     line = span.log.text(found.offset, found.offset + 2000).partition(b"\n")[0].decode(errors="replace")
     tried = TRIED.search(line)
+    before = span.last(RAN_OUT)  # where TensorFlow says how much
+    asked = TRIED.search(before.line) if before else None
     return OutOfMemory(
         kind="gpu",
-        tried_bytes=size(tried.group(1), binary=True) if tried else None,
+        tried_bytes=size((tried or asked).group(1), binary=True) if tried or asked else None,
         capacity_bytes=_size_of(CAPACITY, line),
         in_use_bytes=_size_of(IN_USE, line),
     ), found

@@ -36,6 +36,7 @@ OWN = re.compile(rb"(?i)\btrain")
 _NAMES = rb"[\"']?(?: *(?:[=:#|(\[-]|\xe2\x94\x82)+ *| +)[\[(]? *"
 _COUNT = rb"(?P<step>\d[\d,]*+)(?!\.\d|[\d.]*[eE]\d|%| *(?:ms|secs?|it/s|s/it)\b)(?: *(?:/|of) *(?P<total>\d[\d,]*+))?"
 STEPS = [
+    re.compile(rb"\[batch=(?P<step>\d+)/(?P<total>\d+)\]"),
     re.compile(rb"(?i)(?:num_updates|global[_ ]?step|completed step|total[_ ]?timesteps)" + _NAMES + _COUNT),
     re.compile(rb"(?i)(?<![\w/-])(?:train(?:ing)?[_ ])?(?:steps?|iter(?:ation)?s?|it|updates?|up\.|rounds?"
                rb"|(?:mini-?)?batch(?:[_ ](?:id|idx|index))?)" + _NAMES + _COUNT),
@@ -55,7 +56,7 @@ PER_STEP = re.compile(
     rb"|(?P<rate>[\d.]+) ?(?:steps?|its?|iters?|iterations?|batch(?:es)?|updates?) ?/ ?s(?:ec(?:ond)?)?\b"
     rb"|(?:(?:steps?|iters?|iterations?|batches|updates|it)(?:_per_|/)s(?:ec(?:ond)?)?|\bups)[\"']?[=: ]+"
     rb"(?P<rate2>[\d.]+)"
-    rb"|(?:(?:iter|iteration|step|batch)[_ -]?(?:time|cost|duration)|time/step|(?<=, )seconds)[\"']?[=: ]+"
+    rb"|(?<!\w)(?:(?:iter|iteration|step|batch)[_ -]?(?:time|cost|duration)|time/step|(?<=, )seconds)[\"']?[=: ]+"
     rb"(?P<s2>[\d.]+(?:e[-+]\d+)?) ?(?P<unit2>ms|s|sec)?\b"
 )
 TIME = re.compile(
@@ -118,7 +119,7 @@ def _groups(span: Span, matches: Sequence[Found]) -> Iterator[tuple[list[Found],
     for found in matches:
         if group and found.offset - group[-1].end < BESIDE:
             between = span.log.text(group[-1].end, found.offset)
-            begins = b"\n" in between or b"%|" in between or any(step.search(between) for step in STEPS[:2])
+            begins = b"\n" in between or b"%|" in between or any(step.search(between) for step in STEPS[:3])
             if not begins:
                 group.append(found)
                 continue
@@ -231,5 +232,7 @@ def so_far(lines: Sequence[Line]) -> float | None:
         return timed[-1].time_s
     times = [one.time_s or 0.0 for one in timed]
     steps = [later - one for one, later in itertools.pairwise(times)]
+    if len(timed) == 1 and timed[0].step is None and timed[0].epoch in (0.0, 1.0) and len(lines) < len(timed) + 2:
+        return times[0]
     counted = len(times) >= 5 and min(steps) > 0 and times[-1] > 3 * max(steps[FIRST:] or steps)
     return times[-1] if counted else None

@@ -13,7 +13,7 @@ FAMILIES = (
     b"roberta", b"bert-", b"vit-", b"whisper", b"internlm", b"baichuan", b"chatglm",
 )  # fmt: skip
 FAMILY = (
-    rb"(?i:(?:meta-|code-?|tiny-?)?llama|qwen|mistral|mixtral|gemma|phi-?\d|pythia|falcon|opt-|bloom|gpt-?[2jn]|mpt-|"
+    rb"(?i:(?:meta-|code-?|tiny-?)?llama|qwen|mistral|mixtral|gemma|phi-?\d|pythia|falcon|opt-|bloom|gpt-?[23jn]|rugpt|mpt-|"
     rb"stablelm|granite|deepseek|yi-\d|olmo|smollm|vicuna|zephyr|t5-|flan|roberta|(?:de)?bert-|deberta|vit-|whisper|"
     rb"internlm|baichuan|chatglm)"
 )
@@ -24,9 +24,15 @@ NAMED = [
     pattern(rb"\"?_name_or_path\"?: \"(?P<model>[^\"\n]+)\"", b"_name_or_path"),
     pattern(rb"(?i:\bmodel(?:[_ ]?(?:name|path|id))?)[\"']?(?:[=:] *| +)[\"']?(?P<model>"
             rb"[\w./~-]*/?" + FAMILY + rb"[\w.-]*)", b"odel"),
+    pattern(rb"(?i:\b(?:arch(?:itecture)?|network|backbone|model(?:[_ ]name)?))[\"']?(?:[=:] *| +)[\"']?(?P<model>"
+            rb"(?i:resnet|resnext|wide_resnet|vgg|densenet|mobilenet|efficientnet|convnext|swin|deit)[\w.-]*\d[\w.-]*)",
+            b"net", b"vgg", b"convnext", b"swin", b"deit"),
+    pattern(rb"^\W*tune run \S+ --config (?P<model>[\w.]+/\d+\w)_", b"tune run "),
+    pattern(rb"(?<![\w/.-])(?P<model>[A-Za-z][\w-]*/[\w.-]*" + FAMILY + rb"[\w.-]*)(?![\w/])", b"/"),
     pattern(rb"models--(?P<model>[\w.-]+?--[\w.-]+)/", b"models--"),
     pattern(rb"\b(?P<model>" + FAMILY + rb"[\w.-]*\d(?:\.\d+)?[bBmM]\b[\w.-]*)", *FAMILIES),
 ]  # fmt: skip
+PART = re.compile(r"(?i)(?<![a-z])(?:vision|tower|judge|teacher|embed|reward_model)")  # not what is trained
 TOP = 1 << 16  # bytes in which a configuration or a saved model is named
 KNOWN = re.compile(FAMILY.decode())
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -53,7 +59,7 @@ def take_model(draft: Draft, span: Span) -> None:
     top, bottom = span.before(span.start + TOP), span.after(span.stop - TOP)
     for wanted in NAMED:
         for found in (top.first(wanted), bottom.last(wanted)):
-            if found and (name := model_name(found)):
+            if found and not PART.search(found.before[-60:]) and (name := model_name(found)):
                 draft.set("model", name, found)
                 return
 
@@ -64,6 +70,8 @@ def model_name(found: Found) -> str | None:
     if FILE.search(path):
         return None
     parts = [part for part in path.split("/") if part]
+    if re.fullmatch(r"\d+[bBmM]", parts[-1] if parts else ""):
+        return path  # torchtune's llama3_2/1B
     for part in reversed(parts):
         if KNOWN.search(part) and re.search(r"\d", part) and not FILE.search(part) and "lib/python" not in path:
             return part

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from contextlib import suppress
 from datetime import datetime
 
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.reader import Span, pattern
-from chiplog.ledger.units import whole
+from chiplog.ledger.units import seconds
 
 JOB_ID = [
     pattern(rb"\*\*\* (?:JOB|STEP) (?P<job>\d+)(?:[._]\w+)? (?:STEPD TERMINATED )?ON ", b"*** "),
@@ -17,6 +18,7 @@ JOB_ID = [
     pattern(rb"(?i:^[^\n]{0,20}\bjob[ _]?id)[\"']?[ :=]+[\"']?(?P<job>\d{3,}(?:_\d+)?)\b", b"job"),
     pattern(rb"^Subject: Job (?P<job>\d+): <", b"Subject: Job "),
     pattern(rb"^Submitted batch job (?P<job>\d+)", b"Submitted batch job "),
+    pattern(rb"^srun: (?:Terminating (?:job )?step|job) (?P<job>\d+)\b", b"srun: "),
 ]
 VENDORS = (b"NVIDIA", b"Tesla", b"GeForce", b"Quadro", b"AMD ")
 GPU = [
@@ -25,21 +27,25 @@ GPU = [
     pattern(rb"^GPU \d+: (?P<gpu>[^\n(]+?) \(UUID", b"(UUID"),
     pattern(
         rb"\b(?P<gpu>(?:(?:NVIDIA|Tesla|GeForce|Quadro|AMD Instinct) )+(?:RTX |GTX |TITAN |Tesla )*"
-        rb"(?:GH|GB|RTX|MI|[AHLVPTKB])-?\d{1,4}\w*(?:[ -](?:SXM\d?|PCIe|PCIE|NVL|Ti|SUPER|Ada Generation|HBM\d\w?|"
+        rb"(?:(?:GH|GB|RTX|MI|[AHLVPTKB])-?\d{1,4}\w*|(?<=GTX )\d{3,4}|(?<=TITAN )\w+)(?:[ -](?:SXM\d?|PCIe|PCIE|NVL|Ti|SUPER|Ada Generation|HBM\d\w?|"
         rb"\d{2,3} ?GB|MIG \d\w\.\d+gb))*)", *VENDORS),
-    pattern(rb"(?P<gpu>\b(?:RTX ?A?\d{4}(?: ?Ti| SUPER| Ada(?: Generation)?)?|[AHV]\d00-(?:SXM\d?|PCI[Ee]|NVL)"
-            rb"(?:-\d+GB)?))\b", b"RTX", b"00-"),
+    pattern(rb"(?P<gpu>\b(?:TITAN (?:Xp|X|V|RTX)\b|GTX ?\d{3,4}|RTX ?A?\d{4}(?: ?Ti| SUPER| Ada(?: Generation)?)?|[AHV]\d00-(?:SXM\d?|PCI[Ee]|NVL)"
+            rb"(?:-\d+GB)?))\b", b"RTX", b"GTX", b"TITAN", b"00-"),
 ]  # fmt: skip
 N_GPUS = [
-    pattern(rb"(?i:\bworld[_ ]size)[\"']?(?:[:=]| \.+)[ :=.]*[\"']?(?P<n>\d{1,5})\b", b"world"),
-    pattern(rb"\bNum GPUs(?: used)? = (?P<n>\d+)", b"Num GPUs"),
+    pattern(rb"(?i:\bworld[_ ]size)[\"']?(?:[:=]| \.+|(?= \d))[ :=.]*[\"']?(?P<n>\d{1,5})\b", b"world"),
+    pattern(rb"\bNum GPUs(?: used| Available)?(?: =|:) +(?P<n>\d+)", b"Num GPUs"),
     pattern(rb"\bdist_world_size=(?P<n>\d+)", b"dist_world_size="),
     pattern(rb"(?i:num(?:ber)?[_ ](?:of[_ ])?(?:gpus|devices)|\bgpus?[_ ]count)[\"']?[ :=]+"
             rb"[\"']?(?P<n>\d{1,4})\b", b"gpus", b"devices", b"gpu_count",
             b"gpu count"),
     pattern(rb"\bWORLD_SIZE[ :=]+(?P<n>\d{1,5})\b", b"WORLD_SIZE"),
+    pattern(rb"device mesh with \[[^\]\n]+\], \[(?P<n>\d+(?:, \d+)*)\]", b"device mesh with "),
+    pattern(rb"\bnproc_per_node[= ]+(?P<n>\d{1,3})\b", b"nproc_per_node"),
+    pattern(rb"^#BSUB -gpu [\"']?num=(?P<n>\d+)", b"#BSUB -gpu"),
 ]  # fmt: skip
 LSF_RUN = pattern(rb"^ *Run time : +(?P<s>\d+) sec\.", b"Run time : ")
+PBS_RUN = pattern(rb"(?:Walltime Used: +|resources_used\.walltime ?= ?)(?P<time>(?:\d+:)?\d+:\d\d:\d\d)", b"alltime")
 STARTED = pattern(rb"(?i:^[# ]*job[ _]?(?:started|start time|start)(?: at| on)?) *: *(?P<at>[^\n#]+)", b"job")
 ENDED = pattern(
     rb"(?i:^[# ]*job[ _]?(?:ended|finished|completed|end time|end)(?: at| on)?) *: *(?P<at>[^\n#]+)", b"job"
@@ -48,6 +54,8 @@ CANCELLED = pattern(rb"CANCELLED AT (?P<at>[\dT:-]{19})", b" CANCELLED AT ")
 SMI_MEMORY = pattern(rb"\| +(?P<used>\d+)MiB / +\d+MiB +\|", b"MiB / ")
 WORKED = 100  # MiB on a card that stand for a job
 SMI_ROW = pattern(rb"^\| +(?P<id>\d+) +(?:NVIDIA|Tesla|GeForce|Quadro|AMD)[\w .-]+? +(?:On|Off|N/A) +\|", *VENDORS)
+TF_DEVICE = pattern(rb"Created (?:TensorFlow )?device \(?/job:[^\n]*?/device:GPU:(?P<id>\d+) ", b"device:GPU:")
+RANK = pattern(rb"\bProcess rank: (?P<id>\d+), device: cuda", b"Process rank: ")
 SMI_LIST = pattern(rb"^GPU (?P<id>\d+): [^\n]+\(UUID", b"(UUID")
 
 
@@ -76,6 +84,8 @@ def _elapsed(draft: Draft) -> None:
     log = draft.span.log.whole
     if found := log.last(LSF_RUN):
         draft.set("elapsed_s", float(found["s"]), found)
+    elif found := log.last(PBS_RUN):
+        draft.set("elapsed_s", seconds(found["time"]), found)
     start, end = log.first(STARTED), log.last(ENDED) or log.last(CANCELLED)
     if draft.get("elapsed_s") is None and start and end:
         began, ended = date(start["at"]), date(end["at"])
@@ -97,11 +107,12 @@ def _count(draft: Draft, span: Span) -> None:
     if draft.get("gpus") is not None:
         return
     for wanted in N_GPUS:
-        if (found := span.first(wanted)) and (n := whole(found["n"])):
+        if (found := span.first(wanted)) and (n := math.prod(int(part) for part in found["n"].split(","))):
             draft.set("gpus", n, found)
             return
-    for wanted in (SMI_ROW, SMI_LIST):
+    for wanted in (SMI_ROW, SMI_LIST, TF_DEVICE, RANK):
         rows = [found for found in span.near(wanted)]
-        if rows:
-            draft.set("gpus", len({found["id"] for found in rows}), rows[0])
+        n = len({found["id"] for found in rows})
+        if n > 1 or (rows and wanted is not RANK):  # one rank alone may be all that logs
+            draft.set("gpus", n, rows[0])
             return

@@ -18,7 +18,9 @@ OTHER_WORK = re.compile(
     r"process|convert|cast|pack|creat|extract|upload|writing|merg|resolv|shard|sampl|infer|comput|calibrat|quantiz|pre-?load|dataset)"
 )
 OWN_WORK = re.compile(r"(?i)\b(?:train|epoch|step|iter|fit)")
-EPOCH_LABEL = re.compile(r"(?i)\bepoch:? *\[? *(?P<epoch>\d+)(?: *(?:/|of) *(?P<epochs>\d+))?")
+EPOCH_LABEL = re.compile(
+    r"(?i)(?:\bepoch:? *\[? *|^(?=\d+/\d+ +[\d.]+G ))(?P<epoch>\d+)(?: *(?:/|of) *(?P<epochs>\d+))?"
+)
 EXAMPLES = re.compile(r"(?i)^(?:examples?|[kMG]?i?B|files?|shards?|tables?|rows?|samples?)/s")
 WARM_UP = 0.1
 
@@ -29,7 +31,7 @@ def training_bars(bars: Sequence[Bar], planned: int | None = None) -> list[Bar]:
     for one in bars:
         unit = one.found.get("unit") or ""
         if not EXAMPLES.match(unit) and not OTHER_WORK.search(one.label):
-            groups[re.sub(r"[\d/.,]+", "#", one.label), one.total].append(one)
+            groups[re.sub(r"-?[\d/.,]+", "#", one.label), one.total].append(one)
     if not groups:
         return []
 

@@ -30,6 +30,10 @@ TIME = pattern(
     rb"|\d+\.\d+$)|(?i:\btook) (?P<took>[\d.]+ (?:sec(?:ond)?s?|min(?:ute)?s?|hours?)) to train",
     b"train",
 )
+ELAPSED = pattern(
+    rb"(?i:^[\W\d]*time[_ ]elapsed)[\"']? *[|:=]+ *(?P<time>[\d.:]+)|(?P<took>[\d.]+ seconds) elapsed, finished",
+    b"elapsed",
+)
 RESUMED = pattern(
     rb"(?i:\b(?:resum|restor|recover|continu)\w*\b[^\n]{0,200}?\b(?:step|iter(?:ation)?|global_step))[ =:_]*"
     rb"(?P<step>\d+)",
@@ -81,7 +85,9 @@ def run(span: Span, draft: Draft) -> Draft:
 
 def times(draft: Draft, span: Span, lines: list[Line]) -> None:
     """Seconds of training, and with them the mean speed."""
-    total, counted = span.last(TIME), so_far(lines)
+    total, counted = span.last(TIME) or span.last(ELAPSED), so_far(lines)
+    if total and any(one.found.line_offset == total.line_offset for one in lines):
+        total = None  # of a step
     said = (total and draft.default("train_s", duration(total.get("time") or total.get("took")), total)) or (
         counted and draft.default("train_s", counted, lines[-1].found)
     )

@@ -6,6 +6,7 @@ import re
 import statistics
 
 from chiplog.ledger.draft import Draft
+from chiplog.ledger.parsers import generic
 from chiplog.ledger.reader import LogReader, pattern
 from chiplog.ledger.runs import take_losses
 from chiplog.ledger.units import number
@@ -48,5 +49,6 @@ def parse(log: LogReader) -> list[Draft]:
     if paces:
         draft.set("mean_steps_per_s", statistics.fmean(paces), batch)
     take_losses(draft, span, LOSS)
+    generic.times(draft, span, [])
     draft.set("val_losses", [v for f in span.all(VALIDATION) if (v := number(f["loss"])) is not None] or None)
     return [draft]

@@ -53,6 +53,8 @@ def _run(span: Span) -> Draft:
         draft.worked(found)
         if limit := LIMIT.search(found["why"]):
             draft.set("epochs" if limit["what"] == "epochs" else "steps_planned", int(limit["n"]), found)
+            if limit["what"] == "steps":
+                draft.set("steps", int(limit["n"]), found)
     generic.losses(draft, span)
     if not shown:
         generic.epochs(draft, span)
@@ -65,12 +67,13 @@ def _epochs(draft: Draft, shown: list[Bar]) -> None:
     label = LABEL.match(last.label)
     assert label
     epoch = int(label["epoch"])
+    draft.set("epoch", float(epoch), last.found)
     if last.total is None:
+        take_speed(draft, last.done, last.elapsed_s)
         return
-    if epoch:
-        draft.set("epoch", float(epoch), last.found)
-    else:
+    if not epoch:
         draft.default("steps_planned", last.total, last.found)
+        draft.set("train_s", last.elapsed_s, last.found)
     train = [one for one in shown if one.total == last.total]
     draft.set("steps", epoch * last.total + last.done, last.found)
     if label["last"]:

@@ -17,7 +17,7 @@ ELAPSED = pattern(
     rb"(?P<time>[\d.]+)",
     b"elapsed time per iteration",
 )
-LOSS = pattern(rb"iteration +\d+/ *\d+ \|[^\n]*?\b(?:lm|train(?:ing)?|total)[ _]loss: (?P<loss>[\w.+-]+)", b" loss: ")
+LOSS = pattern(rb"iteration +\d+/ *\d+ \|[^\n]*?\b(?:lm|train(?:ing)?|total)[ _]loss: (?P<loss>[\w.+-]+)", b"loss: ")
 BATCH = pattern(rb"iteration +\d+/[^\n]*?global batch size: +(?P<n>\d+)", b"global batch size: ")
 VALIDATION = pattern(
     rb"valid(?:ation)? loss at (?:iteration (?P<step>\d+))?[^|\n]*\| lm loss value: (?P<loss>[\w.+-]+)",
@@ -32,8 +32,9 @@ NAMES = {
     "seed": "seed",
 }  # fmt: skip
 MEMORY = pattern(
-    rb"memory \(MB\) \| allocated: [\d.]+ \| max allocated: (?P<size>[\d.]+) \| reserved", b"max allocated: "
-)
+    rb"memory \((?P<unit>MB|GB)\) \|[^\n]*?\bm(?:ax allocated|em-max-allocated-gigabytes): (?P<size>[\d.]+)",
+    b"max allocated: ", b"mem-max-allocated",
+)  # fmt: skip
 WORLD = pattern(rb"using world size: (?P<n>\d+)", b"using world size: ")
 RESUMED = pattern(
     rb"successfully loaded checkpoint [^\n]* (?:at|\[[^\]]*\] at) iteration +(?P<step>\d+)",
@@ -85,7 +86,7 @@ def _run(span: Span) -> Draft:
     if (found := span.last(SPEED)) and found.get("mem"):
         draft.peak(re.sub(r"(?<=\d)(?=[A-Z])", " ", found["mem"]), "allocated", found)
     for found in span.near(MEMORY):
-        draft.peak(f"{found['size']} MB", "allocated", found)
+        draft.peak(f"{found['size']} {found['unit']}", "allocated", found)
     if found := span.last(DONE):
         draft.done = found
     return draft

@@ -57,11 +57,12 @@ MEMORY = pattern(
 )
 STOPPED = pattern(rb"Training completed\. Do not forget to share your model", b"Training completed. Do not forget")
 WANDB = pattern(
-    rb"^wandb: +train/(?P<key>epoch|global_step|loss|train_loss|train_runtime) +(?P<value>[\w.+-]+)$", b"wandb: "
+    rb"^wandb: +train/(?P<key>epoch|global_step|loss|train_loss|train_runtime|train_steps_per_second) +(?P<value>[\w.+-]+)$",
+    b"wandb: ",
 )
 WANDB_NAMES = {
     "epoch": "epoch", "global_step": "steps", "loss": "loss_last", "train_loss": "loss_mean",
-    "train_runtime": "train_s",
+    "train_runtime": "train_s", "train_steps_per_second": "mean_steps_per_s",
 }  # fmt: skip
 CHECKPOINT = pattern(rb"\b(?:checkpoint-|global_step)(?P<step>\d+)\b")
 
@@ -116,7 +117,7 @@ def _run(span: Span, framework: str) -> Draft:
     take_bars(draft, train)
     steady(draft, train)
     for found in span.after(span.stop - 50_000).all(WANDB):
-        draft.default(
+        draft.set(
             WANDB_NAMES[found["key"]], (whole if found["key"] == "global_step" else number)(found["value"]), found
         )
     if draft.get("steps") is None:
@@ -141,6 +142,7 @@ def _metrics(draft: Draft, span: Span) -> None:
     if last := span.last(LOSS):
         draft.set("loss_last", number(last["loss"]), last)
         draft.set("epoch", number(_dictionary(last).get("epoch")), last)
+        draft.set("steps", whole(_dictionary(last).get("step")), last)
         draft.worked(last)
     losses = [value for found in span.all(EVAL) if (value := number(found["loss"])) is not None]
     draft.set("val_losses", losses or None)
