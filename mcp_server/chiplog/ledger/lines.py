@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,8 +19,9 @@ from chiplog.ledger.units import duration, number, stamp, whole
 
 _VALUE = rb"(?P<loss>[-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf|NaN)\b)"
 LOSS = pattern(
-    rb"(?i:(?<![\w/-])(?:actor/|train/|loss/train/)?(?:(?:train(?:ing)?(?:'s)?|avg\.?|average|mean|running|total|lm|ce|"
-    rb"sft|batch|step|log)[_/ -]?)*(?:loss|logloss)(?:/train(?:/total)?|\(train\))?"
+    rb"(?i:(?<![\w/-])(?:actor/(?:pg_)?|train/|loss/train/)?"
+    rb"(?:(?:per[_ ]token|train(?:ing)?(?:'s)?|av[gr]\.?|average|mean|running|total|lm|ce|sft|batch|step|log)[_/ -]?)*"
+    rb"(?:loss|logloss)(?:/train(?:/total)?|\(train\))?"
     rb"(?: (?!scale|func|type|ratio|mask|weight|is\b|for\b|on\b)[a-z]{2,20}(?= ?:))?)"
     rb"(?:[\"']?(?: *(?:[=:|]|\xe2\x94\x82)+ *| +(?:is +|of +)?))[\"'\[(]?(?:tensor\()?" + _VALUE,
     b"loss",
@@ -72,6 +74,8 @@ BAR_END = re.compile(rb"(?:it/s|s/it)[^\]\n]*\]")
 SO_FAR = re.compile(rb"(?i)elapsed|wall")
 BESIDE = 800  # bytes before a loss in which its step may be named, and half as many after it
 LEAST = 1 << 14  # bytes at either end that are searched first
+FEW, SHARE = 6, 0.7  # so many losses of which so many are called alike are of one kind
+NAME = re.compile(rb"[A-Za-z][\w/-]*(?=[^A-Za-z]|$)")
 FIRST, LAST = 20, 200  # lines that are read of each end
 
 
@@ -101,9 +105,24 @@ def training_lines(span: Span, wanted: Pattern = LOSS) -> list[Line]:
         if late or edge >= EDGE or 2 * edge >= len(span):
             break
         edge = min(8 * edge, EDGE)
+    matches = _of_one_kind(matches)
     if len(matches) > FIRST + LAST:
         matches = matches[:FIRST] + matches[-LAST:]
     return [_line(span, group, start) for group, start in _groups(span, matches)]
+
+
+def _of_one_kind(matches: list[Found]) -> list[Found]:
+    """Without losses that are called otherwise than most, such as those of a last test."""
+    if len(matches) < FEW:
+        return matches
+    kinds = [NAME.findall(found.before[-30:].encode() + found.text)[-2:] for found in matches]
+    kinds = [b" ".join(kind).lower() for kind in kinds]
+    most, n = Counter(kinds).most_common(1)[0]
+    return (
+        [found for found, kind in zip(matches, kinds, strict=True) if kind == most]
+        if n > SHARE * len(kinds)
+        else matches
+    )
 
 
 def _of_test(found: Found) -> bool:
@@ -132,7 +151,7 @@ def _groups(span: Span, matches: Sequence[Found]) -> Iterator[tuple[list[Found],
 
 
 def _line(span: Span, group: Sequence[Found], start: int) -> Line:
-    chosen = next((found for found in group if found.text.lower().startswith(b"total")), group[0])
+    chosen = min(group, key=_rank)
     text = span.log.text(start, group[-1].end) + _rest(span, group[-1].end)
     epoch, pace, time = EPOCH.regex.search(text), PER_STEP.search(text), TIME.search(text)
     step = _step(text[: epoch.start()] + b" " + text[epoch.end() :] if epoch else text)
@@ -153,6 +172,12 @@ def _line(span: Span, group: Sequence[Found], start: int) -> Line:
         at=stamp(text.decode(errors="replace")),
         memory=f"{held['size'].decode()} {held['unit'].decode().upper().replace('I', 'i')}B" if held else None,
     )
+
+
+def _rank(found: Found) -> int:
+    """Of the losses in a line the total is the training's, before those of one part."""
+    name = found.text.lower()
+    return 0 if name.startswith(b"total") else 2 if b"pg_" in name else 1
 
 
 def _rest(span: Span, start: int) -> bytes:

@@ -15,7 +15,7 @@ FAMILIES = (
 FAMILY = (
     rb"(?i:(?:meta-|code-?|tiny-?)?llama|qwen|mistral|mixtral|gemma|phi-?\d|pythia|falcon|opt-|bloom|gpt-?[23jn]|rugpt|mpt-|"
     rb"stablelm|granite|deepseek|yi-\d|olmo|smollm|vicuna|zephyr|t5-|flan|roberta|(?:de)?bert-|deberta|vit-|whisper|"
-    rb"internlm|baichuan|chatglm)"
+    rb"internlm|baichuan|(?:chat)?glm-?)"
 )
 # Where a model is named, the surest first; then any path whose last part is a family's name with a size.
 NAMED = [
@@ -25,12 +25,13 @@ NAMED = [
     pattern(rb"(?i:\bmodel(?:[_ ]?(?:name|path|id))?)[\"']?(?:[=:] *| +)[\"']?(?P<model>"
             rb"[\w./~-]*/?" + FAMILY + rb"[\w.-]*)", b"odel"),
     pattern(rb"(?i:\b(?:arch(?:itecture)?|network|backbone|model(?:[_ ]name)?))[\"']?(?:[=:] *| +)[\"']?(?P<model>"
-            rb"(?i:resnet|resnext|wide_resnet|vgg|densenet|mobilenet|efficientnet|convnext|swin|deit)[\w.-]*\d[\w.-]*)",
-            b"net", b"vgg", b"convnext", b"swin", b"deit"),
+            rb"(?i:vit_(?:tiny|small|base|large|huge)|resnet|resnext|wide_resnet|vgg|densenet|mobilenet|efficientnet|convnext|swin|deit)[\w.-]*)",
+            b"net", b"vgg", b"convnext", b"swin", b"deit", b"vit_"),
     pattern(rb"^\W*tune run \S+ --config (?P<model>[\w.]+/\d+\w)_", b"tune run "),
     pattern(rb"(?<![\w/.-])(?P<model>[A-Za-z][\w-]*/[\w.-]*" + FAMILY + rb"[\w.-]*)(?![\w/])", b"/"),
     pattern(rb"models--(?P<model>[\w.-]+?--[\w.-]+)/", b"models--"),
     pattern(rb"\b(?P<model>" + FAMILY + rb"[\w.-]*\d(?:\.\d+)?[bBmM]\b[\w.-]*)", *FAMILIES),
+    pattern(rb"\b(?P<model>" + FAMILY + rb"[\w.-]*\d[\w.-]*-(?:Instruct|instruct|Chat|chat|Base|base)\b)", *FAMILIES),
 ]  # fmt: skip
 PART = re.compile(r"(?i)(?<![a-z])(?:vision|tower|judge|teacher|embed|reward_model)")  # not what is trained
 TOP = 1 << 16  # bytes in which a configuration or a saved model is named

@@ -27,10 +27,11 @@ GPU = [
     pattern(rb"^GPU \d+: (?P<gpu>[^\n(]+?) \(UUID", b"(UUID"),
     pattern(
         rb"\b(?P<gpu>(?:(?:NVIDIA|Tesla|GeForce|Quadro|AMD Instinct) )+(?:RTX |GTX |TITAN |Tesla )*"
-        rb"(?:(?:GH|GB|RTX|MI|[AHLVPTKB])-?\d{1,4}\w*|(?<=GTX )\d{3,4}|(?<=TITAN )\w+)(?:[ -](?:SXM\d?|PCIe|PCIE|NVL|Ti|SUPER|Ada Generation|HBM\d\w?|"
-        rb"\d{2,3} ?GB|MIG \d\w\.\d+gb))*)", *VENDORS),
-    pattern(rb"(?P<gpu>\b(?:TITAN (?:Xp|X|V|RTX)\b|GTX ?\d{3,4}|RTX ?A?\d{4}(?: ?Ti| SUPER| Ada(?: Generation)?)?|[AHV]\d00-(?:SXM\d?|PCI[Ee]|NVL)"
-            rb"(?:-\d+GB)?))\b", b"RTX", b"GTX", b"TITAN", b"00-"),
+        rb"(?:(?:GH|GB|RTX|MI|[AHLVPTKB])-?\d{1,4}\w*|(?<=GTX )\d{3,4}|(?<=TITAN )\w+)"
+        rb"(?:[ -](?:SXM\d?|PCIe|PCIE|NVL|Ti|SUPER|Ada Generation|HBM\d\w?|\d{2,3} ?GB|MIG \d\w\.\d+gb))*)",
+        *VENDORS),
+    pattern(rb"(?P<gpu>\b(?:TITAN (?:Xp|X|V|RTX)\b|GTX ?\d{3,4}|RTX ?A?\d{4}(?: ?Ti| SUPER| Ada(?: Generation)?)?"
+            rb"|[AHV]\d00-(?:SXM\d?|PCI[Ee]|NVL)(?:-\d+GB)?))\b", b"RTX", b"GTX", b"TITAN", b"00-"),
 ]  # fmt: skip
 N_GPUS = [
     pattern(rb"(?i:\bworld[_ ]size)[\"']?(?:[:=]| \.+|(?= \d))[ :=.]*[\"']?(?P<n>\d{1,5})\b", b"world"),

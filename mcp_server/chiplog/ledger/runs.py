@@ -15,7 +15,7 @@ from chiplog.ledger.units import number
 
 OTHER_WORK = re.compile(
     r"(?i)\b(?:map|filter|flatten|download|load|fetch|generat|tokeniz|sav|eval|valid|test|sanity|predict|prepar|"
-    r"process|convert|cast|pack|creat|extract|upload|writing|merg|resolv|shard|sampl|infer|comput|calibrat|quantiz|pre-?load|dataset)"
+    r"process|convert|cast|pack|creat|extract|upload|writing|merg|resolv|shard|sampl|infer|comput|calibrat|quantiz|pre-?load|dataset|(?!(?:pre-?)?train|fine|fit|learn|tun|runn|epoch)\w{3,}ing\b)"
 )
 OWN_WORK = re.compile(r"(?i)\b(?:train|epoch|step|iter|fit)")
 EPOCH_LABEL = re.compile(
@@ -23,6 +23,7 @@ EPOCH_LABEL = re.compile(
 )
 EXAMPLES = re.compile(r"(?i)^(?:examples?|[kMG]?i?B|files?|shards?|tables?|rows?|samples?)/s")
 WARM_UP = 0.1
+LEAP = 10  # steps, and states of a bar, from which a leap is one
 
 
 def training_bars(bars: Sequence[Bar], planned: int | None = None) -> list[Bar]:
@@ -40,8 +41,11 @@ def training_bars(bars: Sequence[Bar], planned: int | None = None) -> list[Bar]:
         own = bool(OWN_WORK.search(label))
         return planned is not None and total == planned, own, max(one.elapsed_s or 0.0 for one in groups[key])
 
-    best = max(groups, key=rank)
-    return groups[best]
+    label, total = max(groups, key=rank)
+    totals = [other for name, other in groups if name == label and other]
+    if total is None and len(totals) == 1:  # tqdm draws no total for what comes after it
+        return [*groups[label, totals[0]], *groups[label, None]]
+    return groups[label, total]
 
 
 def trains(one: Bar) -> bool:
@@ -55,14 +59,13 @@ def take_bars(draft: Draft, bars: Sequence[Bar]) -> None:
         return
     last = bars[-1]
     epoch = EPOCH_LABEL.search(last.label)
-    again = any(later.done < one.done for one, later in itertools.pairwise(bars))
-    draft.per_epoch = again or epoch is not None
+    draft.per_epoch = epoch is not None
     draft.worked(last.found)
     if epoch and last.total:
         _take_epochs(draft, bars, last, epoch)
     else:
         draft.default("steps", last.done, last.found)
-        draft.default("steps_planned", last.total, last.found)
+        draft.default("steps_planned", last.total or bars[0].total, last.found)
     timed = [one for one in bars if one.elapsed_s is not None]
     if not timed:
         return
@@ -70,7 +73,7 @@ def take_bars(draft: Draft, bars: Sequence[Bar]) -> None:
     if not epoch or draft.get("steps") == last.done:  # the bars of earlier epochs counted their own seconds
         draft.default("train_s", last.elapsed_s, last.found)
     first_done = timed[0].done if timed[0].elapsed_s == 0 else 0
-    draft.default("resumed_from", first_done if first_done < last.done else 0)
+    draft.default("resumed_from", _skipped(timed) or (first_done if first_done < last.done else 0))
     if not _began_late(timed):
         take_speed(draft, last.done - (0 if epoch else draft.get("resumed_from") or 0), last.elapsed_s)
     steady(draft, timed)
@@ -89,6 +92,17 @@ def _take_epochs(draft: Draft, bars: Sequence[Bar], last: Bar, label: re.Match[s
         draft.per_epoch = epoch < int(epochs) - (1 if from_0 else 0)
     elif draft.get("steps") == last.done:
         draft.default("steps_planned", last.total, last.found)
+
+
+def _skipped(timed: Sequence[Bar]) -> int | None:
+    """Steps that a resumed run only counted: its bar leaps from 0 far faster than it goes on."""
+    if len(timed) < LEAP or timed[0].done:
+        return None
+    leap, last = timed[1], timed[-1]
+    passed = (last.elapsed_s or 0.0) - (leap.elapsed_s or 0.0)
+    pace = (last.done - leap.done) / passed if passed > 0 else None
+    fast = pace and leap.done > 20 * pace * max(leap.elapsed_s or 0.0, 1.0)
+    return leap.done - 1 if fast and leap.done > LEAP else None
 
 
 def _began_late(timed: Sequence[Bar]) -> bool:

@@ -11,6 +11,7 @@ LOSS = pattern(
     rb"\| (?:train|train_inner) \| (?:[^\n]*?\| |\{[^\n]*?\"(?:train_)?)?loss[\"']?:? [\"']?(?P<loss>[\w.+-]+)",
     b"| train",
 )
+INNER = pattern(rb"\| train_inner \| [^\n]*?(?<!\w)loss[\"']?:? [\"']?(?P<loss>[\w.+-]+)", b"| train_inner")
 UPDATES = pattern(rb"\| train[^\n]*?num_updates[\"']?:? [\"']?(?P<step>\d+)", b"num_updates")
 WALL = pattern(rb"\| train[^\n]*?\b(?:train_)?wall[\"']?:? [\"']?(?P<s>[\d.]+)[\"'}]*$", b"wall")
 EPOCH = pattern(rb"\| train[^\n]*?\bepoch[\"']?:? [\"']?(?P<epoch>\d+)", b"epoch")
@@ -26,7 +27,7 @@ def sniff(head: bytes, tail: bytes) -> float:
 
 def parse(log: LogReader) -> list[Draft]:
     span, draft = log.whole, Draft(log.whole, "fairseq")
-    take_losses(draft, span, LOSS)
+    take_losses(draft, span, INNER if span.any(INNER) else LOSS)
     if found := span.last(UPDATES):
         draft.set("steps", whole(found["step"]), found)
     if found := span.last(EPOCH):

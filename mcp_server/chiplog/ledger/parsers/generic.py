@@ -158,7 +158,9 @@ def _over_epochs(last: Line, first: Line) -> tuple[int, int | None]:
 def memory(draft: Draft, span: Span, lines: list[Line]) -> None:
     """The largest peak that is named."""
     if draft.get("peak_mem_bytes") is None:
-        for found in [*span.near(MEMORY), *span.near(NAMED_MEMORY)]:
+        named = span.near(NAMED_MEMORY)
+        named = [found for found in named if found["kind"] == "allocated"] or named
+        for found in [*span.near(MEMORY), *named]:
             kind = (found.get("kind") or "allocated").lower()
             draft.peak(f"{found['size']} {found['unit'].upper().replace('I', 'i')}", KIND.get(kind, "allocated"), found)
     if draft.get("peak_mem_bytes") is None:

@@ -27,7 +27,7 @@ NAMES = {
 }  # fmt: skip
 LOSS = pattern(rb"\{'loss': '?(?P<loss>-?[\w.+-]+)'?, [^}\n]*\}", b"{'loss': ")
 ENDED = pattern(
-    rb"(?P<all>\{[^{}]{0,600}'train_runtime': '?(?P<seconds>[\d.e+]+)'?[^{}]{0,600}\}?)", b"'train_runtime': "
+    rb"(?P<all>\{(?!'loss')[^{}]{0,600}'train_runtime': '?(?P<seconds>[\d.e+]+)'?[^{}]{0,600}\}?)", b"'train_runtime': "
 )
 EVAL = pattern(rb"\{[^{}\n]*'eval_loss': '?(?P<loss>[\w.+-]+)'?[^{}\n]*\}", b"'eval_loss': ")
 TABLE = pattern(rb"^ *(?P<key>epoch|train_loss|train_runtime|train_samples_per_second|train_steps_per_second"
@@ -41,6 +41,9 @@ TRAINED = pattern(rb"\*{5} train metrics \*{5}", b"***** train metrics")
 OUTPUT = pattern(rb"TrainOutput\(global_step=(?P<step>\d+), training_loss=(?P<loss>[\w.+-]+)", b"TrainOutput(")
 NOTEBOOK = pattern(  # the table that a notebook shows
     rb"Step\s+Training Loss(?P<rows>(?:[\s\\|]+\d+[\s|]+\d+\.\d+)+)", b"Training Loss"
+)
+SHOWN = pattern(  # a notebook's bar
+    rb"\[(?P<done>\d+)/(?P<total>\d+) [\d:]+(?:<[\d:]+)?, Epoch (?P<epoch>[\d.]+)/\d+\]", b", Epoch "
 )
 RESUMED = pattern(rb"Continuing training from global step (?P<step>\d+)", b"Continuing training from global step")
 ARGUMENT = pattern(
@@ -57,7 +60,8 @@ MEMORY = pattern(
 )
 STOPPED = pattern(rb"Training completed\. Do not forget to share your model", b"Training completed. Do not forget")
 WANDB = pattern(
-    rb"^wandb: +train/(?P<key>epoch|global_step|loss|train_loss|train_runtime|train_steps_per_second) +(?P<value>[\w.+-]+)$",
+    rb"^wandb: +train/(?P<key>epoch|global_step|loss|train_loss|train_runtime|train_steps_per_second) +"
+    rb"(?P<value>[\w.+-]+)$",
     b"wandb: ",
 )
 WANDB_NAMES = {
@@ -122,6 +126,8 @@ def _run(span: Span, framework: str) -> Draft:
         )
     if draft.get("steps") is None:
         _count_losses(draft, span)
+    if (first := draft.get("resumed_from")) and draft.get("train_s"):  # what it prints counts the steps before too
+        draft.set("mean_steps_per_s", (draft.get("steps") - first) / draft.get("train_s"))
     return draft
 
 
@@ -161,6 +167,10 @@ def _metrics(draft: Draft, span: Span) -> None:
         rows = re.findall(r"(\d+)\s+([\d.]+)", found["rows"])
         draft.default("loss_first", number(rows[0][1]), found)
         draft.default("loss_last", number(rows[-1][1]), found)
+    if found := span.last(SHOWN):
+        draft.default("steps", whole(found["done"]), found)
+        draft.default("steps_planned", whole(found["total"]), found)
+        draft.default("epoch", number(found["epoch"]), found)
     if found := span.last(TRAINED):
         draft.done = found
     for found in span.near(TABLE):
