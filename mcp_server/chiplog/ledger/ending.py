@@ -241,12 +241,11 @@ def _out_of_memory(span: Span, worked: int) -> tuple[OutOfMemory, Found] | None:
     if not found or found.offset < worked - LATE:
         return None
     line = span.log.text(found.offset, found.offset + 2000).partition(b"\n")[0].decode(errors="replace")
-    tried = TRIED.search(line)
     before = span.last(RAN_OUT)  # where TensorFlow says how much
-    asked = TRIED.search(before.line) if before else None
+    tried = TRIED.search(line) or (TRIED.search(before.line) if before else None)
     return OutOfMemory(
         kind="gpu",
-        tried_bytes=size((tried or asked).group(1), binary=True) if tried or asked else None,
+        tried_bytes=size(tried.group(1), binary=True) if tried else None,
         capacity_bytes=_size_of(CAPACITY, line),
         in_use_bytes=_size_of(IN_USE, line),
     ), found

@@ -51,7 +51,7 @@ EPOCH = pattern(
     rb"(?i:(?<![a-z/-])(?<!per )(?<!(?:max|num|end)_)(?<!best_)(?<!\bn_)(?<!(?:total|start)_)(?<!per_)(?<!current_)"
     rb"(?:epoch|ep)(?:\.{1,3}|\(train\))?[\"']?(?: *[=:#|\[(_]+ *| +|(?=\d))[\[(]? *"
     rb"(?P<epoch>\d++(?:\.\d++)?)(?!/micro|[%a-z])(?: *(?:/|of) *(?P<epochs>\d+))?|\b(?P<before>\d+)epoch:)",
-    b"epoch", b"ep",
+    b"epoch", b" ep", b"_ep", b"[ep", b"\nep",
 )  # fmt: skip
 PER_STEP = re.compile(
     rb"(?i)(?P<s>[\d.]+) ?(?P<unit>ms|s|secs?|seconds?) ?/ ?(?:step|it|iter|iteration|batch|update)\b"
@@ -76,7 +76,7 @@ BESIDE = 800  # bytes before a loss in which its step may be named, and half as 
 LEAST = 1 << 14  # bytes at either end that are searched first
 FEW, SHARE = 6, 0.7  # so many losses of which so many are called alike are of one kind
 NAME = re.compile(rb"[A-Za-z][\w/-]*(?=[^A-Za-z]|$)")
-FIRST, LAST = 20, 200  # lines that are read of each end
+FIRST, LAST = 10, 60  # lines that are read of each end
 
 
 @dataclass(frozen=True, slots=True)

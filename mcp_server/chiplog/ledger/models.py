@@ -9,7 +9,7 @@ from chiplog.ledger.reader import Found, Span, pattern
 
 FAMILIES = (
     b"llama", b"qwen", b"mistral", b"mixtral", b"gemma", b"phi-", b"pythia", b"falcon", b"opt-", b"bloom", b"gpt-",
-    b"mpt-", b"stablelm", b"granite", b"deepseek", b"yi-", b"olmo", b"smollm", b"vicuna", b"zephyr", b"t5-", b"flan",
+    b"mpt-", b"stablelm", b"granite", b"deepseek", b"gpt2", b"gpt3", b"rugpt", b"glm", b"yi-", b"olmo", b"smollm", b"vicuna", b"zephyr", b"t5-", b"flan",
     b"roberta", b"bert-", b"vit-", b"whisper", b"internlm", b"baichuan", b"chatglm",
 )  # fmt: skip
 FAMILY = (
@@ -28,7 +28,7 @@ NAMED = [
             rb"(?i:vit_(?:tiny|small|base|large|huge)|resnet|resnext|wide_resnet|vgg|densenet|mobilenet|efficientnet|convnext|swin|deit)[\w.-]*)",
             b"net", b"vgg", b"convnext", b"swin", b"deit", b"vit_"),
     pattern(rb"^\W*tune run \S+ --config (?P<model>[\w.]+/\d+\w)_", b"tune run "),
-    pattern(rb"(?<![\w/.-])(?P<model>[A-Za-z][\w-]*/[\w.-]*" + FAMILY + rb"[\w.-]*)(?![\w/])", b"/"),
+    pattern(rb"(?<![\w/.-])(?P<model>[A-Za-z][\w-]*/[\w.-]*" + FAMILY + rb"[\w.-]*)(?![\w/])", *FAMILIES),
     pattern(rb"models--(?P<model>[\w.-]+?--[\w.-]+)/", b"models--"),
     pattern(rb"\b(?P<model>" + FAMILY + rb"[\w.-]*\d(?:\.\d+)?[bBmM]\b[\w.-]*)", *FAMILIES),
     pattern(rb"\b(?P<model>" + FAMILY + rb"[\w.-]*\d[\w.-]*-(?:Instruct|instruct|Chat|chat|Base|base)\b)", *FAMILIES),
