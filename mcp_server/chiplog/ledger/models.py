@@ -27,13 +27,15 @@ NAMED = [
     pattern(rb"(?i:\b(?:arch(?:itecture)?|network|backbone|model(?:[_ ]name)?))[\"']?(?:[=:] *| +)[\"']?(?P<model>"
             rb"(?i:vit_(?:tiny|small|base|large|huge)|resnet|resnext|wide_resnet|vgg|densenet|mobilenet|efficientnet|convnext|swin|deit)[\w.-]*)",
             b"net", b"vgg", b"convnext", b"swin", b"deit", b"vit_"),
-    pattern(rb"^\W*tune run \S+ --config (?P<model>[\w.]+/\d+\w)_", b"tune run "),
     pattern(rb"(?<![\w/.-])(?P<model>[A-Za-z][\w-]*/[\w.-]*" + FAMILY + rb"[\w.-]*)(?![\w/])", *FAMILIES),
     pattern(rb"models--(?P<model>[\w.-]+?--[\w.-]+)/", b"models--"),
     pattern(rb"\b(?P<model>" + FAMILY + rb"[\w.-]*\d(?:\.\d+)?[bBmM]\b[\w.-]*)", *FAMILIES),
     pattern(rb"\b(?P<model>" + FAMILY + rb"[\w.-]*\d[\w.-]*-(?:Instruct|instruct|Chat|chat|Base|base)\b)", *FAMILIES),
 ]  # fmt: skip
-PART = re.compile(r"(?i)(?<![a-z])(?:vision|tower|judge|teacher|embed|reward_model)")  # not what is trained
+PART = re.compile(
+    r"(?i)(?<![a-z])(?:vision|tower|judge|teacher|embed|reward_model)|\b(?:logs? to|log_dir|output_dir)\b"
+)  # not what is trained
+SIGHT = re.compile(r"(?i)(?:^|/)(?:clip|siglip)-")  # what a larger model sees with
 TOP = 1 << 16  # bytes in which a configuration or a saved model is named
 KNOWN = re.compile(FAMILY.decode())
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -68,11 +70,9 @@ def take_model(draft: Draft, span: Span) -> None:
 def model_name(found: Found) -> str | None:
     """The name in a match: a family's name is the last part of a path, other names stand as org/name only."""
     path = found["model"].replace("--", "/").rstrip("/.-")
-    if FILE.search(path):
+    if FILE.search(path) or SIGHT.search(path):
         return None
     parts = [part for part in path.split("/") if part]
-    if re.fullmatch(r"\d+[bBmM]", parts[-1] if parts else ""):
-        return path  # torchtune's llama3_2/1B
     for part in reversed(parts):
         if KNOWN.search(part) and re.search(r"\d", part) and not FILE.search(part) and "lib/python" not in path:
             return part

@@ -67,7 +67,8 @@ def _epochs(draft: Draft, shown: list[Bar]) -> None:
     label = LABEL.match(last.label)
     assert label
     epoch = int(label["epoch"])
-    draft.set("epoch", float(epoch), last.found)
+    if epoch:  # the first may not be done
+        draft.set("epoch", float(epoch), last.found)
     if last.total is None:
         take_speed(draft, last.done, last.elapsed_s)
         return
