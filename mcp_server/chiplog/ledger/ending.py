@@ -40,7 +40,9 @@ HOST_OOM = [
 TIME_OVER = [pattern(rb"PBS: job killed: walltime \d+ exceeded|TERM_RUNLIMIT", b"PBS: ", b"TERM_RUN")]
 NODE_LOST = [
     pattern(
-        rb"slurmstepd: error: \*\*\* \w+ \d+[^\n]*NODE_FAIL|launch failed requeued held", b"NODE_FAIL", b"launch failed"
+        rb"slurmstepd: error: \*\*\* \w+ \d+[^\n]{0,300}NODE_FAIL|launch failed requeued held",
+        b"NODE_FAIL",
+        b"launch failed",
     )
 ]
 RAN_OUT = pattern(rb"ran out of memory trying to allocate [^\n]*", b"ran out of memory")
@@ -70,7 +72,7 @@ ERROR = pattern(
     rb"^(?:\[?(?:rank)?\d+\]?[: ]+|\S*\]:? ?)?(?P<words>(?P<name>(?:\w+\.)*[A-Z]\w*"
     rb"(?:Error|Exception|Interrupt|Exit|Failure|Timeout|OutOfMemory))(?:: [^\n]*)?)$"
 )
-LAST_LINE = pattern(rb"^[^\n]*\S[^\n]*$")
+LAST_LINE = pattern(rb"^[ \t]*\S[^\n]*$")
 LEVEL = re.compile(r"^.{0,80}?(?:^|[\[\s|-])(?:ERROR|CRITICAL|FATAL)(?:[\]\s|:]|$)")
 TRACEBACK = pattern(rb"Traceback \(most recent call last\):", b"Traceback (most")
 FATAL = [
@@ -84,7 +86,7 @@ FATAL = [
         b"\xe6\xae\xb5",
     ),
     pattern(
-        rb"(?:^\W{0,3}|\S+: line \d+: +\d+ )Killed\b[^\n]*|^\xe5\xb7\xb2\xe6\x9d\x80\xe6\xad\xbb"
+        rb"(?:^\W{0,3}|: line \d+: +\d+ )Killed\b[^\n]*|^\xe5\xb7\xb2\xe6\x9d\x80\xe6\xad\xbb"
         rb"|^slurmstepd: error: [^\n]*(?:Killed|SIGKILL)[^\n]*",
         b"Killed",
         b"SIGKILL",
@@ -105,12 +107,13 @@ FATAL = [
     pattern(rb"^ *Exit (?:code|status): +(?P<code>[1-9]\d*)\b", b"Exit code", b"Exit status"),
     pattern(rb"^\S+\.py: error: [^\n]+|^error: [^\n]+", b"error: "),
     pattern(
-        rb"\bsrun: error: [^\n]*(?:[Ee]xited with exit code (?P<code>[1-9]\d*)|: Killed|: Aborted)[^\n]*", b"srun: "
+        rb"\bsrun: error: [^\n]{0,300}(?:[Ee]xited with exit code (?P<code>[1-9]\d*)|: Killed|: Aborted)[^\n]*",
+        b"srun: ",
     ),
     pattern(rb"exits with return code = (?P<code>-?[1-9]\d*)", b"exits with return code"),
     pattern(rb"exitcode *: (?P<code>-?[1-9]\d*) \(pid", b"exitcode"),
     pattern(rb"^Exited with exit code (?P<code>[1-9]\d*)\.", b"Exited with exit code"),
-    pattern(rb"^sbatch: error: [^\n]+|^slurmstepd: error: (?!\*\*\*|_get|[^\n]*oom)[^\n]+", b"error: "),
+    pattern(rb"^sbatch: error: [^\n]+|^slurmstepd: error: (?!\*\*\*|_get|[^\n]{0,200}oom)[^\n]+", b"error: "),
 ]
 TRAINED = pattern(
     rb"(?i:\b(?:training (?:is )?(?:completed?|finished|done|ended)|finished training|done training|"

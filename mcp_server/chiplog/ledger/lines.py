@@ -20,7 +20,8 @@ from chiplog.ledger.units import duration, number, stamp, whole
 _VALUE = rb"(?P<loss>[-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf|NaN)\b)"
 LOSS = pattern(
     rb"(?i:(?<![\w/-])(?:actor/(?:pg_)?|train/|loss/train/)?"
-    rb"(?:(?:per[_ ]token|train(?:ing)?(?:'s)?|av[gr]\.?|average|mean|running|total|lm|ce|sft|batch|step|log)[_/ -]?)*"
+    rb"(?:(?:per[_ ]token|train(?:ing)?(?:'s)?|av[gr]\.?|average|mean|running|total|lm|ce|sft|batch|step|log)"
+    rb"[_/ -]?){0,5}"
     rb"(?:loss|logloss)(?:/train(?:/total)?|\(train\))?"
     rb"(?: (?!scale|func|type|ratio|mask|weight|is\b|for\b|on\b)[a-z]{2,20}(?= ?:))?)"
     rb"(?:[\"']?(?: *(?:[=:|]|\xe2\x94\x82)+ *| +(?:is +|of +)?))[\"'\[(]?(?:tensor\()?" + _VALUE,

@@ -16,6 +16,8 @@ from chiplog.schema import Frozen, plain_errors
 
 WARM_UP = 0.1  # share of the steps, at the start, that the steady speed leaves out
 
+LONGEST, MOST = 1 << 16, 2_000_000  # bytes of a line, and events, that are read
+
 # Numbers that can be reckoned with: no NaN, no infinity.
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, Field(ge=0, le=1e10)]
@@ -79,11 +81,14 @@ _EVENT = TypeAdapter[Event](Annotated[Event, Field(discriminator="event")])
 def read_events(file: Path) -> list[Event]:
     """The events of a `metrics.jsonl`, without lines that are none; the last may still be being written."""
     events: list[Event] = []
-    for line in file.read_bytes().split(b"\n") if file.is_file() else []:
-        try:
-            events.append(_EVENT.validate_json(line))
-        except ValidationError:
-            continue
+    if not file.is_file():
+        return events
+    with file.open("rb") as lines:
+        while (line := lines.readline(LONGEST)) and len(events) < MOST:
+            try:
+                events.append(_EVENT.validate_json(line))
+            except ValidationError:
+                continue
     return events
 
 

@@ -9,28 +9,32 @@ from chiplog.ledger.reader import Found, Span, pattern
 
 FAMILIES = (
     b"llama", b"qwen", b"mistral", b"mixtral", b"gemma", b"phi-", b"pythia", b"falcon", b"opt-", b"bloom", b"gpt-",
-    b"mpt-", b"stablelm", b"granite", b"deepseek", b"gpt2", b"gpt3", b"rugpt", b"glm", b"yi-", b"olmo", b"smollm", b"vicuna", b"zephyr", b"t5-", b"flan",
-    b"roberta", b"bert-", b"vit-", b"whisper", b"internlm", b"baichuan", b"chatglm",
+    b"gpt2", b"gpt3", b"rugpt", b"glm", b"mpt-", b"stablelm", b"granite", b"deepseek", b"yi-", b"olmo", b"smollm",
+    b"vicuna", b"zephyr", b"t5-", b"flan", b"roberta", b"bert-", b"vit-", b"whisper", b"internlm", b"baichuan",
 )  # fmt: skip
 FAMILY = (
     rb"(?i:(?:meta-|code-?|tiny-?)?llama|qwen|mistral|mixtral|gemma|phi-?\d|pythia|falcon|opt-|bloom|gpt-?[23jn]|rugpt|mpt-|"
     rb"stablelm|granite|deepseek|yi-\d|olmo|smollm|vicuna|zephyr|t5-|flan|roberta|(?:de)?bert-|deberta|vit-|whisper|"
     rb"internlm|baichuan|(?:chat)?glm-?)"
 )
+_REST = rb"[\w.-]{0,80}"
+VISION = (
+    rb"(?i:vit_(?:tiny|small|base|large|huge)|(?:wide_)?resne[xt]t?|vgg|densenet|mobilenet|efficientnet|convnext|swin|"
+    rb"deit)"
+)
 # Where a model is named, the surest first; then any path whose last part is a family's name with a size.
 NAMED = [
     pattern(rb"(?:--)?(?:model_name_or_path|pretrained_model_name_or_path|base_model|model_id|checkpoint_dir)"
             rb"[\"']?(?:[ =:,]+)[\"']?(?P<model>[\w./~-]+)", b"model_", b"base_model", b"checkpoint_dir"),
     pattern(rb"\"?_name_or_path\"?: \"(?P<model>[^\"\n]+)\"", b"_name_or_path"),
-    pattern(rb"(?i:\bmodel(?:[_ ]?(?:name|path|id))?)[\"']?(?:[=:] *| +)[\"']?(?P<model>"
-            rb"[\w./~-]*/?" + FAMILY + rb"[\w.-]*)", b"odel"),
+    pattern(rb"(?i:\bmodel(?:[_ ]?(?:name|path|id))?)[\"']?(?:[=:] *| +)[\"']?(?P<model>[\w./~-]{0,200}/?"
+            + FAMILY + _REST + rb")", b"odel"),
     pattern(rb"(?i:\b(?:arch(?:itecture)?|network|backbone|model(?:[_ ]name)?))[\"']?(?:[=:] *| +)[\"']?(?P<model>"
-            rb"(?i:vit_(?:tiny|small|base|large|huge)|resnet|resnext|wide_resnet|vgg|densenet|mobilenet|efficientnet|convnext|swin|deit)[\w.-]*)",
-            b"net", b"vgg", b"convnext", b"swin", b"deit", b"vit_"),
-    pattern(rb"(?<![\w/.-])(?P<model>[A-Za-z][\w-]*/[\w.-]*" + FAMILY + rb"[\w.-]*)(?![\w/])", *FAMILIES),
-    pattern(rb"models--(?P<model>[\w.-]+?--[\w.-]+)/", b"models--"),
-    pattern(rb"\b(?P<model>" + FAMILY + rb"[\w.-]*\d(?:\.\d+)?[bBmM]\b[\w.-]*)", *FAMILIES),
-    pattern(rb"\b(?P<model>" + FAMILY + rb"[\w.-]*\d[\w.-]*-(?:Instruct|instruct|Chat|chat|Base|base)\b)", *FAMILIES),
+            + VISION + _REST + rb")", b"net", b"vgg", b"convnext", b"swin", b"deit", b"vit_"),
+    pattern(rb"(?<![\w/.-])(?P<model>[A-Za-z][\w-]{0,60}/" + _REST + FAMILY + _REST + rb")(?![\w/])", *FAMILIES),
+    pattern(rb"models--(?P<model>[\w.-]{1,80}?--[\w.-]{1,80})/", b"models--"),
+    pattern(rb"\b(?P<model>" + FAMILY + _REST + rb"\d(?:\.\d+)?[bBmM]\b" + _REST + rb")", *FAMILIES),
+    pattern(rb"\b(?P<model>" + FAMILY + _REST + rb"\d" + _REST + rb"-(?i:instruct|chat|base)\b)", *FAMILIES),
 ]  # fmt: skip
 PART = re.compile(
     r"(?i)(?<![a-z])(?:vision|tower|judge|teacher|embed|reward_model)|\b(?:logs? to|log_dir|output_dir)\b"
@@ -38,7 +42,7 @@ PART = re.compile(
 SIGHT = re.compile(r"(?i)(?:^|/)(?:clip|siglip)-")  # what a larger model sees with
 TOP = 1 << 16  # bytes in which a configuration or a saved model is named
 KNOWN = re.compile(FAMILY.decode())
-HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,80}/[A-Za-z0-9][\w.-]{0,80}")
 FILE = re.compile(r"\.(?:py|sh|json|jsonl|ya?ml|pt|bin|txt|log|csv|out|err|safetensors|so|ipynb|html)$")
 PLACES = {
     "outputs",

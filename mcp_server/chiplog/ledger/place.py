@@ -55,7 +55,7 @@ CANCELLED = pattern(rb"CANCELLED AT (?P<at>[\dT:-]{19})", b" CANCELLED AT ")
 SMI_MEMORY = pattern(rb"\| +(?P<used>\d+)MiB / +\d+MiB +\|", b"MiB / ")
 WORKED = 100  # MiB on a card that stand for a job
 SMI_ROW = pattern(rb"^\| +(?P<id>\d+) +(?:NVIDIA|Tesla|GeForce|Quadro|AMD)[\w .-]+? +(?:On|Off|N/A) +\|", *VENDORS)
-TF_DEVICE = pattern(rb"Created (?:TensorFlow )?device \(?/job:[^\n]*?/device:GPU:(?P<id>\d+) ", b"device:GPU:")
+TF_DEVICE = pattern(rb"Created (?:TensorFlow )?device \(?/job:[^\n]{0,1500}?/device:GPU:(?P<id>\d+) ", b"device:GPU:")
 RANK = pattern(rb"\bProcess rank: (?P<id>\d+), device: cuda", b"Process rank: ")
 SMI_LIST = pattern(rb"^GPU (?P<id>\d+): [^\n]+\(UUID", b"(UUID")
 

@@ -6,9 +6,11 @@ evidence. What is for terminals only (colours, carriage returns, NULs) is blanke
 
 from __future__ import annotations
 
+import itertools
 import re
 import tempfile
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -24,6 +26,7 @@ LINE = 400  # characters of a line that are kept as evidence
 CACHED = 24  # blocks that are held
 FIRST_STRIDE = 1 << 12  # bytes from the end that are searched first for what stands last
 SKIMMED = 1 << 20  # bytes that are searched for a hint at once, before any of them is read closely
+MANY = 5000  # of what stands all over a log, such as announcements of runs and losses of validation
 GZIP = 31  # what zlib calls the format
 LARGEST_GZIP = 1 << 31  # bytes that are unpacked of one
 
@@ -223,14 +226,14 @@ class Span:
         return self.first(wanted) or (self.last(wanted) if len(self) > EDGE else None)
 
     def near(self, wanted: Pattern, edge: int = EDGE) -> list[Found]:
-        """All matches in so many bytes at either end, in their order."""
-        if len(self) <= 2 * edge:
-            return list(self._matches(wanted, self.start, self.stop))
-        early = self._matches(wanted, self.start, self.start + edge)
-        return [*early, *self._matches(wanted, self.stop - edge, self.stop)]
+        """Matches in so many bytes at either end, in their order; of very many at one end, those nearest to it."""
+        middle = self.start + len(self) // 2
+        early = list(itertools.islice(self._matches(wanted, self.start, min(middle, self.start + edge)), MANY))
+        after = early[-1].end if early else self.start
+        return [*early, *deque(self._matches(wanted, max(middle, self.stop - edge, after), self.stop), MANY)]
 
     def all(self, wanted: Pattern) -> Iterator[Found]:
-        """Every match; skims all of it."""
+        """Every match; skims all of it. A list of them may be as long as the log: `some` is not."""
         after = self.start
         for start in range(self.start, self.stop, SKIMMED):
             stop = min(start + SKIMMED, self.stop)
@@ -238,6 +241,10 @@ class Span:
                 for found in self._matches(wanted, max(start, after), stop):
                     after = found.end
                     yield found
+
+    def some(self, wanted: Pattern) -> list[Found]:
+        """Every match, of more than `MANY` the first."""
+        return list(itertools.islice(self.all(wanted), MANY))
 
     def _may_have(self, wanted: Pattern, start: int, stop: int) -> bool:
         """Whether a hint is in these bytes as they are; where there are few, they are worth no skimming."""

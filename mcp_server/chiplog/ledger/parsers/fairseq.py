@@ -8,16 +8,17 @@ from chiplog.ledger.runs import take_losses, take_speed
 from chiplog.ledger.units import number, whole
 
 LOSS = pattern(
-    rb"\| (?:train|train_inner) \| (?:[^\n]*?\| |\{[^\n]*?\"(?:train_)?)?loss[\"']?:? [\"']?(?P<loss>[\w.+-]+)",
+    rb"\| (?:train|train_inner) \| (?:[^\n]{0,1500}?\| |\{[^\n]{0,1500}?\"(?:train_)?)?"
+    rb"loss[\"']?:? [\"']?(?P<loss>[\w.+-]+)",
     b"| train",
 )
-INNER = pattern(rb"\| train_inner \| [^\n]*?(?<!\w)loss[\"']?:? [\"']?(?P<loss>[\w.+-]+)", b"| train_inner")
-UPDATES = pattern(rb"\| train[^\n]*?num_updates[\"']?:? [\"']?(?P<step>\d+)", b"num_updates")
-WALL = pattern(rb"\| train[^\n]*?\b(?:train_)?wall[\"']?:? [\"']?(?P<s>[\d.]+)[\"'}]*$", b"wall")
-EPOCH = pattern(rb"\| train[^\n]*?\bepoch[\"']?:? [\"']?(?P<epoch>\d+)", b"epoch")
+INNER = pattern(rb"\| train_inner \| [^\n]{0,1500}?(?<!\w)loss[\"']?:? [\"']?(?P<loss>[\w.+-]+)", b"| train_inner")
+UPDATES = pattern(rb"\| train[^\n]{0,1500}?num_updates[\"']?:? [\"']?(?P<step>\d+)", b"num_updates")
+WALL = pattern(rb"\| train[^\n]{0,1500}?\b(?:train_)?wall[\"']?:? [\"']?(?P<s>[\d.]+)[\"'}]*$", b"wall")
+EPOCH = pattern(rb"\| train[^\n]{0,1500}?\bepoch[\"']?:? [\"']?(?P<epoch>\d+)", b"epoch")
 DONE = pattern(rb"done training in (?P<s>[\d.]+) seconds", b"done training in ")
 LIMIT = pattern(rb"\bmax_update['\"]?[=:] ?(?P<n>\d+)", b"max_update")
-VALID = pattern(rb"\| valid[^\n]*?\b(?:valid_)?loss[\"']?:? [\"']?(?P<loss>[\w.+-]+)", b"| valid")
+VALID = pattern(rb"\| valid[^\n]{0,1500}?\b(?:valid_)?loss[\"']?:? [\"']?(?P<loss>[\w.+-]+)", b"| valid")
 WORLD = pattern(rb"distributed_world_size['\"]?[=:] ?(?P<n>\d+)", b"distributed_world_size")
 
 
@@ -40,5 +41,5 @@ def parse(log: LogReader) -> list[Draft]:
         draft.done = done
     if (found := done or span.last(WALL)) and draft.set("train_s", number(found["s"]), found):
         take_speed(draft, draft.get("steps") or 0, draft.get("train_s"))
-    draft.set("val_losses", [value for f in span.all(VALID) if (value := number(f["loss"])) is not None] or None)
+    draft.set("val_losses", [value for f in span.some(VALID) if (value := number(f["loss"])) is not None] or None)
     return [draft]

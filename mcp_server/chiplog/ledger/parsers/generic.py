@@ -31,7 +31,7 @@ TIME = pattern(
     b"train",
 )
 ELAPSED = pattern(
-    rb"(?i:^[\W\d]*time[_ ]elapsed)[\"']? *[|:=]+ *(?P<time>[\d.:]+)|(?P<took>[\d.]+ seconds) elapsed, finished",
+    rb"(?i:^[\W\d]*time[_ ]elapsed)[\"']? *[|:=]+ *(?P<time>[\d.:]+)|(?<![\d.])(?P<took>[\d.]{1,20} seconds) elapsed, finished",
     b"elapsed",
 )
 RESUMED = pattern(
@@ -47,7 +47,7 @@ MEMORY = pattern(rb"(?i:(?:peak|max(?:imum)?)[_ ](?:gpu[_ ])?(?:mem(?:ory)?)(?:[
                  rb"[^\d\n]{0,25}(?P<size>[\d.]+) ?(?P<unit>[MG]i?B)", b"mem")  # fmt: skip
 RATE = pattern(
     rb"(?i:(?:tokens?(?:/s(?:ec(?:ond)?)?|_per_sec(?:ond)?| per second)|\btps)(?P<scope>/(?:device|gpu))?)[\"']?[=: ]+"
-    rb"(?P<rate>[\d.,]+)|(?P<before>[\d.,]+)(?P<kilo>k?) tok(?:ens)?/s",
+    rb"(?P<rate>[\d.,]+)|(?<![\d.,])(?P<before>[\d.,]{1,20})(?P<kilo>k?) tok(?:ens)?/s",
     b"tok", b"tps",
 )  # fmt: skip
 KIND = {"reserved": "reserved", "active": "active"}

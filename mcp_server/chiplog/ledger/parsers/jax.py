@@ -13,8 +13,8 @@ from chiplog.ledger.units import number, seconds, whole
 
 STEP = pattern(rb"^[^\n]{0,120}?\bStep (?P<step>\d+): (?P<pairs>[\w/]+=[-\w.+]+(?:, [\w/]+=[-\w.+]+)*)", b"Step ")
 COMPLETED = pattern(
-    rb"completed step: (?P<step>\d+), seconds: (?P<seconds>[\d.]+)[^\n]*?Tokens/s/device: (?P<rate>[\d.]+)"
-    rb"[^\n]*?loss: (?P<loss>[\w.+-]+)",
+    rb"completed step: (?P<step>\d+), seconds: (?P<seconds>[\d.]+)[^\n]{0,1500}?Tokens/s/device: (?P<rate>[\d.]+)"
+    rb"[^\n]{0,1500}?loss: (?P<loss>[\w.+-]+)",
     b"completed step: ",
 )
 PROGRESS = pattern(rb"Progress on: (?P<done>[\d.]+[kMG]?)it/(?P<total>[\d.]+[kMG]?)it rate:(?P<rate>[\d.]+)"
@@ -22,7 +22,7 @@ PROGRESS = pattern(rb"Progress on: (?P<done>[\d.]+[kMG]?)it/(?P<total>[\d.]+[kMG
                    rb"remaining:(?P<left>[\d:?]+) elapsed:(?P<elapsed>[\d:]+)", b"Progress on: ")  # fmt: skip
 STARTED = pattern(rb"^[^\n]{0,60}\bRunning on: ", b"Running on: ")
 RESTORED = pattern(
-    rb"Restoring checkpoint from [^\n]*?/(?P<step>\d+)\b|[Rr]estored checkpoint at step (?P<other>\d+)", b"estor"
+    rb"Restoring checkpoint from [^\n]{0,1500}?/(?P<step>\d+)\b|[Rr]estored checkpoint at step (?P<other>\d+)", b"estor"
 )
 
 
@@ -36,7 +36,7 @@ def sniff(head: bytes, tail: bytes) -> float:
 
 
 def parse(log: LogReader) -> list[Draft]:
-    starts = [found.offset for found in log.whole.all(STARTED)]
+    starts = [found.offset for found in log.whole.some(STARTED)]
     return [_run(span) for span in log.whole.cut(distinct(log.whole, starts))]
 
 

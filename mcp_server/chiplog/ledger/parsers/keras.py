@@ -50,5 +50,5 @@ def parse(log: LogReader) -> list[Draft]:
         draft.set("mean_steps_per_s", statistics.fmean(paces), batch)
     take_losses(draft, span, LOSS)
     generic.times(draft, span, [])
-    draft.set("val_losses", [v for f in span.all(VALIDATION) if (v := number(f["loss"])) is not None] or None)
+    draft.set("val_losses", [v for f in span.some(VALIDATION) if (v := number(f["loss"])) is not None] or None)
     return [draft]

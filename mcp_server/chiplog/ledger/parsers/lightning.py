@@ -29,11 +29,11 @@ def sniff(head: bytes, tail: bytes) -> float:
         return 0.9
     if b"pytorch_lightning" in both or b"lightning.pytorch" in both or b"lightning_fabric" in both:
         return 0.8
-    return 0.6 if b"v_num=" in both and re.search(rb"Epoch \d+: +\d+%\|[^\n]*v_num=", both) else 0.0
+    return 0.6 if b"v_num=" in both and re.search(rb"Epoch \d+: +\d+%\|[^\n]{0,400}v_num=", both) else 0.0
 
 
 def parse(log: LogReader) -> list[Draft]:
-    starts = [found.offset for found in log.whole.all(STARTED)]
+    starts = [found.offset for found in log.whole.some(STARTED)]
     return [_run(span) for span in log.whole.cut(distinct(log.whole, starts))]
 
 

@@ -13,12 +13,14 @@ from chiplog.ledger.units import number, whole
 
 ITERATION = pattern(rb"iteration +(?P<step>\d+)/ *(?P<total>\d+) \|(?P<rest>[^\n]*)", b"iteration ")
 ELAPSED = pattern(
-    rb"iteration +(?P<step>\d+)/ *(?P<total>\d+) \|[^\n]*?elapsed time per iteration \((?P<unit>ms|s)\): "
+    rb"iteration +(?P<step>\d+)/ *(?P<total>\d+) \|[^\n]{0,1500}?elapsed time per iteration \((?P<unit>ms|s)\): "
     rb"(?P<time>[\d.]+)",
     b"elapsed time per iteration",
 )
-LOSS = pattern(rb"iteration +\d+/ *\d+ \|[^\n]*?\b(?:lm|train(?:ing)?|total)[ _]loss: (?P<loss>[\w.+-]+)", b"loss: ")
-BATCH = pattern(rb"iteration +\d+/[^\n]*?global batch size: +(?P<n>\d+)", b"global batch size: ")
+LOSS = pattern(
+    rb"iteration +\d+/ *\d+ \|[^\n]{0,1500}?\b(?:lm|train(?:ing)?|total)[ _]loss: (?P<loss>[\w.+-]+)", b"loss: "
+)
+BATCH = pattern(rb"iteration +\d+/[^\n]{0,1500}?global batch size: +(?P<n>\d+)", b"global batch size: ")
 VALIDATION = pattern(
     rb"valid(?:ation)? loss at (?:iteration (?P<step>\d+))?[^|\n]*\| lm loss value: (?P<loss>[\w.+-]+)",
     b"lm loss value: ",
@@ -32,7 +34,7 @@ NAMES = {
     "seed": "seed",
 }  # fmt: skip
 MEMORY = pattern(
-    rb"memory \((?P<unit>MB|GB)\) \|[^\n]*?\bm(?:ax allocated|em-max-allocated-gigabytes): (?P<size>[\d.]+)",
+    rb"memory \((?P<unit>MB|GB)\) \|[^\n]{0,1500}?\bm(?:ax allocated|em-max-allocated-gigabytes): (?P<size>[\d.]+)",
     b"max allocated: ", b"mem-max-allocated",
 )  # fmt: skip
 WORLD = pattern(rb"using world size: (?P<n>\d+)", b"using world size: ")
@@ -78,7 +80,7 @@ def _run(span: Span) -> Draft:
     times = [time for time in times if time > 0]
     if times:
         draft.set("steps_per_s", 1 / statistics.median(times[-max(1, len(times) // 4) :]))  # batches may ramp up
-    validations = list(span.all(VALIDATION))
+    validations = span.some(VALIDATION)
     draft.set("val_losses", [value for f in validations if (value := number(f["loss"])) is not None] or None)
     at = [step for f in validations if (step := whole(f.get("step")))]
     if at and max(at) > (draft.get("steps") or 0):

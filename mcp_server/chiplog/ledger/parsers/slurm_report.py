@@ -22,6 +22,7 @@ STATES = {
     "DEADLINE": State.TIMEOUT,
     "REVOKED": State.CANCELLED,
 }
+LARGEST = 1 << 26  # bytes of a table that are read
 LINE = pattern(rb"^[^\n]+$")
 HEADS = {b"JobID", b"JobIDRaw"}
 
@@ -75,7 +76,7 @@ def ended(draft: Draft, text: str, found: Found) -> None:
 
 def _sacct(log: LogReader) -> list[Draft]:
     """One draft a job; its steps give what only they know, such as the largest memory."""
-    lines = list(log.whole.all(LINE))
+    lines = list(log.whole.before(log.start + LARGEST).all(LINE))
     rows = _table([log.text(found.offset, found.end).decode(errors="replace") for found in lines])
     jobs: dict[str, Draft] = {}
     for found, cells in zip(lines, rows, strict=True):

@@ -44,7 +44,7 @@ def sniff(head: bytes, tail: bytes) -> float:
 
 
 def parse(log: LogReader) -> list[Draft]:
-    starts = [found.offset for found in log.whole.all(CONFIG_START)]
+    starts = [found.offset for found in log.whole.some(CONFIG_START)]
     return [_run(span) for span in log.whole.cut(starts)]
 
 
@@ -57,7 +57,7 @@ def _run(span: Span) -> Draft:
         _bars(draft, steps)
     _logged(draft, span)
     _memory(draft, span)
-    saved = [found for found in span.all(SAVED)]
+    saved = span.some(SAVED)
     if saved:
         draft.set("checkpoint_s", sum(number(found["seconds"]) or 0.0 for found in saved), saved[-1])
         draft.worked(saved[-1])

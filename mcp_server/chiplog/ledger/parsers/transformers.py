@@ -14,7 +14,7 @@ from chiplog.ledger.reader import Found, LogReader, Span, pattern
 from chiplog.ledger.runs import distinct, steady, take_bars, training_bars, trains
 from chiplog.ledger.units import number, seconds, whole
 
-RUNNING = pattern(rb"\*\*\*\*\* Running training \*\*\*\*\* *\n[^\n]*Num examples", b"***** Running training")
+RUNNING = pattern(rb"\*\*\*\*\* Running training \*\*\*\*\* *\n[^\n]{0,200}Num examples", b"***** Running training")
 COUNT = pattern(
     rb"(?P<key>Num examples|Num Epochs|Instantaneous batch size per (?:device|GPU)|Total train batch size[^=\n]*|"
     rb"Gradient Accumulation steps|Total optimization steps|Number of trainable parameters) *= *(?P<value>[\d,]+)",
@@ -89,10 +89,10 @@ def parse(log: LogReader, framework: str = "transformers") -> list[Draft]:
 
 def _starts(span: Span) -> list[int]:
     """Where runs begin: each announcement after which work was done; without any, after each end but the last."""
-    announced = [found.offset for found in span.all(RUNNING)]
+    announced = [found.offset for found in span.some(RUNNING)]
     if announced:
         return distinct(span, announced)
-    ends = [_after(span, found) for found in span.all(ENDED)]
+    ends = [_after(span, found) for found in span.some(ENDED)]
     return [span.start, *ends[:-1]] if len(ends) > 1 else []
 
 
@@ -135,9 +135,9 @@ def _count_losses(draft: Draft, span: Span) -> None:
     """Without a bar: as many steps as there are loss lines, if that agrees with the speed that it states."""
     seconds, rate = draft.get("train_s"), draft.get("mean_steps_per_s")
     off = 0.0005 * (seconds or 0.0) + 1  # the rate is printed to three decimals
-    lines = list(span.all(LOSS)) if seconds and rate else []
-    if lines and abs(len(lines) - seconds * rate) <= off:
-        draft.set("steps", len(lines), lines[-1])
+    n = sum(1 for _ in span.all(LOSS)) if seconds and rate else 0
+    if n and abs(n - seconds * rate) <= off:
+        draft.set("steps", n, span.last(LOSS))
     elif saved := span.last(CHECKPOINT):
         draft.set("steps", whole(saved["step"]), saved)
 
@@ -150,7 +150,7 @@ def _metrics(draft: Draft, span: Span) -> None:
         draft.set("epoch", number(_dictionary(last).get("epoch")), last)
         draft.set("steps", whole(_dictionary(last).get("step")), last)
         draft.worked(last)
-    losses = [value for found in span.all(EVAL) if (value := number(found["loss"])) is not None]
+    losses = [value for found in span.some(EVAL) if (value := number(found["loss"])) is not None]
     draft.set("val_losses", losses or None)
     if found := span.last(STOPPED):
         draft.done = found
