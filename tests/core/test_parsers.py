@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from chiplog.errors import RecordError
 from chiplog.ledger.parse import continued, parse_job, parse_log
@@ -311,33 +309,6 @@ def test_lines_across_blocks_are_found_once_and_where_they_are(tmp_path: Path):
     assert [entry["n"] for entry in found] == [str(number) for number in range(20_000)]
     content = file.read_bytes()
     assert all(content[entry.offset :].startswith(f"row {entry['n']}:".encode()) for entry in found[::97])
-
-
-PIECES = [TORCHTUNE, TRAINER, MEGATRON, LIGHTNING, KERAS, MAXTEXT, SACCT, GPU_OOM, BAR, "\r", "\x1b[1m", "\0", "\n"]
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(
-        st.one_of(
-            st.sampled_from(PIECES).flatmap(
-                lambda piece: st.tuples(st.integers(0, len(piece)), st.integers(0, len(piece))).map(
-                    lambda ends: piece[min(ends) : max(ends)].encode()
-                )
-            ),
-            st.binary(max_size=60),
-        ),
-        max_size=12,
-    )
-)
-def test_no_bytes_make_a_parser_raise(tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes]):
-    file = tmp_path_factory.mktemp("fuzz") / "a.log"
-    file.write_bytes(b"".join(pieces))
-    parsed = parse_log(file)
-    assert parsed.records and 0 <= parsed.read_to <= file.stat().st_size
-    for record in parsed.records:
-        assert Record.model_validate_json(record.model_dump_json()).key == record.key
-    file.unlink()
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real logs are not beside this checkout")
