@@ -55,7 +55,7 @@ class Draft:
         """Notes a peak of memory, `12.3 GB` as torch prints it (a GB is 2^30 bytes), if it is larger than the last."""
         value = size(text, binary=True)
         if value and (self.get("mem_kind") != kind or value > self.get("peak_mem_bytes")):
-            self.set("peak_mem_bytes", round(value), found, printed=text)
+            self.set("peak_mem_bytes", round(value), found, printed=text.replace(",", ""))
             self.set("mem_kind", kind)
 
     def worked(self, found: Found | None) -> None:

@@ -69,11 +69,11 @@ IN_USE = [
 ]
 # The last line of a traceback, which may stand behind a rank or a time.
 ERROR = pattern(
-    rb"^(?:\[?(?:rank)?\d+\]?[: ]+|\S*\]:? ?)?(?P<words>(?P<name>(?:\w+\.)*[A-Z]\w*"
+    rb"^ {0,8}(?:\[?(?:rank)?\d+\]?[: ]+|\S*\]:? ?)?(?P<words>(?P<name>(?:\w+\.)*[A-Z]\w*"
     rb"(?:Error|Exception|Interrupt|Exit|Failure|Timeout|OutOfMemory))(?:: [^\n]*)?)$"
 )
 LAST_LINE = pattern(rb"^[ \t]*\S[^\n]*$")
-LEVEL = re.compile(r"^.{0,80}?(?:^|[\[\s|-])(?:ERROR|CRITICAL|FATAL)(?:[\]\s|:]|$)")
+LEVEL = re.compile(r"^.{0,80}?(?:^|[\[\s|-])(?:ERROR|FATAL)(?:[\]\s|:]|$)")
 TRACEBACK = pattern(rb"Traceback \(most recent call last\):", b"Traceback (most")
 FATAL = [
     pattern(
@@ -104,6 +104,11 @@ FATAL = [
         b"Permission denied",
         b"No such file",
     ),
+    pattern(
+        rb"^Error executing job with overrides[^\n]*|^ERROR conda\.cli\.main_run[^\n]*",
+        b"Error executing job",
+        b"ERROR conda",
+    ),
     pattern(rb"^ *Exit (?:code|status): +(?P<code>[1-9]\d*)\b", b"Exit code", b"Exit status"),
     pattern(rb"^\S+\.py: error: [^\n]+|^error: [^\n]+", b"error: "),
     pattern(
@@ -116,11 +121,12 @@ FATAL = [
     pattern(rb"^sbatch: error: [^\n]+|^slurmstepd: error: (?!\*\*\*|_get|[^\n]{0,200}oom)[^\n]+", b"error: "),
 ]
 TRAINED = pattern(
-    rb"(?i:\b(?:training (?:is )?(?:completed?|finished|done|ended)|finished training|done training|"
+    rb"(?i:\b(?:(?:pre-?)?training (?:is )?(?:completed?|finished|done|ended)|finished training|done training|"
     rb"training has (?:been )?(?:completed?|finished)|end(?: of)? training|fine-?tuning (?:completed?|finished"
     rb"|done)))\b"
 )
 GOOD = [
+    pattern(rb"^Saved final weights to ", b"Saved final weights to "),
     pattern(rb"(?i:\bexit[ _]?(?:code|status))[\"']? ?[=:] *0\b", b"exit"),
     pattern(
         rb"^(?:\S+ )?Saved pipeline to output directory|^\[LightGBM\] \[Info\] Finish train",
@@ -201,7 +207,7 @@ def _cancelled(span: Span, worked: int) -> Found | None:
 def _last_word(tail: Span) -> Found | None:
     """The last line, if it reports an error."""
     last = tail.last(LAST_LINE)
-    return last if last and LEVEL.search(last.line) else None
+    return last if last and (LEVEL.search(last.line) or ERROR.regex.search(last.text)) else None
 
 
 def _failure(tail: Span, worked: int) -> Found | None:

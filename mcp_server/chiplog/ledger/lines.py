@@ -19,10 +19,10 @@ from chiplog.ledger.units import duration, number, stamp, whole
 
 _VALUE = rb"(?P<loss>[-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf|NaN)\b)"
 LOSS = pattern(
-    rb"(?i:(?<![\w/-])(?:actor/(?:pg_)?|train/|loss/train/)?"
+    rb"(?i:(?<![\w/-])(?<!init )(?<!initial )(?<!best )(?:actor/(?:pg_)?|train/|loss/train/)?"
     rb"(?:(?:per[_ ]token|train(?:ing)?(?:'s)?|av[gr]\.?|average|mean|running|total|lm|ce|sft|batch|step|log)"
     rb"[_/ -]?){0,5}"
-    rb"(?:loss|logloss)(?:/train(?:/total)?|\(train\))?"
+    rb"(?:loss|logloss|cross-?_?entropy_?loss)(?:/train(?:/total|_step|_epoch)?|\(train\))?(?: \[[\d-]+\])?"
     rb"(?: (?!scale|func|type|ratio|mask|weight|is\b|for\b|on\b)[a-z]{2,20}(?= ?:))?)"
     rb"(?:[\"']?(?: *(?:[=:|]|\xe2\x94\x82)+ *| +(?:is +|of +)?))[\"'\[(]?(?:tensor\()?" + _VALUE,
     b"loss",
@@ -49,10 +49,12 @@ STEPS = [
     re.compile(rb"(?:^|[\]:] )\[(?P<step>\d+)\](?=\s)"),
 ]  # fmt: skip
 EPOCH = pattern(
-    rb"(?i:(?<![a-z/-])(?<!per )(?<!(?:max|num|end)_)(?<!best_)(?<!\bn_)(?<!(?:total|start)_)(?<!per_)(?<!current_)"
-    rb"(?:epoch|ep)(?:\.{1,3}|\(train\))?[\"']?(?: *[=:#|\[(_]+ *| +|(?=\d))[\[(]? *"
-    rb"(?P<epoch>\d++(?:\.\d++)?)(?!/micro|[%a-z])(?: *(?:/|of) *(?P<epochs>\d+))?|\b(?P<before>\d+)epoch:)",
-    b"epoch", b" ep", b"_ep", b"[ep", b"\nep",
+    rb"(?:(?i:(?<![a-z/_-])(?<!per )(?<!at )(?<!from )(?<!best )epoch)|(?<![A-Za-z/-])Ep|^ep(?=: ))"
+    rb"(?:\.{1,3}|\(train\))?[\"']?"
+    rb"(?: *[=:#|\[(_]+ *| +|(?=\d))[\[(]? *(?P<epoch>\d++(?:\.\d++)?)(?!/micro|[%a-z])"
+    rb"(?: *(?:/|of) *(?P<epochs>\d+))?"
+    rb"|\b(?P<before>\d+)epoch:",
+    b"epoch", b"ep.", b"ep:", b"ep_",
 )  # fmt: skip
 PER_STEP = re.compile(
     rb"(?i)(?P<s>[\d.]+) ?(?P<unit>ms|s|secs?|seconds?) ?/ ?(?:step|it|iter|iteration|batch|update)\b"
@@ -69,7 +71,8 @@ TIME = re.compile(
     rb"|(?<=[-|] ) ?(?P<end>[\d.]+ ?s(?:ecs?)?|\d+:\d\d:\d\d)s?\s*$"
 )
 MEMORY = re.compile(
-    rb"(?i)\b(?:gpu[_ ])?(?:max[_ ])?mem(?:ory)?(?:[_ ]?used)?[\"']?[=:] *(?P<size>[\d.]+) ?(?P<unit>[GM]i?)b?\b"
+    rb"(?i)\b(?:peak[_ ])?(?:gpu[_ ])?(?:max[_ ])?mem(?:ory)?(?:[_ ]?used)?(?: \((?P<before>[GM]i?)B\))?[\"']?"
+    rb"[=:] *(?P<size>[\d.,]+)(?(before)| ?(?P<unit>[GM]i?)b?\b)"
 )
 BAR_END = re.compile(rb"(?:it/s|s/it)[^\]\n]*\]")
 SO_FAR = re.compile(rb"(?i)elapsed|wall")
@@ -129,7 +132,8 @@ def _of_one_kind(matches: list[Found]) -> list[Found]:
 def _of_test(found: Found) -> bool:
     """Whether its line speaks of a test before it."""
     before = BAR_END.split(found.before.encode())[-1][-200:]
-    return bool(OF_TEST.search(before)) and not OWN.search(before + found.text)
+    own = max((word.start() for word in OWN.finditer(before + found.text)), default=-1)
+    return any(word.start() > own for word in OF_TEST.finditer(before))
 
 
 def _groups(span: Span, matches: Sequence[Found]) -> Iterator[tuple[list[Found], int]]:
@@ -158,8 +162,9 @@ def _line(span: Span, group: Sequence[Found], start: int) -> Line:
     step = _step(text[: epoch.start()] + b" " + text[epoch.end() :] if epoch else text)
     held = MEMORY.search(text)
     if not step and not epoch:
-        step = _step(span.log.text(max(span.start, start - BESIDE), start), last=True)
-        step = step or _step(span.log.text(group[-1].end, min(span.stop, group[-1].end + BESIDE // 2)))
+        after = span.log.text(group[-1].end, min(span.stop, group[-1].end + BESIDE // 2))
+        step = _step(span.log.text(max(span.start, start - BESIDE), start), last=True) or _step(after)
+        pace, held = pace or PER_STEP.search(after), held or MEMORY.search(after)
     return Line(
         found=chosen,
         loss=number(chosen["loss"]),
@@ -171,8 +176,12 @@ def _line(span: Span, group: Sequence[Found], start: int) -> Line:
         time_s=duration(_text(time, "time") or _text(time, "end")),
         so_far=bool(time and SO_FAR.search(time.group())),
         at=stamp(text.decode(errors="replace")),
-        memory=f"{held['size'].decode()} {held['unit'].decode().upper().replace('I', 'i')}B" if held else None,
+        memory=f"{held['size'].decode()} {_unit(held)}B" if held else None,
     )
+
+
+def _unit(held: re.Match[bytes]) -> str:
+    return (_text(held, "unit") or _text(held, "before") or "").upper().replace("I", "i")
 
 
 def _rank(found: Found) -> int:
@@ -224,8 +233,13 @@ def pace(lines: Sequence[Line]) -> float | None:
         median = statistics.median(values[len(values) // 10 :]) if values else None
         # What contradicts the stamps is the time of something else, such as of loading data.
         if median and (stamped is None or 0.5 < median / stamped < 2):
-            return median
+            return stamped if stamped and _coarse(median) else median
     return stamped
+
+
+def _coarse(step_s: float) -> bool:
+    """Whether a pace was stated as a rate of one or two digits."""
+    return any(abs(rate - round(rate, 2)) < 1e-9 and rate < 0.1 for rate in (1 / step_s,))
 
 
 def _stamped(lines: Sequence[Line]) -> float | None:
@@ -243,9 +257,10 @@ def _rising(values: Sequence, key: Callable) -> list:
     """The last values, as far back as they rise."""
     kept = list(values[-1:])
     for one in reversed(values[:-1]):
-        if key(one) >= key(kept[-1]):
+        if key(one) > key(kept[-1]):
             break
-        kept.append(one)
+        if key(one) < key(kept[-1]):  # other ranks say the same
+            kept.append(one)
     return kept[::-1]
 
 
@@ -260,5 +275,5 @@ def so_far(lines: Sequence[Line]) -> float | None:
     steps = [later - one for one, later in itertools.pairwise(times)]
     if len(timed) == 1 and timed[0].step is None and timed[0].epoch in (0.0, 1.0) and len(lines) < len(timed) + 2:
         return times[0]
-    counted = len(times) >= 5 and min(steps) > 0 and times[-1] > 3 * max(steps[FIRST:] or steps)
+    counted = len(times) >= 5 and min(steps) > 0 and times[-1] > 3 * statistics.median(steps)
     return times[-1] if counted else None

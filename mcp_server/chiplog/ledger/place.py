@@ -16,6 +16,8 @@ JOB_ID = [
     pattern(rb"StepId=(?P<job>\d+)", b"StepId="),
     pattern(rb"(?i:\bslurm[_ ]?job[_ ]?id)[\"']?[ :=]+[\"']?(?P<job>\d+(?:_\d+)?)\b", b"slurm"),
     pattern(rb"(?i:^[^\n]{0,20}\bjob[ _]?id)[\"']?[ :=]+[\"']?(?P<job>\d{3,}(?:_\d+)?)\b", b"job"),
+    pattern(rb"/slurm[\w/]{0,40}/job(?P<job>\d+)/slurm_script", b"/slurm_script"),
+    pattern(rb"^Job: (?P<job>\d{4,})\b", b"Job: "),
     pattern(rb"^Subject: Job (?P<job>\d+): <", b"Subject: Job "),
     pattern(rb"^Submitted batch job (?P<job>\d+)", b"Submitted batch job "),
     pattern(rb"^srun: (?:Terminating (?:job )?step|job) (?P<job>\d+)\b", b"srun: "),
@@ -26,12 +28,13 @@ GPU = [
     pattern(rb"^\| +\d+ +(?P<gpu>(?:NVIDIA |Tesla |GeForce |Quadro |AMD )[\w .-]+?) +(?:On|Off|N/A) +\|", *VENDORS),
     pattern(rb"^GPU \d+: (?P<gpu>[^\n(]+?) \(UUID", b"(UUID"),
     pattern(
-        rb"\b(?P<gpu>(?:(?:NVIDIA|Tesla|GeForce|Quadro|AMD Instinct) )+(?:RTX |GTX |TITAN |Tesla )*"
+        rb"\b(?P<gpu>(?:(?:NVIDIA|Tesla|GeForce|Quadro|AMD Instinct) ){1,3}(?:RTX |GTX |TITAN )?"
         rb"(?:(?:GH|GB|RTX|MI|[AHLVPTKB])-?\d{1,4}\w*|(?<=GTX )\d{3,4}|(?<=TITAN )\w+)"
         rb"(?:[ -](?:SXM\d?|PCIe|PCIE|NVL|Ti|SUPER|Ada Generation|HBM\d\w?|\d{2,3} ?GB|MIG \d\w\.\d+gb))*)",
         *VENDORS),
     pattern(rb"(?P<gpu>\b(?:TITAN (?:Xp|X|V|RTX)\b|GTX ?\d{3,4}|RTX ?A?\d{4}(?: ?Ti| SUPER| Ada(?: Generation)?)?"
             rb"|[AHV]\d00-(?:SXM\d?|PCI[Ee]|NVL)(?:-\d+GB)?))\b", b"RTX", b"GTX", b"TITAN", b"00-"),
+    pattern(rb"\bgres/gpu:(?P<gpu>[a-z]\w+)[:=]\d", b"gres/gpu:"),
 ]  # fmt: skip
 N_GPUS = [
     pattern(rb"(?i:\bworld[_ ]size)[\"']?(?:[:=]| \.+|(?= \d))[ :=.]*[\"']?(?P<n>\d{1,5})\b", b"world"),
@@ -41,22 +44,33 @@ N_GPUS = [
             rb"[\"']?(?P<n>\d{1,4})\b", b"gpus", b"devices", b"gpu_count",
             b"gpu count"),
     pattern(rb"\bWORLD_SIZE[ :=]+(?P<n>\d{1,5})\b", b"WORLD_SIZE"),
-    pattern(rb"device mesh with \[[^\]\n]+\], \[(?P<n>\d+(?:, \d+)*)\]", b"device mesh with "),
+    pattern(rb"device mesh with \[[^\]\n]{1,100}\], \[(?P<n>\d+(?:, \d+)*)\]", b"device mesh with "),
     pattern(rb"\bnproc_per_node[= ]+(?P<n>\d{1,3})\b", b"nproc_per_node"),
+    pattern(rb"\bgres/gpu(?::[a-z]\w+)?[:=](?P<n>\d+)", b"gres/gpu"),
     pattern(rb"^#BSUB -gpu [\"']?num=(?P<n>\d+)", b"#BSUB -gpu"),
 ]  # fmt: skip
 LSF_RUN = pattern(rb"^ *Run time : +(?P<s>\d+) sec\.", b"Run time : ")
-PBS_RUN = pattern(rb"(?:Walltime Used: +|resources_used\.walltime ?= ?)(?P<time>(?:\d+:)?\d+:\d\d:\d\d)", b"alltime")
-STARTED = pattern(rb"(?i:^[# ]*job[ _]?(?:started|start time|start)(?: at| on)?) *: *(?P<at>[^\n#]+)", b"job")
+PBS_RUN = pattern(
+    rb"(?:Walltime Used: +|resources_used\.walltime ?= ?|\bRunTime=)(?P<time>(?:\d+[:-])?\d+:\d\d:\d\d)",
+    b"alltime", b"RunTime=",
+)  # fmt: skip
+STARTED = pattern(
+    rb"(?i:^[# ]*(?:job[ _]?(?:started|start time|start)|start(?:ing|ed)?(?: the)? job)(?: at| on)?) *: *\n?"
+    rb"(?P<at>[^\n#]+)",
+    b"job",
+)
 ENDED = pattern(
-    rb"(?i:^[# ]*job[ _]?(?:ended|finished|completed|end time|end)(?: at| on)?) *: *(?P<at>[^\n#]+)", b"job"
+    rb"(?i:^[# ]*job[ _]?(?:ended|finished|completed|end time|end)(?: at| on)?) *: *\n?(?P<at>[^\n#]+)", b"job"
 )
 CANCELLED = pattern(rb"CANCELLED AT (?P<at>[\dT:-]{19})", b" CANCELLED AT ")
 SMI_MEMORY = pattern(rb"\| +(?P<used>\d+)MiB / +\d+MiB +\|", b"MiB / ")
 WORKED = 100  # MiB on a card that stand for a job
 SMI_ROW = pattern(rb"^\| +(?P<id>\d+) +(?:NVIDIA|Tesla|GeForce|Quadro|AMD)[\w .-]+? +(?:On|Off|N/A) +\|", *VENDORS)
 TF_DEVICE = pattern(rb"Created (?:TensorFlow )?device \(?/job:[^\n]{0,1500}?/device:GPU:(?P<id>\d+) ", b"device:GPU:")
-RANK = pattern(rb"\bProcess rank: (?P<id>\d+), device: cuda", b"Process rank: ")
+RANK = pattern(
+    rb"\bProcess rank: (?P<id>\d+), device: cuda|^Using GPU\d+ [^\n]{0,80}\(Rank (?P<other>\d+)\)",
+    b"Process rank: ", b"Using GPU",
+)  # fmt: skip
 SMI_LIST = pattern(rb"^GPU (?P<id>\d+): [^\n]+\(UUID", b"(UUID")
 
 
@@ -113,7 +127,7 @@ def _count(draft: Draft, span: Span) -> None:
             return
     for wanted in (SMI_ROW, SMI_LIST, TF_DEVICE, RANK):
         rows = [found for found in span.near(wanted)]
-        n = len({found["id"] for found in rows})
+        n = len({found.get("id") or found.get("other") for found in rows})
         if n > 1 or (rows and wanted is not RANK):  # one rank alone may be all that logs
             draft.set("gpus", n, rows[0])
             return

@@ -107,10 +107,11 @@ def _skipped(timed: Sequence[Bar]) -> int | None:
 
 def _began_late(timed: Sequence[Bar]) -> bool:
     """Whether a bar counted from a step above 0 that the log does not show: far faster at first than it says."""
-    first = timed[0]
-    if not first.elapsed_s or not first.per_s or first.done <= 0.5 * timed[-1].done:
+    first, last = timed[0], timed[-1]
+    if not first.elapsed_s or not first.per_s or first.done <= 0.5 * last.done:
         return False
-    return first.done / first.elapsed_s > 3 * first.per_s
+    early = first.done / first.elapsed_s > 3 * first.per_s
+    return early and bool(last.elapsed_s and last.per_s and last.done / last.elapsed_s > 1.3 * last.per_s)
 
 
 def take_speed(draft: Draft, steps: float, seconds: float | None) -> None:

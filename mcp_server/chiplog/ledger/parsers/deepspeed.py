@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 
 from chiplog.ledger.bars import bars
 from chiplog.ledger.draft import Draft
@@ -38,6 +39,10 @@ WORLD = pattern(rb"world_size[:=] ?(?P<n>\d+)|dist_world_size=(?P<m>\d+)", b"wor
 LOSS = pattern(
     rb"(?i:\b(?:train(?:ing)?[_ ])?loss)[\"']?(?: is)?[=: ]+(?:tensor\()?(?P<loss>-?\d[\w.+-]*|nan|inf)", b"oss"
 )
+MEMORY = pattern(
+    rb"memory \((?P<unit>MB|GB)\) \|[^\n]{0,1500}?\bm(?:ax allocated|em-max-allocated-gigabytes): (?P<size>[\d.]+)",
+    b"max allocated: ", b"mem-max-allocated",
+)  # fmt: skip
 VISIBLE = pattern(rb"Setting CUDA_VISIBLE_DEVICES=(?P<ids>[\d,]+)", b"Setting CUDA_VISIBLE_DEVICES=")
 EPOCHS = pattern(
     rb"Beginning of Epoch (?P<epoch>\d+)/(?P<epochs>\d+), Total Micro Batches (?P<n>\d+)", b"Beginning of Epoch"
@@ -64,10 +69,7 @@ def parse(log: LogReader) -> list[Draft]:
 def _run(span: Span) -> Draft:
     draft = Draft(span, "deepspeed")
     take_losses(draft, span, LOSS)
-    if found := span.last(STEPS):
-        draft.set("steps", whole(found["step"]), found)
-        draft.worked(found)
-        draft.set("mean_steps_per_s", 1 / (number(found["seconds"]) or float("inf")) or None, found)
+    take_steps(draft, span)
     marks = span.near(STEP) or span.near(OLD_SPEED)
     stamped = [(found, when) for found in marks if (when := stamp(found.line))]
     if len(stamped) > 1:
@@ -82,6 +84,19 @@ def _run(span: Span) -> Draft:
         draft.set("epochs", whole(found["epochs"]), found)
     take_bars(draft, training_bars(bars(span, trains)))
     return generic.run(span, draft)
+
+
+def take_steps(draft: Draft, span: Span) -> None:
+    """`steps: 50 loss: 9.1 iter time (s): 25.5` of its pipeline."""
+    found = span.near(STEPS)
+    if found:
+        last = found[-1]
+        draft.set("steps", whole(last["step"]), last)
+        draft.set("loss_first", number(found[0]["loss"]), found[0])
+        draft.set("loss_last", number(last["loss"]), last)
+        draft.worked(last)
+        times = [time for one in found[len(found) // 10 :] if (time := number(one["seconds"]))]
+        draft.set("mean_steps_per_s", 1 / statistics.fmean(times) if times else None, last)
 
 
 def _engine(draft: Draft, span: Span) -> None:
@@ -102,5 +117,8 @@ def _engine(draft: Draft, span: Span) -> None:
         draft.default("samples_per_s", number(found["rate"]), found)
         if found.get("mem"):
             draft.peak(re.sub(r"(?<=\d)(?=[A-Z])", " ", found["mem"]), "allocated", found)
+    if draft.get("peak_mem_bytes") is None:
+        for found in span.near(MEMORY):
+            draft.peak(f"{found['size']} {found['unit']}", "allocated", found)
     if (rate := draft.get("samples_per_s")) and (batch := draft.get("batch_size")):
         draft.default("steps_per_s", rate / batch)

@@ -6,7 +6,7 @@ from chiplog.ledger.bars import bars
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.ending import TRACEBACK
 from chiplog.ledger.lines import COST, EPOCH, METRIC, Line, pace, so_far, training_lines
-from chiplog.ledger.reader import BLOCK, LogReader, Span, pattern
+from chiplog.ledger.reader import BLOCK, Found, LogReader, Span, pattern
 from chiplog.ledger.runs import take_bars, take_speed, training_bars, trains
 from chiplog.ledger.units import duration, number, whole
 
@@ -24,14 +24,19 @@ PLANNED = pattern(
     b"steps", b"iters", b"iterations",
 )  # fmt: skip
 TIME = pattern(
-    rb"(?i:\b(?:total |full )?train(?:ing)?(?:[ _](?:time|took|done in|finished in|completed in"
-    rb"|runtime|duration))+)[^\d\n]{0,12}"
+    rb"(?i:\b(?:total |full )?train(?:ing)?(?:[ _](?:time|took|(?:done|finished|completed?) in|runtime|duration"
+    rb"|seconds(?=:)))+)[^\d\n]{0,12}"
     rb"(?P<time>(?:\d+ days?, *)?\d+:\d\d:\d\d(?:\.\d+)?|[\d.]+ ?(?:s|sec|secs|seconds|min|mins|minutes|h|hrs?|hours)\b"
-    rb"|\d+\.\d+$)|(?i:\btook) (?P<took>[\d.]+ (?:sec(?:ond)?s?|min(?:ute)?s?|hours?)) to train",
+    rb"|\d+\.\d+$)(?: \((?P<step_s>[\d.]+) ?s / it\))?"
+    rb"|(?i:\b(?:completed|finished|done) training in|\btook) (?P<took>[\d.]+ (?:sec(?:ond)?s?|min(?:ute)?s?|hours?)(?= to train)|(?<=training in )[\d.]+ ?s\b)"
+    rb"|(?i:\btraining complete)[^\n]{0,100}, (?P<all>\d+s)$"
+    rb"|(?i:^the training code [^\n]{0,200} ran for )(?P<ran>[\d.]+m)$",
     b"train",
 )
+TIMES = ("time", "took", "all", "ran")
 ELAPSED = pattern(
-    rb"(?i:^[\W\d]*time[_ ]elapsed)[\"']? *[|:=]+ *(?P<time>[\d.:]+)|(?<![\d.])(?P<took>[\d.]{1,20} seconds) elapsed, finished",
+    rb"(?i:^[\W\d]{0,40}time[_ ]elapsed)[\"']? *[|:=]+ *(?P<time>[\d.:]+)"
+    rb"|(?<![\d.])(?P<took>[\d.]{1,20} seconds) elapsed, finished",
     b"elapsed",
 )
 RESUMED = pattern(
@@ -39,8 +44,12 @@ RESUMED = pattern(
     rb"(?P<step>\d+)",
     b"resum", b"restor", b"recover", b"continu",
 )  # fmt: skip
+SAVED = pattern(rb"(?i:^sav(?:ed|ing)\b[^\n]{0,200}?\b(?:global_)?step)[=: ]+(?P<step>\d+)\b", b"saved", b"saving")
 NAMED_MEMORY = pattern(
-    rb"max_mem(?:ory)?_(?P<kind>allocated|reserved)_(?P<unit>[mg]i?b)[\"']?[:= ]+(?P<size>[\d.]+)", b"max_mem"
+    rb"(?:max_mem(?:ory)?_(?P<kind>allocated|reserved)|peak_(?:v?ram|mem(?:ory)?))_(?P<unit>[mg]i?b)[\"']?[:= ]+"
+    rb"(?P<size>[\d.]+)",
+    b"max_mem",
+    b"peak_",
 )
 MEMORY = pattern(rb"(?i:(?:peak|max(?:imum)?)[_ ](?:gpu[_ ])?(?:mem(?:ory)?)(?:[_ ](?P<kind>alloc"
                  rb"(?:ated)?|reserved|active))?(?:[_ ]usage)?)"
@@ -85,14 +94,36 @@ def run(span: Span, draft: Draft) -> Draft:
 
 def times(draft: Draft, span: Span, lines: list[Line]) -> None:
     """Seconds of training, and with them the mean speed."""
-    total, counted = span.last(TIME) or span.last(ELAPSED), so_far(lines)
+    total, counted = _total(span) or span.last(ELAPSED), so_far(lines)
     if total and any(one.found.line_offset == total.line_offset for one in lines):
         total = None  # of a step
-    said = (total and draft.default("train_s", duration(total.get("time") or total.get("took")), total)) or (
-        counted and draft.default("train_s", counted, lines[-1].found)
-    )
+    said = counted and draft.default("train_s", counted, lines[-1].found)
+    if total:
+        said = draft.set("train_s", _seconds(total), total)
+        if not lines or total.offset > lines[-1].found.offset:
+            _done(draft, span, total)
+        if step_s := number(total.get("step_s")):
+            draft.set("mean_steps_per_s", 1 / step_s, total)
     if said and draft.get("steps"):
         take_speed(draft, draft.get("steps") - (draft.get("resumed_from") or 0), draft.get("train_s"))
+
+
+def _done(draft: Draft, span: Span, found: Found) -> None:
+    """Notes the end of training, unless an error stands before: some loops print their time then too."""
+    if not span.before(found.offset).after(found.offset - BLOCK).last(TRACEBACK):
+        draft.done = found
+
+
+def _total(span: Span) -> Found | None:
+    """Where the seconds of all training are named: a time that is named anew each epoch is not of all."""
+    named = [found for found in span.near(TIME) if b"eval" not in found.text.lower()]
+    totals = [found for found in named if b"total" in found.text.lower()] or named
+    seconds = [value for found in totals if (value := _seconds(found))]
+    return totals[-1] if seconds and max(seconds) <= 1.01 * min(seconds) else None
+
+
+def _seconds(found: Found) -> float | None:
+    return duration(next((value for name in TIMES if (value := found.get(name))), None))
 
 
 def losses(draft: Draft, span: Span, lines: list[Line] | None = None) -> None:
@@ -131,13 +162,16 @@ def steps(draft: Draft, span: Span, lines: list[Line]) -> None:
         if draft.default("steps", done, last.found):
             draft.worked(last.found)
         draft.default("steps_planned", planned, last.found)
+    later = span.after(lines[-1].found.offset).last(SAVED) if counted else None
+    if later and (draft.get("steps") or 0) < int(later["step"]) <= (draft.get("steps_planned") or int(later["step"])):
+        draft.set("steps", int(later["step"]), later)
     if found := span.last(OVERALL):
         draft.default("steps", whole(found["steps"]), found)
-        if not span.before(found.offset).after(found.offset - BLOCK).last(TRACEBACK):  # it is printed after errors too
-            draft.done = found
+        _done(draft, span, found)
         draft.default("train_s", duration(found["time"]), found)
         take_speed(draft, int(found["steps"]), duration(found["time"]))
-    if found := span.first(PLANNED):
+    found = span.first(PLANNED)
+    if found and not (lines and found.offset > lines[-1].found.offset):
         draft.default("steps_planned", whole(found["total"]), found)
     first = next((one.step for one in counted), None)
     if (found := span.first(RESUMED)) and first is not None:
@@ -159,7 +193,7 @@ def memory(draft: Draft, span: Span, lines: list[Line]) -> None:
     """The largest peak that is named."""
     if draft.get("peak_mem_bytes") is None:
         named = span.near(NAMED_MEMORY)
-        named = [found for found in named if found["kind"] == "allocated"] or named
+        named = [found for found in named if found.get("kind") == "allocated"] or named
         for found in [*span.near(MEMORY), *named]:
             kind = (found.get("kind") or "allocated").lower()
             draft.peak(f"{found['size']} {found['unit'].upper().replace('I', 'i')}", KIND.get(kind, "allocated"), found)

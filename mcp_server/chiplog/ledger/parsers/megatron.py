@@ -6,7 +6,7 @@ import re
 import statistics
 
 from chiplog.ledger.draft import Draft
-from chiplog.ledger.parsers.deepspeed import SPEED
+from chiplog.ledger.parsers.deepspeed import MEMORY, SPEED, take_steps
 from chiplog.ledger.reader import BLOCK, LogReader, Span, pattern
 from chiplog.ledger.runs import take_losses
 from chiplog.ledger.units import number, whole
@@ -22,7 +22,7 @@ LOSS = pattern(
 )
 BATCH = pattern(rb"iteration +\d+/[^\n]{0,1500}?global batch size: +(?P<n>\d+)", b"global batch size: ")
 VALIDATION = pattern(
-    rb"valid(?:ation)? loss at (?:iteration (?P<step>\d+))?[^|\n]*\| lm loss value: (?P<loss>[\w.+-]+)",
+    rb"valid(?:ation)? loss at (?:iteration (?P<step>\d+))?[^|\n]{0,200}\| lm loss value: (?P<loss>[\w.+-]+)",
     b"lm loss value: ",
 )
 ARGUMENT = pattern(rb"^ *(?:\[\w+\]: ?)?(?P<key>train_iters|micro_batch_size|global_batch_size|seq_length"
@@ -33,14 +33,9 @@ NAMES = {
     "seq_length": "max_seq_len", "world_size": "gpus", "num_layers": "num_layers", "hidden_size": "hidden_size",
     "seed": "seed",
 }  # fmt: skip
-MEMORY = pattern(
-    rb"memory \((?P<unit>MB|GB)\) \|[^\n]{0,1500}?\bm(?:ax allocated|em-max-allocated-gigabytes): (?P<size>[\d.]+)",
-    b"max allocated: ", b"mem-max-allocated",
-)  # fmt: skip
 WORLD = pattern(rb"using world size: (?P<n>\d+)", b"using world size: ")
 RESUMED = pattern(
-    rb"successfully loaded checkpoint [^\n]* (?:at|\[[^\]]*\] at) iteration +(?P<step>\d+)",
-    b"successfully loaded checkpoint",
+    rb"successfully loaded checkpoint [^\n]{0,600}? at iteration +(?P<step>\d+)", b"successfully loaded checkpoint"
 )
 DONE = pattern(rb"\[after training is done\]", b"[after training is done]")
 
@@ -49,7 +44,11 @@ def sniff(head: bytes, tail: bytes) -> float:
     both = head + tail
     if b"elapsed time per iteration" in both and b"iteration " in both:
         return 0.95
-    return 0.7 if b"using world size: " in both and b"megatron" in both.lower() else 0.0
+    return (
+        0.7
+        if b"using world size: " in both and (b"megatron" in both.lower() or b"model-parallel size" in both)
+        else 0.0
+    )
 
 
 def parse(log: LogReader) -> list[Draft]:
@@ -71,6 +70,8 @@ def _run(span: Span) -> Draft:
         draft.set("steps", whole(last["step"]), last)
         draft.set("steps_planned", whole(last["total"]), last)
         draft.worked(last)
+    else:
+        take_steps(draft, span)
     if found := span.first(RESUMED):
         draft.set("resumed_from", whole(found["step"]), found)
     take_losses(draft, span, LOSS)

@@ -25,9 +25,10 @@ NAMES = {
     "Instantaneous batch size per GPU": "micro_batch_size", "Gradient Accumulation steps": "grad_accum",
     "Total optimization steps": "steps_planned", "Number of trainable parameters": "n_trainable",
 }  # fmt: skip
-LOSS = pattern(rb"\{'loss': '?(?P<loss>-?[\w.+-]+)'?, [^}\n]*\}", b"{'loss': ")
+LOSS = pattern(rb"\{'loss': '?(?P<loss>-?[\w.+-]+)'?, [^}\n]{0,900}\}", b"{'loss': ")
 ENDED = pattern(
-    rb"(?P<all>\{(?!'loss')[^{}]{0,600}'train_runtime': '?(?P<seconds>[\d.e+]+)'?[^{}]{0,600}\}?)", b"'train_runtime': "
+    rb"(?P<all>\{(?!'loss')[^{}]{0,600}'train_runtime': '?(?P<seconds>[\d.e+]+)'?[^{}]{0,600}\}?)",
+    b"'train_runtime': ",
 )
 EVAL = pattern(rb"\{[^{}\n]*'eval_loss': '?(?P<loss>[\w.+-]+)'?[^{}\n]*\}", b"'eval_loss': ")
 TABLE = pattern(rb"^ *(?P<key>epoch|train_loss|train_runtime|train_samples_per_second|train_steps_per_second"
@@ -55,6 +56,8 @@ ARGUMENT_NAMES = {
     "num_train_epochs": "epochs", "model_max_length": "max_seq_len", "max_seq_length": "max_seq_len",
     "lora_r": "lora_rank", "lora_rank": "lora_rank", "seed": "seed",
 }  # fmt: skip
+STEP_OF = pattern(rb"'global_step/max_steps': '(?P<step>\d+)/(?P<total>\d+)'", b"'global_step/max_steps'")
+SWIFT_MEMORY = pattern(rb"'memory\((?P<unit>[GM]iB)\)': '?(?P<size>[\d.]+)", b"'memory(")
 MEMORY = pattern(
     rb"'(?:total_)?(?:peak|max)_mem(?:ory)?_(?P<kind>allocated|reserved)_(?P<unit>[MG]i?B)': (?P<size>[\d.]+)", b"_mem"
 )
@@ -92,7 +95,7 @@ def _starts(span: Span) -> list[int]:
     announced = [found.offset for found in span.some(RUNNING)]
     if announced:
         return distinct(span, announced)
-    ends = [_after(span, found) for found in span.some(ENDED)]
+    ends = [_after(span, found) for found in span.some(ENDED) if not found.before.endswith("metrics=")]
     return [span.start, *ends[:-1]] if len(ends) > 1 else []
 
 
@@ -157,6 +160,11 @@ def _metrics(draft: Draft, span: Span) -> None:
     for found in span.near(MEMORY):
         if found["kind"] == "allocated" or draft.get("mem_kind") != "allocated":
             draft.peak(f"{found['size']} {found['unit']}", found["kind"], found)
+    for found in span.near(SWIFT_MEMORY):
+        draft.peak(f"{found['size']} {found['unit']}", "allocated", found)
+    if found := span.last(STEP_OF):
+        draft.set("steps", whole(found["step"]), found)
+        draft.set("steps_planned", whole(found["total"]), found)
     if end := span.last(ENDED):
         values = _dictionary(end)
         _ended(draft, values, end)
