@@ -14,6 +14,7 @@ from chiplog.errors import RecordError
 from chiplog.folder import ExperimentFolder, Submission
 from chiplog.ledger import Ledger
 from chiplog.ledger.metrics import Start, not_before, of_job, read_events, read_scores, train_usage, with_evaluation
+from chiplog.ledger.parse import parse_log
 from chiplog.plan import Run
 from chiplog.provenance import Revision
 from chiplog.record import Record, State, Usage, read_records, write_records
@@ -108,6 +109,9 @@ def _record(
             steps["eval"] = State.COMPLETED
         elif steps.get("train", State.COMPLETED) is State.COMPLETED:
             steps["eval"] = State.INCOMPLETE if state is State.COMPLETED else state
+    told = _told(job)
+    if told and told.state is State.OUT_OF_MEMORY and state is State.FAILED:
+        state = told.state
     elapsed = _seconds(job.started, job.ended) if job and job.started and job.ended else None
     return Record(
         key=submission.key,
@@ -116,8 +120,12 @@ def _record(
         kind=run.kind,
         recipe=run.recipe,
         model=run.config["model"],
+        job_id=submission.job_id,
         attempt=submission.attempt,
         state=state,
+        oom=told.oom if told else None,
+        logs=told.logs if told else [],
+        evidence=told.evidence if told else [],
         reason=reason,
         exit_code=job.exit_code if job else None,
         steps=steps,
@@ -138,6 +146,14 @@ def _record(
         started=job.started if job else None,
         ended=job.ended if job else None,
     )
+
+
+def _told(job: Job | None) -> Record | None:
+    """What the log of a job that ended says; null if it cannot be read."""
+    if job and job.state.ended:
+        with suppress(RecordError):
+            return parse_log(job.log).records[-1]
+    return None
 
 
 def _last_error(log: Path) -> str | None:

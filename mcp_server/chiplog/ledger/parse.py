@@ -15,6 +15,7 @@ from chiplog.ledger import parsers
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.ending import end
 from chiplog.ledger.models import take_model
+from chiplog.ledger.parsers.nvidia_smi import cards
 from chiplog.ledger.parsers.slurm_report import report
 from chiplog.ledger.place import place
 from chiplog.ledger.reader import OVERLAP, LogReader
@@ -100,14 +101,14 @@ def _renumbered(key: str, before: int) -> str:
 
 
 def parse_job(paths: Sequence[Path]) -> list[Record]:
-    """The runs of one job whose output went to several files."""
+    """The runs of one job whose output went to several files; their keys are those of the first."""
     logs = [parse_log(path).records for path in paths]
     main = max(logs, key=lambda records: (sum(_n_known(record) for record in records), len(records)))
     *earlier, last = main
     for records in logs:
         if records is not main:
-            last = _joined(last, records[-1])
-    return [*earlier, last]
+            last = joined(last, records[-1])
+    return [r.model_copy(update={"key": _key(paths[0], number)}) for number, r in enumerate([*earlier, last])]
 
 
 def drafts(log: LogReader, module: ModuleType) -> list[Draft]:
@@ -115,6 +116,7 @@ def drafts(log: LogReader, module: ModuleType) -> list[Draft]:
     found: list[Draft] = module.parse(log)
     for draft in found:
         place(draft, draft.span)
+        cards(draft, draft.span)
         take_model(draft, log.whole)
         if draft.get("state") is None:
             end(draft, draft.span)
@@ -131,7 +133,7 @@ def _surest(log: LogReader) -> ModuleType:
     return max(all_parsers(), key=lambda module: module.sniff(log.head, log.tail))
 
 
-def _joined(record: Record, other: Record) -> Record:
+def joined(record: Record, other: Record) -> Record:
     """The record, with what only another file of its job says; of their ends, the surer one."""
     usage = {key: value for key, value in other.usage if value is not None} | {
         key: value for key, value in record.usage if value not in (None, [])

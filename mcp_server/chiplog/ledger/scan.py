@@ -18,15 +18,17 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from chiplog.errors import RecordError
-from chiplog.ledger.parse import continued, parse_log
+from chiplog.errors import EngineError, RecordError
+from chiplog.ledger.parse import continued, joined, parse_job, parse_log
+from chiplog.ledger.sacct import ask, ran_at
 from chiplog.ledger.store import Ledger, Seen
 from chiplog.machine import available_cpus
-from chiplog.record import Record
+from chiplog.record import Record, read_records
 from chiplog.schema import Frozen, Progress
 
 NAMES = ["*.out", "*.err", "*.log", "*.out.gz", "*.err.gz", "*.log.gz", "slurm-*", "stdout*", "stderr*", "log.txt",
-         "*_log.txt", "train*.txt", "seff*", "sacct*"]  # fmt: skip
+         "*_log.txt", "train*.txt", "seff*", "sacct*", "nvidia-smi*.csv"]  # fmt: skip
+RECORDS = "records.jsonl"
 BATCH = 64
 FEW = 200  # files that are read here: to start processes costs more than to read them
 
@@ -50,28 +52,85 @@ class Found(NamedTuple):
     inode: int
 
 
+class Work(NamedTuple):
+    """A log to read, as it was read last, and the file of the same job's standard error."""
+
+    found: Found
+    old: Seen | None
+    second: Found | None
+
+
+class Read(NamedTuple):
+    """What a log said; `old` if only what was added to it was read."""
+
+    seen: Seen
+    old: Seen | None
+    records: list[Record]
+
+
 def scan(
     roots: Sequence[Path], ledger: Ledger, progress: Progress | None = None, workers: int | None = None
 ) -> Scanned:
     """Reads what is new under these files and folders into the ledger."""
     there = {found.path: found for root in roots for found in find_logs(root)}
     known = ledger.seen()
-    work = [(found, known.get(path)) for path, found in there.items() if not _unchanged(found, known.get(path))]
+    changed = {path for path, found in there.items() if not _unchanged(found, known.get(path))}
+    work = _work(there, known, changed)
     within = [str(root.resolve()) for root in roots]
     absent = [path for path, seen in known.items() if path not in there and not seen.gone]
     gone = [path for path in absent if any(path == root or path.startswith(root + os.sep) for root in within)]
-    runs, done, errors = 0, 0, []
+    runs, done, errors, jobs = 0, 0, [], {}
     for batch in _read_all(work, workers if workers is not None else available_cpus()):
-        read = [(seen, _joined(ledger, seen, old, records)) for seen, old, records in batch]
+        read = [(seen, _grown(ledger, seen, old, records)) for seen, old, records in batch]
         ledger.put_logs(read)
         runs += sum(len(records) for _, records in read)
         errors += [f"{seen.path}: {seen.error}" for seen, _ in read if seen.error]
+        jobs |= {r.job_id: seen.mtime_ns / 1e9 for seen, records in read for r in records if r.job_id}
         done += len(batch)
         if progress:
-            progress(done, len(work), "logs")
+            progress(done, len(changed), "logs")
     if gone:
         ledger.mark_gone(gone)
-    return Scanned(files=len(there), read=len(work), runs=runs, gone=len(gone), errors=errors)
+    if work:
+        errors += _join(ledger, jobs)
+    return Scanned(files=len(there), read=len(changed), runs=runs, gone=len(gone), errors=errors)
+
+
+def _work(there: dict[str, Found], known: dict[str, Seen], changed: set[str]) -> list[Work]:
+    """What is to be read: a log, or both files of a job if one of them changed."""
+    work = []
+    for path, found in there.items():
+        first, second = _first(path), _second(path)
+        if first in there and path != first:
+            continue
+        if second in there and second != path:
+            if {path, second} & changed:
+                work.append(Work(found, None, there[second]))
+        elif path in changed:
+            work.append(Work(found, known.get(path), None))
+    return work
+
+
+def _first(path: str) -> str:
+    """The file of standard output beside one of standard error."""
+    return re.sub(r"\.err(?=$|\.gz$)", ".out", path)
+
+
+def _second(path: str) -> str:
+    return re.sub(r"\.out(?=$|\.gz$)", ".err", path)
+
+
+def _join(ledger: Ledger, jobs: dict[str, float]) -> list[str]:
+    """Joins the runs with what sacct, if it is there, and reports among the logs say of their jobs; returns errors."""
+    errors = []
+    try:
+        reports = ask(sorted(job for job in jobs if job[0].isdigit()))
+    except EngineError as wrong:
+        reports, errors = [], [str(wrong)]
+    # A job of that number may have run on another cluster: then it was not running when the log was written.
+    ledger.put([report for report in reports if ran_at(report, jobs[report.job_id or ""])])
+    ledger.join_reports(joined)
+    return errors
 
 
 def find_logs(root: Path) -> Iterator[Found]:
@@ -96,6 +155,9 @@ def find_logs(root: Path) -> Iterator[Found]:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
             continue  # not ours to read
+        if own := _found(str(Path(folder) / RECORDS)):  # an experiment of this project: its runs stand there
+            yield own
+            continue
         for entry in entries:
             if entry.name.startswith("."):
                 continue
@@ -128,9 +190,7 @@ def _unchanged(found: Found, seen: Seen | None) -> bool:
     )  # fmt: skip
 
 
-def _read_all(
-    work: Sequence[tuple[Found, Seen | None]], workers: int
-) -> Iterator[list[tuple[Seen, Seen | None, list[Record]]]]:
+def _read_all(work: Sequence[Work], workers: int) -> Iterator[list[Read]]:
     batches = [work[i : i + BATCH] for i in range(0, len(work), BATCH)]
     if len(work) <= FEW or workers <= 1:
         yield from map(_read_batch, batches)
@@ -144,30 +204,38 @@ def _read_all(
             raise
 
 
-def _read_batch(batch: Sequence[tuple[Found, Seen | None]]) -> list[tuple[Seen, Seen | None, list[Record]]]:
-    return [_read(found, seen) for found, seen in batch]
+def _read_batch(batch: Sequence[Work]) -> list[Read]:
+    return [read for work in batch for read in _read(work)]
 
 
-def _read(found: Found, old: Seen | None) -> tuple[Seen, Seen | None, list[Record]]:
+def _read(work: Work) -> list[Read]:
+    found, old, second = work
     path = Path(found.path)
-    grown = (
-        old is not None and not old.error and old.inode == found.inode and found.size > old.size and bool(old.parser)
-    )
-    grown = grown and path.suffix != ".gz"
+    grown = old if old and _has_grown(found, old) else None
     try:
-        parsed = parse_log(path, old.read_to, old.parser) if old and grown else parse_log(path)
+        if second:
+            records, read_to, parser = parse_job([path, Path(second.path)]), 0, None
+        elif path.name == RECORDS:
+            records, read_to, parser = [r for r in read_records(path) if r.state.ended], 0, None
+        else:
+            records, read_to, parser = parse_log(path, grown.read_to, grown.parser) if grown else parse_log(path)
     except RecordError as wrong:
-        return Seen(**found._asdict(), read_to=0, error=str(wrong)), None, []
-    seen = Seen(**found._asdict(), read_to=parsed.read_to, parser=parsed.parser)
-    return seen, old if grown else None, parsed.records
+        return [Read(Seen(**found._asdict(), read_to=0, error=str(wrong)), None, [])]
+    also = [Read(Seen(**second._asdict(), read_to=0), None, [])] if second else []
+    return [Read(Seen(**found._asdict(), read_to=read_to, parser=parser), grown, records), *also]
 
 
-def _joined(ledger: Ledger, seen: Seen, old: Seen | None, records: list[Record]) -> list[Record]:
+def _has_grown(found: Found, old: Seen) -> bool:
+    """Whether a log goes on where it was last read to."""
+    same = not old.error and old.inode == found.inode and found.size > old.size
+    return same and bool(old.parser) and not found.path.endswith(".gz")
+
+
+def _grown(ledger: Ledger, seen: Seen, old: Seen | None, records: list[Record]) -> list[Record]:
     """Of a log that grew, its records with what was added to them."""
     if old is None or seen.error:
         return records
-    before = ledger.of_file(seen.path)
-    return continued(before, records)
+    return continued(ledger.of_file(seen.path), records)
 
 
 def redacted(records: Iterable[Record]) -> Iterator[Record]:

@@ -1,13 +1,14 @@
 """The index of past runs: one SQLite file, rebuilt at any time from records and logs.
 
 Rollback journal and a busy timeout, since home directories on clusters are network file systems. The table `runs`
-holds what is searched, in few pages; `records` holds whole records; `files` says how far each log was read.
+holds what is searched, in few pages; `records` holds whole records; `files` says how far each log was read. What a
+scheduler reports of a job whose log was read too is `part_of` that run.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ COLUMNS = {  # what can be searched, and where a record has it
     "loss_last": "usage.loss_last", "ended": "ended",
 }  # fmt: skip
 _SCHEMA = f"""
-CREATE TABLE runs (key TEXT PRIMARY KEY, file TEXT, {", ".join(COLUMNS)});
+CREATE TABLE runs (key TEXT PRIMARY KEY, file TEXT, part_of TEXT, {", ".join(COLUMNS)});
 CREATE TABLE records (key TEXT PRIMARY KEY REFERENCES runs ON DELETE CASCADE, record TEXT NOT NULL);
 CREATE INDEX runs_by_recipe ON runs (recipe, device, model);
 CREATE INDEX runs_by_file ON runs (file);
+CREATE INDEX runs_by_job ON runs (job_id);
 CREATE INDEX runs_by_start ON runs (started DESC);
 CREATE TABLE files (
   path TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, inode INTEGER NOT NULL,
@@ -41,6 +43,7 @@ CREATE TABLE files (
 ) STRICT;
 """
 _BOTH = "runs JOIN records USING (key)"
+SCHEDULER = "slurm"  # the framework of a record that only a scheduler speaks of
 BUSY_S = 30.0
 
 
@@ -95,6 +98,24 @@ class Ledger:
         with self._open() as connection:
             connection.executemany("UPDATE files SET gone = 1 WHERE path = ?", [(path,) for path in paths])
 
+    def join_reports(self, joined: Callable[[Record, Record], Record]) -> None:
+        """Makes one run of a job's log and of what the scheduler reports of that job."""
+        with self._open() as connection:
+            reports = connection.execute(
+                f"SELECT job_id, record FROM {_BOTH} WHERE framework = ? AND job_id IS NOT NULL", (SCHEDULER,)
+            ).fetchall()
+            for row in reports:
+                report = Record.model_validate_json(row["record"])
+                run = connection.execute(
+                    f"SELECT record, file FROM {_BOTH} WHERE job_id = ? AND framework IS NOT ? ORDER BY key DESC",
+                    (row["job_id"], SCHEDULER),
+                ).fetchone()
+                if run:
+                    record = Record.model_validate_json(run["record"])
+                    if not set(report.logs) <= set(record.logs):
+                        _put(connection, run["file"], [joined(record, report)])
+                    connection.execute("UPDATE runs SET part_of = ? WHERE key = ?", (record.key, report.key))
+
     def of_file(self, path: str) -> list[Record]:
         """The records of one log, in its order."""
         with self._open() as connection:
@@ -121,7 +142,7 @@ class Ledger:
             if bound:
                 parts.append(f"started {operator} ?")
                 values.append(bound)
-        where = " AND ".join(parts) or "1"
+        where = " AND ".join([*parts, "part_of IS NULL"])
         order = f"{column} IS NULL, {column} {'DESC' if sort.startswith('-') else 'ASC'}, key"
         with self._open() as connection:
             (total,) = connection.execute(f"SELECT count(*) FROM runs WHERE {where}", values).fetchone()
@@ -184,9 +205,9 @@ def _prepare(connection: sqlite3.Connection) -> None:
 
 
 def _put(connection: sqlite3.Connection, file: str | None, records: Iterable[Record]) -> None:
-    marks = ", ".join("?" * (len(COLUMNS) + 2))
+    marks = ", ".join("?" * (len(COLUMNS) + 3))
     records = list(records)
-    rows = [(r.key, file, *(_value(r, path) for path in COLUMNS.values())) for r in records]
+    rows = [(r.key, file, None, *(_value(r, path) for path in COLUMNS.values())) for r in records]
     connection.executemany(f"INSERT OR REPLACE INTO runs VALUES ({marks})", rows)
     texts = [(r.key, r.model_dump_json(exclude_none=True)) for r in records]
     connection.executemany("INSERT OR REPLACE INTO records VALUES (?, ?)", texts)

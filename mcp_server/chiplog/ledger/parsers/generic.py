@@ -28,12 +28,13 @@ TIME = pattern(
     rb"|seconds(?=:)))+)[^\d\n]{0,12}"
     rb"(?P<time>(?:\d+ days?, *)?\d+:\d\d:\d\d(?:\.\d+)?|[\d.]+ ?(?:s|sec|secs|seconds|min|mins|minutes|h|hrs?|hours)\b"
     rb"|\d+\.\d+$)(?: \((?P<step_s>[\d.]+) ?s / it\))?"
-    rb"|(?i:\b(?:completed|finished|done) training in|\btook) (?P<took>[\d.]+ (?:sec(?:ond)?s?|min(?:ute)?s?|hours?)(?= to train)|(?<=training in )[\d.]+ ?s\b)"
+    rb"|(?i:\btook) (?P<took>[\d.]+ (?:sec(?:ond)?s?|min(?:ute)?s?|hours?)) to train"
+    rb"|(?i:\b(?:completed|finished|done) training in) (?P<in>[\d.]+ ?s)\b"
     rb"|(?i:\btraining complete)[^\n]{0,100}, (?P<all>\d+s)$"
     rb"|(?i:^the training code [^\n]{0,200} ran for )(?P<ran>[\d.]+m)$",
     b"train",
 )
-TIMES = ("time", "took", "all", "ran")
+TIMES = ("time", "took", "in", "all", "ran")
 ELAPSED = pattern(
     rb"(?i:^[\W\d]{0,40}time[_ ]elapsed)[\"']? *[|:=]+ *(?P<time>[\d.:]+)"
     rb"|(?<![\d.])(?P<took>[\d.]{1,20} seconds) elapsed, finished",
