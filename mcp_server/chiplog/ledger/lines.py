@@ -77,10 +77,10 @@ MEMORY = re.compile(
 BAR_END = re.compile(rb"(?:it/s|s/it)[^\]\n]*\]")
 SO_FAR = re.compile(rb"(?i)elapsed|wall")
 BESIDE = 800  # bytes before a loss in which its step may be named, and half as many after it
-LEAST = 1 << 14  # bytes at either end that are searched first
+LEAST = 1 << 13  # bytes at either end that are searched first
 FEW, SHARE = 6, 0.7  # so many losses of which so many are called alike are of one kind
 NAME = re.compile(rb"[A-Za-z][\w/-]*(?=[^A-Za-z]|$)")
-FIRST, LAST = 10, 60  # lines that are read of each end
+FIRST, LAST = 8, 24  # lines that are read of each end
 
 
 @dataclass(frozen=True, slots=True)

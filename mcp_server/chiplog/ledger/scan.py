@@ -128,7 +128,7 @@ def _join(ledger: Ledger, jobs: dict[str, float]) -> list[str]:
     except EngineError as wrong:
         reports, errors = [], [str(wrong)]
     # A job of that number may have run on another cluster: then it was not running when the log was written.
-    ledger.put([report for report in reports if ran_at(report, jobs[report.job_id or ""])])
+    ledger.put([r for r in reports if r.job_id in jobs and ran_at(r, jobs[r.job_id])])
     ledger.join_reports(joined)
     return errors
 
