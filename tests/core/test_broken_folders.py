@@ -322,7 +322,7 @@ def test_how_the_runs_stand_is_answered_though_no_record_can_be_written(folder: 
 def test_a_ledger_row_that_is_no_record_is_an_error_in_words(folder: ExperimentFolder):
     collected(folder)
     with sqlite3.connect(Ledger().file) as connection:
-        connection.execute("UPDATE runs SET record = '{}'")
+        connection.execute("UPDATE records SET record = '{}'")
     connection.close()
     with pytest.raises(RecordError, match="the ledger"):
         Ledger().records()

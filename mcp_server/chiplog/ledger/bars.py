@@ -22,7 +22,7 @@ BAR = pattern(
     b" [",
 )
 FEW, EACH, ENDS = 64, 8, 3  # of fewer states none is passed over; of more, each 8th and the ends are not
-LEAST = 1 << 15  # bytes at either end that are searched for bars first; then more, up to EDGE
+LEAST = 1 << 14  # bytes at either end that are searched for bars first; then more, up to EDGE
 LABEL = re.compile(r"^(?:\d+:|\[\S+\]:?|\([^)]*\))\s*")  # a rank's or an actor's own prefix
 
 

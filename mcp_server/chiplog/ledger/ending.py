@@ -120,14 +120,15 @@ FATAL = [
     pattern(rb"^Exited with exit code (?P<code>[1-9]\d*)\.", b"Exited with exit code"),
     pattern(rb"^sbatch: error: [^\n]+|^slurmstepd: error: (?!\*\*\*|_get|[^\n]{0,200}oom)[^\n]+", b"error: "),
 ]
-TRAINED = pattern(
-    rb"(?i:\b(?:(?:pre-?)?training (?:is )?(?:completed?|finished|done|ended)|finished training|done training|"
-    rb"training has (?:been )?(?:completed?|finished)|end(?: of)? training|fine-?tuning (?:completed?|finished"
-    rb"|done)))\b"
-)
+TRAINED = [
+    pattern(rb"(?i:(?:training|fine-?tuning) (?:is |has (?:been )?)?(?:complete|finish|done|ended)(?:d|ed)?\b)",
+            b"training ", b"tuning "),
+    pattern(rb"(?i:(?:finished|done|end(?: of)?) training\b)",
+            b"finished training", b"done training", b"end of training", b"end training"),
+]  # fmt: skip
 GOOD = [
     pattern(rb"^Saved final weights to ", b"Saved final weights to "),
-    pattern(rb"(?i:\bexit[ _]?(?:code|status))[\"']? ?[=:] *0\b", b"exit"),
+    pattern(rb"(?i:exit[ _]?(?:code|status))[\"']? ?[=:] *0\b", b"exit"),
     pattern(
         rb"^(?:\S+ )?Saved pipeline to output directory|^\[LightGBM\] \[Info\] Finish train",
         b"Saved pipeline",
@@ -135,7 +136,7 @@ GOOD = [
     ),
     pattern(rb"exits successfully", b"exits successfully"),
     pattern(rb"^Successfully completed\.", b"Successfully completed."),
-    TRAINED,
+    *TRAINED,
 ]
 
 
@@ -200,7 +201,7 @@ def _cancelled(span: Span, worked: int) -> Found | None:
     found = span.last(SLURM)
     if not found or worked >= found.offset + LATE_BARS:
         return None
-    done = span.after(found.offset).last(TRAINED)
+    done = _last(TRAINED, span.after(found.offset))
     return None if done and done.offset < worked + LATE_BARS and worked > found.offset else found
 
 

@@ -31,14 +31,15 @@ NAMED = [
             + FAMILY + _REST + rb")", b"odel"),
     pattern(rb"(?i:\b(?:arch(?:itecture)?|network|backbone|model(?:[_ ]name)?))[\"']?(?:[=:] *| +)[\"']?(?P<model>"
             + VISION + _REST + rb")", b"net", b"vgg", b"convnext", b"swin", b"deit", b"vit_"),
-    pattern(rb"(?<![\w/.-])(?P<model>[A-Za-z][\w-]{0,60}/" + _REST + FAMILY + _REST + rb")(?![\w/])", *FAMILIES),
+    pattern(rb"/(?P<of>" + _REST + FAMILY + _REST + rb")(?![\w/])", *FAMILIES),
     pattern(rb"models--(?P<model>[\w.-]{1,80}?--[\w.-]{1,80})/", b"models--"),
-    pattern(rb"\b(?P<model>" + FAMILY + _REST + rb"\d(?:\.\d+)?[bBmM]\b" + _REST + rb")", *FAMILIES),
-    pattern(rb"\b(?P<model>" + FAMILY + _REST + rb"\d" + _REST + rb"-(?i:instruct|chat|base)\b)", *FAMILIES),
+    pattern(rb"(?P<model>" + FAMILY + _REST + rb"\d(?:\.\d+)?[bBmM]\b" + _REST + rb")", *FAMILIES),
+    pattern(rb"(?P<model>" + FAMILY + _REST + rb"\d" + _REST + rb"-(?i:instruct|chat|base)\b)", *FAMILIES),
 ]  # fmt: skip
 PART = re.compile(
     r"(?i)(?<![a-z])(?:vision|tower|judge|teacher|embed|reward_model)|\b(?:logs? to|log_dir|output_dir)\b"
 )  # not what is trained
+OWNER = re.compile(r"(?<![\w/.-])[A-Za-z][\w-]*$")
 SIGHT = re.compile(r"(?i)(?:^|/)(?:clip|siglip)-")  # what a larger model sees with
 TOP = 1 << 16  # bytes in which a configuration or a saved model is named
 KNOWN = re.compile(FAMILY.decode())
@@ -73,7 +74,10 @@ def take_model(draft: Draft, span: Span) -> None:
 
 def model_name(found: Found) -> str | None:
     """The name in a match: a family's name is the last part of a path, other names stand as org/name only."""
-    path = found["model"].replace("--", "/").rstrip("/.-")
+    path = found.get("model") or _of_owner(found)
+    if not path:
+        return None
+    path = path.replace("--", "/").rstrip("/.-")
     if FILE.search(path) or SIGHT.search(path):
         return None
     parts = [part for part in path.split("/") if part]
@@ -82,3 +86,9 @@ def model_name(found: Found) -> str | None:
             return part
     is_hub = HUB.fullmatch(path) and len(parts) == 2 and parts[0].lower() not in PLACES
     return path if is_hub else None
+
+
+def _of_owner(found: Found) -> str | None:
+    """`owner/name` of what stands behind a slash, if an owner alone stands before it."""
+    owner = OWNER.search(found.before)
+    return f"{owner.group()}/{found['of']}" if owner else None

@@ -14,7 +14,7 @@ from chiplog.ledger.units import seconds
 JOB_ID = [
     pattern(rb"\*\*\* (?:JOB|STEP) (?P<job>\d+)(?:[._]\w+)? (?:STEPD TERMINATED )?ON ", b"*** "),
     pattern(rb"StepId=(?P<job>\d+)", b"StepId="),
-    pattern(rb"(?i:\bslurm[_ ]?job[_ ]?id)[\"']?[ :=]+[\"']?(?P<job>\d+(?:_\d+)?)\b", b"slurm"),
+    pattern(rb"(?i:slurm[_ ]?job[_ ]?id)[\"']?[ :=]+[\"']?(?P<job>\d+(?:_\d+)?)\b", b"slurm"),
     pattern(rb"(?i:^[^\n]{0,20}\bjob[ _]?id)[\"']?[ :=]+[\"']?(?P<job>\d{3,}(?:_\d+)?)\b", b"job"),
     pattern(rb"/slurm[\w/]{0,40}/job(?P<job>\d+)/slurm_script", b"/slurm_script"),
     pattern(rb"^Job: (?P<job>\d{4,})\b", b"Job: "),
@@ -28,19 +28,19 @@ GPU = [
     pattern(rb"^\| +\d+ +(?P<gpu>(?:NVIDIA |Tesla |GeForce |Quadro |AMD )[\w .-]+?) +(?:On|Off|N/A) +\|", *VENDORS),
     pattern(rb"^GPU \d+: (?P<gpu>[^\n(]+?) \(UUID", b"(UUID"),
     pattern(
-        rb"\b(?P<gpu>(?:(?:NVIDIA|Tesla|GeForce|Quadro|AMD Instinct) ){1,3}(?:RTX |GTX |TITAN )?"
+        rb"(?P<gpu>(?:(?:NVIDIA|Tesla|GeForce|Quadro|AMD Instinct) ){1,3}(?:RTX |GTX |TITAN )?"
         rb"(?:(?:GH|GB|RTX|MI|[AHLVPTKB])-?\d{1,4}\w*|(?<=GTX )\d{3,4}|(?<=TITAN )\w+)"
         rb"(?:[ -](?:SXM\d?|PCIe|PCIE|NVL|Ti|SUPER|Ada Generation|HBM\d\w?|\d{2,3} ?GB|MIG \d\w\.\d+gb))*)",
         *VENDORS),
-    pattern(rb"(?P<gpu>\b(?:TITAN (?:Xp|X|V|RTX)\b|GTX ?\d{3,4}|RTX ?A?\d{4}(?: ?Ti| SUPER| Ada(?: Generation)?)?"
+    pattern(rb"(?P<gpu>(?:TITAN (?:Xp|X|V|RTX)\b|GTX ?\d{3,4}|RTX ?A?\d{4}(?: ?Ti| SUPER| Ada(?: Generation)?)?"
             rb"|[AHV]\d00-(?:SXM\d?|PCI[Ee]|NVL)(?:-\d+GB)?))\b", b"RTX", b"GTX", b"TITAN", b"00-"),
     pattern(rb"\bgres/gpu:(?P<gpu>[a-z]\w+)[:=]\d", b"gres/gpu:"),
 ]  # fmt: skip
 N_GPUS = [
-    pattern(rb"(?i:\bworld[_ ]size)[\"']?(?:[:=]| \.+|(?= \d))[ :=.]*[\"']?(?P<n>\d{1,5})\b", b"world"),
+    pattern(rb"(?i:world[_ ]size)[\"']?(?:[:=]| \.+|(?= \d))[ :=.]*[\"']?(?P<n>\d{1,5})\b", b"world"),
     pattern(rb"\bNum GPUs(?: used| Available)?(?: =|:) +(?P<n>\d+)", b"Num GPUs"),
     pattern(rb"\bdist_world_size=(?P<n>\d+)", b"dist_world_size="),
-    pattern(rb"(?i:num(?:ber)?[_ ](?:of[_ ])?(?:gpus|devices)|\bgpus?[_ ]count)[\"']?[ :=]+"
+    pattern(rb"(?i:num(?:ber)?[_ ](?:of[_ ])?(?:gpus|devices)|gpus?[_ ]count)[\"']?[ :=]+"
             rb"[\"']?(?P<n>\d{1,4})\b", b"gpus", b"devices", b"gpu_count",
             b"gpu count"),
     pattern(rb"\bWORLD_SIZE[ :=]+(?P<n>\d{1,5})\b", b"WORLD_SIZE"),

@@ -24,13 +24,13 @@ PLANNED = pattern(
     b"steps", b"iters", b"iterations",
 )  # fmt: skip
 TIME = pattern(
-    rb"(?i:\b(?:total |full )?train(?:ing)?(?:[ _](?:time|took|(?:done|finished|completed?) in|runtime|duration"
+    rb"(?i:train(?:ing)?(?:[ _](?:time|took|(?:done|finished|completed?) in|runtime|duration"
     rb"|seconds(?=:)))+)[^\d\n]{0,12}"
     rb"(?P<time>(?:\d+ days?, *)?\d+:\d\d:\d\d(?:\.\d+)?|[\d.]+ ?(?:s|sec|secs|seconds|min|mins|minutes|h|hrs?|hours)\b"
     rb"|\d+\.\d+$)(?: \((?P<step_s>[\d.]+) ?s / it\))?"
-    rb"|(?i:\btook) (?P<took>[\d.]+ (?:sec(?:ond)?s?|min(?:ute)?s?|hours?)) to train"
-    rb"|(?i:\b(?:completed|finished|done) training in) (?P<in>[\d.]+ ?s)\b"
-    rb"|(?i:\btraining complete)[^\n]{0,100}, (?P<all>\d+s)$"
+    rb"|(?i:took) (?P<took>[\d.]+ (?:sec(?:ond)?s?|min(?:ute)?s?|hours?)) to train"
+    rb"|(?i:(?:completed|finished|done) training in) (?P<in>[\d.]+ ?s)\b"
+    rb"|(?i:training complete)[^\n]{0,100}, (?P<all>\d+s)$"
     rb"|(?i:^the training code [^\n]{0,200} ran for )(?P<ran>[\d.]+m)$",
     b"train",
 )
@@ -117,8 +117,8 @@ def _done(draft: Draft, span: Span, found: Found) -> None:
 
 def _total(span: Span) -> Found | None:
     """Where the seconds of all training are named: a time that is named anew each epoch is not of all."""
-    named = [found for found in span.near(TIME) if b"eval" not in found.text.lower()]
-    totals = [found for found in named if b"total" in found.text.lower()] or named
+    named = span.after(span.stop - BLOCK).near(TIME)
+    totals = [found for found in named if found.before.lower().endswith("total ")] or named
     seconds = [value for found in totals if (value := _seconds(found))]
     return totals[-1] if seconds and max(seconds) <= 1.01 * min(seconds) else None
 
