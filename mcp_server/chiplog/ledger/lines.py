@@ -54,7 +54,7 @@ EPOCH = pattern(
     rb"(?: *[=:#|\[(_]+ *| +|(?=\d))[\[(]? *(?P<epoch>\d++(?:\.\d++)?)(?!/micro|[%a-z])"
     rb"(?: *(?:/|of) *(?P<epochs>\d+))?"
     rb"|\b(?P<before>\d+)epoch:",
-    b"epoch", b"ep.", b"ep:", b"ep_",
+    b"epoch", b" ep", b"\nep", b"_ep",
 )  # fmt: skip
 PER_STEP = re.compile(
     rb"(?i)(?P<s>[\d.]+) ?(?P<unit>ms|s|secs?|seconds?) ?/ ?(?:step|it|iter|iteration|batch|update)\b"

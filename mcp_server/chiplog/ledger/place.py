@@ -33,7 +33,7 @@ GPU = [
         rb"(?:[ -](?:SXM\d?|PCIe|PCIE|NVL|Ti|SUPER|Ada Generation|HBM\d\w?|\d{2,3} ?GB|MIG \d\w\.\d+gb))*)",
         *VENDORS),
     pattern(rb"(?P<gpu>(?:TITAN (?:Xp|X|V|RTX)\b|GTX ?\d{3,4}|RTX ?A?\d{4}(?: ?Ti| SUPER| Ada(?: Generation)?)?"
-            rb"|[AHV]\d00-(?:SXM\d?|PCI[Ee]|NVL)(?:-\d+GB)?))\b", b"RTX", b"GTX", b"TITAN", b"00-"),
+            rb"|[AHV]\d00-(?:SXM\d?|PCI[Ee]|NVL)(?:-\d+GB)?))\b", b"RTX", b"GTX", b"TITAN", b"-SXM", b"-PCI", b"-NVL"),
     pattern(rb"\bgres/gpu:(?P<gpu>[a-z]\w+)[:=]\d", b"gres/gpu:"),
 ]  # fmt: skip
 N_GPUS = [

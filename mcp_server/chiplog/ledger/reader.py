@@ -27,6 +27,7 @@ CACHED = 24  # blocks that are held
 FIRST_STRIDE = 1 << 12  # bytes from the end that are searched first for what stands last
 SKIMMED = 1 << 20  # bytes that are searched for a hint at once, before any of them is read closely
 MANY = 5000  # of what stands all over a log, such as announcements of runs and losses of validation
+NUMBERS = b"0123456789." + "█".encode() + bytes(range(0x89, 0x90))  # digits, and what bars are drawn with
 GZIP = 31  # what zlib calls the format
 LARGEST_GZIP = 1 << 31  # bytes that are unpacked of one
 
@@ -39,7 +40,7 @@ class Pattern:
     """What to look for: a regular expression over bytes, and words of which one must be there for it to match."""
 
     regex: re.Pattern[bytes]
-    hints: tuple[bytes, ...]
+    hints: tuple[bytes, ...]  # without numbers
     folded: bool  # whether the words are sought in small letters
 
 
@@ -51,7 +52,8 @@ def pattern(regex: bytes, *hints: bytes) -> Pattern:
     """
     folded = b"(?i" in regex
     assert not folded or all(hint == hint.lower() for hint in hints), regex
-    return Pattern(re.compile(regex, re.MULTILINE), hints, folded)
+    shapes = tuple(hint.translate(None, NUMBERS) for hint in hints)
+    return Pattern(re.compile(regex, re.MULTILINE), shapes, folded)
 
 
 class Found:
@@ -105,23 +107,28 @@ class Found:
 
 
 class Window:
-    """A block of a log with a little of what stands before and after it, and which hints are in it."""
+    """A block of a log with a little of what stands before and after it, and which hints may be in it."""
 
     def __init__(self, start: int, text: bytes) -> None:
         self.start, self.text = start, text
-        self._hints: dict[bytes, bool] = {}
+        self._hints: dict[tuple[bytes, bool], bool] = {}
+
+    @cached_property
+    def shapes(self) -> bytes:
+        """Its lines without numbers, each once: most lines of a log differ in nothing else."""
+        return b"\n" + b"\n".join(set(self.text.translate(None, NUMBERS).split(b"\n")))
 
     @cached_property
     def folded(self) -> bytes:
-        return self.text.lower()
+        return self.shapes.lower()
 
     def may_have(self, wanted: Pattern) -> bool:
-        """Whether one of the pattern's hints is in it."""
-        known = self._hints
+        """Whether one of the pattern's hints may be in it."""
+        known, folded = self._hints, wanted.folded
         for hint in wanted.hints:
-            if hint not in known:
-                known[hint] = hint in (self.folded if wanted.folded else self.text)
-            if known[hint]:
+            if (hint, folded) not in known:
+                known[hint, folded] = hint in (self.folded if folded else self.shapes)
+            if known[hint, folded]:
                 return True
         return not wanted.hints
 

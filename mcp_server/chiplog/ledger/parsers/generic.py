@@ -32,8 +32,10 @@ TIME = pattern(
     rb"|(?i:(?:completed|finished|done) training in) (?P<in>[\d.]+ ?s)\b"
     rb"|(?i:training complete)[^\n]{0,100}, (?P<all>\d+s)$"
     rb"|(?i:^the training code [^\n]{0,200} ran for )(?P<ran>[\d.]+m)$",
-    b"train",
-)
+    b"train time", b"train_time", b"training time", b"training_time", b"train took", b"training took", b"ing done",
+    b"ing finished", b"ing complete", b"runtime", b"duration", b"training seconds", b"training_seconds", b"to train",
+    b"training in", b"ran for",
+)  # fmt: skip
 TIMES = ("time", "took", "in", "all", "ran")
 ELAPSED = pattern(
     rb"(?i:^[\W\d]{0,40}time[_ ]elapsed)[\"']? *[|:=]+ *(?P<time>[\d.:]+)"

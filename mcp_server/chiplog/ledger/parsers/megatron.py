@@ -25,9 +25,11 @@ VALIDATION = pattern(
     rb"valid(?:ation)? loss at (?:iteration (?P<step>\d+))?[^|\n]{0,200}\| lm loss value: (?P<loss>[\w.+-]+)",
     b"lm loss value: ",
 )
-ARGUMENT = pattern(rb"^ *(?:\[\w+\]: ?)?(?P<key>train_iters|micro_batch_size|global_batch_size|seq_length"
-                   rb"|world_size|num_layers|hidden_size|"
-                   rb"bf16|fp16|seed) \.+ (?P<value>\w+)$", b" ....")  # fmt: skip
+ARGUMENT = pattern(
+    rb"^ *(?:\[\w+\]: ?)?(?P<key>train_iters|micro_batch_size|global_batch_size|seq_length|world_size|num_layers|"
+    rb"hidden_size|bf16|fp16|seed) \.+ (?P<value>\w+)$",
+    b"train_iters", b"batch_size", b"seq_length", b"world_size", b"hidden_size",
+)  # fmt: skip
 NAMES = {
     "train_iters": "steps_planned", "micro_batch_size": "micro_batch_size", "global_batch_size": "batch_size",
     "seq_length": "max_seq_len", "world_size": "gpus", "num_layers": "num_layers", "hidden_size": "hidden_size",

@@ -18,8 +18,8 @@ RUNNING = pattern(rb"\*\*\*\*\* Running training \*\*\*\*\* *\n[^\n]{0,200}Num e
 COUNT = pattern(
     rb"(?P<key>Num examples|Num Epochs|Instantaneous batch size per (?:device|GPU)|Total train batch size[^=\n]*|"
     rb"Gradient Accumulation steps|Total optimization steps|Number of trainable parameters) *= *(?P<value>[\d,]+)",
-    b" = ",
-)
+    b"Num ", b"nstantaneous batch", b"otal ", b"Gradient Acc", b"Number of",
+)  # fmt: skip
 NAMES = {
     "Num examples": "n_samples", "Num Epochs": "epochs", "Instantaneous batch size per device": "micro_batch_size",
     "Instantaneous batch size per GPU": "micro_batch_size", "Gradient Accumulation steps": "grad_accum",
@@ -49,8 +49,9 @@ SHOWN = pattern(  # a notebook's bar
 RESUMED = pattern(rb"Continuing training from global step (?P<step>\d+)", b"Continuing training from global step")
 ARGUMENT = pattern(
     rb"^ *(?P<key>per_device_train_batch_size|gradient_accumulation_steps|num_train_epochs|max_steps|model_max_length|"
-    rb"max_seq_length|bf16|fp16|lora_r|lora_rank|seed)[\"']?[=:] ?(?P<value>[\w.+-]+),?$"
-)
+    rb"max_seq_length|bf16|fp16|lora_r|lora_rank|seed)[\"']?[=:] ?(?P<value>[\w.+-]+),?$",
+    b"per_device", b"gradient_acc", b"num_train", b"max_", b"model_max", b"bf16", b"fp16", b"lora_r", b"seed",
+)  # fmt: skip
 ARGUMENT_NAMES = {
     "per_device_train_batch_size": "micro_batch_size", "gradient_accumulation_steps": "grad_accum",
     "num_train_epochs": "epochs", "model_max_length": "max_seq_len", "max_seq_length": "max_seq_len",
