@@ -32,6 +32,7 @@ GZIP = 31  # what zlib calls the format
 LARGEST_GZIP = 1 << 31  # bytes that are unpacked of one
 
 _ESCAPES = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]{0,200}(?:\x07|\x1b\\)|[@-Z\\^_])")
+COLOURS = [f"\x1b[{code}m".encode() for code in ("0", "1", *range(31, 38), "1;32", "0;32")]  # most escapes are these
 _PLAIN = bytes.maketrans(b"\r\0\x08\x0b\x0c", b"\n    ")
 
 
@@ -299,6 +300,8 @@ class Span:
 
 
 def _plain(raw: bytes) -> bytes:
+    for code in COLOURS if b"\x1b" in raw else ():
+        raw = raw.replace(code, b" " * len(code))
     if b"\x1b" in raw:
         raw = _ESCAPES.sub(lambda match: b" " * len(match.group()), raw)
     if b"^M" in raw:  # a carriage return that `cat -v` or a pager wrote out

@@ -22,7 +22,7 @@ LABEL = re.compile(r"(?P<epoch>\d+)\|(?P<step>\d+)\|Loss: (?P<loss>-?[\w.+-]+)")
 MEMORY = pattern(
     rb"GPU peak memory (?P<kind>allocation|alloc|active|reserved): (?P<size>[\d.]+ \w+)", b"GPU peak memory"
 )
-LOGGED = pattern(rb"^\W{0,3}Step (?P<step>\d+) \| (?P<pairs>(?:[\w./-]+:\S+ ?)+)", b" | ")
+LOGGED = pattern(rb"^\W{0,3}Step (?P<step>\d+) \| (?P<pairs>(?:[\w./-]+:\S+ ?)+)", b"Step ")
 SAVED = pattern(
     rb"(?:Checkpoint saved in|[Ss]aving checkpoint took) (?P<seconds>[\d.]+) (?:seconds|secs)", b"heckpoint"
 )
