@@ -26,12 +26,13 @@ from rich.progress import track
 
 from chiplog.ledger import Ledger
 from chiplog.ledger.scan import scan
-from chiplog.record import Record, State
+from chiplog.record import Record, State, Usage
 
 FIELDS = (
     r"Running .* with resolved config|_component_:|batch_size:|lora_rank:|Loss: [0-9.]+|\{'loss': |'train_runtime': |"
     r"iteration +[0-9]+/|elapsed time per iteration|max allocated: |Epoch [0-9]+: |Trainer.fit. stopped|"
-    r"CUDA out of memory|CANCELLED AT|Traceback \(most recent call last\)|GPU peak memory"
+    r"CUDA out of memory|CANCELLED AT|Traceback \(most recent call last\)|GPU peak memory|SLURM_JOB_ID|\(UUID: |"
+    r"Num (examples|Epochs) =|batch size per device|Checkpoint saved in|'eval_loss': "
 )
 ENDS = ["COMPLETED"] * 6 + ["TIMEOUT", "OUT_OF_MEMORY", "FAILED", "INCOMPLETE"]
 OOM = (
@@ -96,7 +97,9 @@ def compare(ledger: Ledger, truth: dict[str, dict[str, Any]]) -> None:
 
 def figure(record: Record, name: str) -> Any:
     """A figure of a record by its name."""
-    return record.state.value if name == "state" else getattr(record.usage, name)
+    if name in Usage.model_fields:
+        return getattr(record.usage, name)
+    return getattr(record, name) if name in Record.model_fields else record.config.get(name)
 
 
 def make_corpus(folder: Path, n: int) -> dict[str, dict[str, Any]]:
@@ -105,15 +108,31 @@ def make_corpus(folder: Path, n: int) -> dict[str, dict[str, Any]]:
     for number in track(range(n), "Making logs", console=None, disable=not sys.stderr.isatty()):
         dice = random.Random(number)
         name = f"slurm-{100_000 + number}.out"
+        first, told = prologue(dice, number) if dice.random() < 0.7 else ("", {})
         lines, said = MAKERS[number % len(MAKERS)](
             dice, min(200_000, round(dice.lognormvariate(5.5, 1.6)) + 3), dice.choice(ENDS)
         )
-        truth[name] = said
+        truth[name] = {**told, **said}
         file = folder / f"user{number % 7}" / name
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(lines))
+            text = "".join([first, *lines]).replace("*** JOB 1 ON", f"*** JOB {number} ON")
+            file.write_text(text, errors="surrogateescape")
     return truth
+
+
+def prologue(dice: random.Random, number: int) -> tuple[str, dict[str, Any]]:
+    """What a cluster and libraries print before the training: some of it is no text."""
+    gpus, device = (
+        dice.choice([1, 2, 4, 8]),
+        dice.choice(["NVIDIA A100-SXM4-80GB", "NVIDIA H200", "Tesla V100-SXM2-32GB"]),
+    )
+    cards = "".join(f"GPU {i}: {device} (UUID: GPU-{dice.getrandbits(64):x})\n" for i in range(gpus))
+    noise = dice.choice(
+        ["", "\0" * 200, "\udcff\udcfe\n", "/lib/python3.11/site-packages/x.py:7: UserWarning: old\n" * 50]
+    )
+    said = {"job_id": str(number), "gpus": gpus, "device": device}
+    return f"SLURM_JOB_ID={number}\n{cards}{noise}\n", said
 
 
 def ending(end: str, job: int) -> str:
@@ -149,11 +168,12 @@ def stop_at(dice: random.Random, total: int, end: str) -> int:
 def torchtune(dice: random.Random, total: int, end: str) -> tuple[Iterator[str], dict[str, Any]]:
     pace, last = dice.randint(1, 5), stop_at(dice, total, end)
     losses = [round(dice.uniform(0.5, 3), 6) for _ in range(2)]
+    rank = dice.choice([4, 64])
 
     def lines() -> Iterator[str]:
         yield "INFO:torchtune.utils._logging:Running LoRAFinetuneRecipeSingleDevice with resolved config:\n\n"
         yield "batch_size: 4\nepochs: 1\nmodel:\n  _component_: torchtune.models.llama3_2.lora_llama3_2_1b\n"
-        yield f"  lora_rank: {dice.choice([4, 64])}\n\n"
+        yield f"  lora_rank: {rank}\n\n"
         yield "INFO:torchtune.utils._logging:Memory stats after model init:\n"
         yield "\tGPU peak memory allocation: 2.41 GiB\n"
         for step in range(1, last + 1):
@@ -162,7 +182,8 @@ def torchtune(dice: random.Random, total: int, end: str) -> tuple[Iterator[str],
         yield "\n" + ending(end, 1)
 
     said: dict[str, Any] = {"state": end, "steps": last, "steps_planned": total, "train_s": float(last * pace)}
-    return lines(), {**said, "loss_first": losses[0], "loss_last": losses[min(1, last - 1)]}
+    said |= {"loss_first": losses[0], "loss_last": losses[min(1, last - 1)], "model": "lora_llama3_2_1b"}
+    return lines(), {**said, "lora_rank": rank, "micro_batch_size": 4, "method": "lora", "epochs": 1}
 
 
 def trainer(dice: random.Random, total: int, end: str) -> tuple[Iterator[str], dict[str, Any]]:
@@ -175,6 +196,8 @@ def trainer(dice: random.Random, total: int, end: str) -> tuple[Iterator[str], d
         yield f"  Instantaneous batch size per device = 8\n  Total optimization steps = {total:,}\n"
         for step in range(1, last + 1):
             yield bar(step, total, pace) + "\r"
+            if step % 500 == 0:
+                yield f"\n{{'eval_loss': 2.5, 'eval_runtime': 9.1, 'epoch': {step / total:.2f}}}\n"
             if step % every == 0:
                 loss = final if step > last - every else 1.5
                 yield f"\n{{'loss': {loss}, 'grad_norm': 0.5, 'epoch': {step / total:.2f}}}\n"
@@ -184,6 +207,7 @@ def trainer(dice: random.Random, total: int, end: str) -> tuple[Iterator[str], d
 
     said: dict[str, Any] = {"state": end, "steps": last, "steps_planned": total, "loss_last": final}
     said["train_s"] = last * pace + (0.5 if end == "COMPLETED" else 0.0)
+    said |= {"micro_batch_size": 8, "n_samples": 4000, "epochs": 1, "val_losses": [2.5] * (last // 500)}
     return lines(), said
 
 

@@ -151,8 +151,8 @@ class Record(Frozen):
     commit: str | None = Field(default=None, description="Commit of the code that ran.")
     dirty: bool | None = Field(default=None, description="Whether that code differed from the commit.")
     packages: dict[str, str] = Field(default={}, description="Versions of the packages that ran.")
-    started: str | None = Field(default=None, description="When the job started, ISO 8601, UTC.")
-    ended: str | None = Field(default=None, description="When the job ended, ISO 8601, UTC.")
+    started: str | None = Field(default=None, description="When the job started, ISO 8601: of ours in UTC.")
+    ended: str | None = Field(default=None, description="When the job ended, ISO 8601: of ours in UTC.")
     logs: list[str] = Field(default=[], description="Files that this was read from.")
     evidence: list[Evidence] = Field(default=[], description="The lines that its figures come from.")
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from datetime import datetime
 
 from chiplog.ledger.draft import Draft
-from chiplog.ledger.reader import Span, pattern
+from chiplog.ledger.reader import BLOCK, Span, pattern
 from chiplog.ledger.units import seconds
 
 JOB_ID = [
@@ -62,6 +62,7 @@ STARTED = pattern(
 ENDED = pattern(
     rb"(?i:^[# ]*job[ _]?(?:ended|finished|completed|end time|end)(?: at| on)?) *: *\n?(?P<at>[^\n#]+)", b"job"
 )
+STAMP = pattern(rb"^[^\n]{0,40}?\b(?P<at>20\d\d-\d\d-\d\d[ T]\d\d:\d\d:\d\d)", b"-- ::", b"--T::")
 CANCELLED = pattern(rb"CANCELLED AT (?P<at>[\dT:-]{19})", b" CANCELLED AT ")
 SMI_MEMORY = pattern(rb"\| +(?P<used>\d+)MiB / +\d+MiB +\|", b"MiB / ")
 WORKED = 100  # MiB on a card that stand for a job
@@ -88,10 +89,21 @@ def place(draft: Draft, span: Span) -> None:
             draft.set("device", " ".join(found["gpu"].split()), found)
     _count(draft, span)
     _elapsed(draft)
+    _times(draft, span)
     if draft.get("peak_mem_bytes") is None:
         for found in span.near(SMI_MEMORY):
             if int(found["used"]) > WORKED:
                 draft.peak(f"{found['used']} MiB", "whole_card", found)
+
+
+def _times(draft: Draft, span: Span) -> None:
+    """When it started and ended: as a prologue and an epilogue say, else by its first and its last stamp."""
+    first = span.log.whole.first(STARTED) or span.before(span.start + BLOCK).first(STAMP)
+    last = span.log.whole.last(ENDED) or span.after(span.stop - BLOCK).last(STAMP)
+    for name, found in (("started", first), ("ended", last)):
+        at = date(found["at"].replace("T", " ")) if found else None
+        if at and found:
+            draft.default(name, at.isoformat(), found)
 
 
 def _elapsed(draft: Draft) -> None:
