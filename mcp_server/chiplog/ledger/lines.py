@@ -20,62 +20,78 @@ from chiplog.ledger.units import duration, number, stamp, whole
 _VALUE = rb"(?P<loss>[-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf|NaN)\b)"
 LOSS = pattern(
     rb"(?i:(?<![\w/-])(?<!init )(?<!initial )(?<!best )(?:actor/(?:pg_)?|train/|loss/train/)?"
-    rb"(?:(?:per[_ ]token|train(?:ing)?(?:'s)?|av[gr]\.?|average|mean|running|total|lm|ce|sft|batch|step|log)"
+    rb"(?:(?:per[_ ]token|train(?:ing)?(?:'s)?|av[gr]\.?|average|mean|running|total|lm|ce|sft|batch|step|log|reduced)"
     rb"[_/ -]?){0,5}"
     rb"(?:loss|logloss|cross-?_?entropy_?loss)(?:/train(?:/total|_step|_epoch)?|\(train\))?(?: \[[\d-]+\])?"
     rb"(?: (?!scale|func|type|ratio|mask|weight|is\b|for\b|on\b)[a-z]{2,20}(?= ?:))?)"
-    rb"(?:[\"']?(?: *(?:[=:|]|\xe2\x94\x82)+ *| +(?:is +|of +)?))[\"'\[(]?(?:tensor\()?" + _VALUE,
+    rb"(?:[\"']?(?: *(?:[=:|]|\xe2\x94\x82)+ *| +(?:is +|of +)?))[\"'\[(]?(?:tensor\()?(?:\d+ +(?=-?\d+\.\d))?"
+    + _VALUE,
     b"loss",
 )
 COST = pattern(rb"(?i:(?<![\w/-])(?<!time )cost)[\"']?(?: *[=:] *| +)" + _VALUE, b"cost")
 METRIC = pattern(  # what a loop prints that names no loss
-    rb"(?i:(?<![\w/])(?:[a-z]+[-_ ])?(?:rmse|mse|mae|acc(?:uracy)?|perplexity|ppl|reward|nll|auc|error|bleu|f1))"
-    rb"[\"']?(?: *[=:|] *| +)" + _VALUE,
-    b"mse", b"mae", b"acc", b"perplexity", b"ppl", b"reward", b"nll", b"auc", b"error", b"bleu", b"f1",
+    rb"(?i:(?<![\w/])(?:[a-z]+[-_ ])?"
+    rb"(?:rmse|mse|mae|acc(?:uracy)?|perplexity|ppl|reward|nll|auc|error|bleu|f1|return|learn))"
+    rb"[\"']?(?: *[=:|] *| +)\[?" + _VALUE,
+    b"mse", b"mae", b"acc", b"perplexity", b"ppl", b"reward", b"nll", b"auc", b"error", b"bleu", b"f1", b"return",
+    b"learn",
 )  # fmt: skip
-OF_TEST = re.compile(rb"(?i)(?<![a-z/])(?:test|val|valid|validation|eval|evaluation|evaluating|dev)(?![a-z/])")
+OF_TEST = re.compile(
+    rb"(?i)(?<![a-z/])(?:net output|test|val|valid|validation|eval|evaluation|evaluating|dev)(?![a-z/])"
+)
 OWN = re.compile(rb"(?i)\btrain")
 
 _NAMES = rb"[\"']?(?: *(?:[=:#|(\[-]|\xe2\x94\x82)+ *| +)[\[(]? *"
 _COUNT = rb"(?P<step>\d[\d,]*+)(?!\.\d|[\d.]*[eE]\d|%| *(?:ms|secs?|it/s|s/it)\b)(?: *(?:/|of) *(?P<total>\d[\d,]*+))?"
 STEPS = [
     re.compile(rb"\[batch=(?P<step>\d+)/(?P<total>\d+)\]"),
+    re.compile(rb"TRAIN Batch \d+/(?P<step>\d+)\b"),
     re.compile(rb"(?i)(?:num_updates|global[_ ]?step|completed step|total[_ ]?timesteps)" + _NAMES + _COUNT),
-    re.compile(rb"(?i)(?<![\w/-])(?:train(?:ing)?[_ ])?(?:steps?|iter(?:ation)?s?|it|updates?|up\.|rounds?"
+    re.compile(rb"(?i)(?<![\w/-])(?:train(?:ing)?[_ ])?steps?" + _NAMES + _COUNT),
+    re.compile(rb"(?i)(?<![\w/-])(?:train(?:ing)?[_ ])?(?:iter(?:ation)?s?|it|updates?|up\.|rounds?"
                rb"|(?:mini-?)?batch(?:[_ ](?:id|idx|index))?)" + _NAMES + _COUNT),
     re.compile(rb"\b\d+-(?P<step>\d+)batch\b"),
+    re.compile(rb"\b(?P<step>\d+)/ *(?P<total>\d+) batches\b"),
     re.compile(rb"[\[(] *(?P<step>\d+) */ *(?P<total>\d+)(?= *[\])%(])"),
     re.compile(rb"(?<=: ) *(?P<step>\d+) / (?P<total>\d+)\b"),
     re.compile(rb"(?:^|[\]:] )\[(?P<step>\d+)\](?=\s)"),
+    re.compile(rb"^(?P<step>\d+):(?=\tlearn: )"),
 ]  # fmt: skip
 EPOCH = pattern(
-    rb"(?:(?i:(?<![a-z/_-])(?<!per )(?<!at )(?<!from )(?<!best )epoch)|(?<![A-Za-z/-])Ep|^ep(?=: ))"
+    rb"(?:(?i:(?<![a-z/_-])(?<!per )(?<!at )(?<!from )(?<!best )epoch)|(?<![A-Za-z/-])Ep|^ep(?=: )|\bTrain(?=: \d+ \[))"
     rb"(?:\.{1,3}|\(train\))?[\"']?"
     rb"(?: *[=:#|\[(_]+ *| +|(?=\d))[\[(]? *(?P<epoch>\d++(?:\.\d++)?)(?!/micro|[%a-z])"
     rb"(?: *(?:/|of) *(?P<epochs>\d+))?"
     rb"|\b(?P<before>\d+)epoch:",
-    b"epoch", b" ep", b"\nep", b"_ep",
+    b"epoch", b" ep", b"\nep", b"_ep", b"train: ",
 )  # fmt: skip
 PER_STEP = re.compile(
     rb"(?i)(?P<s>[\d.]+) ?(?P<unit>ms|s|secs?|seconds?) ?/ ?(?:step|it|iter|iteration|batch|update)\b"
     rb"|(?P<rate>[\d.]+) ?(?:steps?|its?|iters?|iterations?|batch(?:es)?|updates?) ?/ ?s(?:ec(?:ond)?)?\b"
+    rb"|\b(?P<unit4>ms|s)/(?:batch|step|iter) +(?P<s4>[\d.]+)"
+    rb"|time_per_(?:iteration|step)_(?P<unit3>ms)[\"']?[=: ]+(?P<s3>[\d.]+)"
     rb"|(?:(?:steps?|iters?|iterations?|batches|updates|it)(?:_per_|/)s(?:ec(?:ond)?)?|\bups)[\"']?[=: ]+"
     rb"(?P<rate2>[\d.]+)"
     rb"|(?<!\w)(?:(?:iter|iteration|step|batch)[_ -]?(?:time|cost|duration)|time/step|(?<=, )seconds)[\"']?[=: ]+"
     rb"(?P<s2>[\d.]+(?:e[-+]\d+)?) ?(?P<unit2>ms|s|sec)?\b"
 )
 TIME = re.compile(
-    rb"(?i)(?<![\w/-])(?:time(?:[ _]?(?:elapsed|used|usage))?|elapsed(?:[ _]time)?|wall(?:[ _]time)?|dt)[\"']?"
+    rb"(?i)(?<![\w/-])(?:(?:total |train_)?time(?:[ _]?(?:elapsed|used|usage))?|elapsed(?:[ _]time)?"
+    rb"|wall(?:[ _]time)?|dt)[\"']?"
     rb"(?: *(?:[=:|]|\xe2\x94\x82)+ *| +)(?P<time>(?:\d+ days?, *)?\d+:\d\d(?::\d\d)?(?:\.\d+)?|[\d.]+(?: ?(?:ms|"
     rb"sec(?:ond)?s?|s|min|m|h))?\b)"
     rb"|(?<=[-|] ) ?(?P<end>[\d.]+ ?s(?:ecs?)?|\d+:\d\d:\d\d)s?\s*$"
 )
 MEMORY = re.compile(
     rb"(?i)\b(?:peak[_ ])?(?:gpu[_ ])?(?:max[_ ])?mem(?:ory)?(?:[_ ]?used)?(?: \((?P<before>[GM]i?)B\))?[\"']?"
-    rb"[=:] *(?P<size>[\d.,]+)(?(before)| ?(?P<unit>[GM]i?)b?\b)"
+    rb"[=:] *(?P<size>[\d.,]+)(?(before)| ?(?P<unit>[GM]i?)b?\b)|\bmax mem: (?P<megabytes>\d+)\b"
 )
 BAR_END = re.compile(rb"(?:it/s|s/it)[^\]\n]*\]")
-SO_FAR = re.compile(rb"(?i)elapsed|wall")
+RULE = re.compile(rb"\n[-=_*#+|]{8,}[ \r]*\n")  # between two tables
+SAMPLES = re.compile(rb"Train Epoch:? *\d+ \[ *\d+/\d+ \(")  # a count of samples and not of steps
+PART = {b"function", b"surrogate", b"policy", b"value", b"critic", b"entropy", b"kl", b"triplet", b"force", b"energy"}
+SO_FAR = re.compile(rb"(?i)elapsed|wall|total")
+ITERATION = re.compile(rb"(?i)\biter(?:ation)? (?P<n>\d+) step \d")  # of so many a step is made
 BESIDE = 800  # bytes before a loss in which its step may be named, and half as many after it
 LEAST = 1 << 13  # bytes at either end that are searched first
 FEW, SHARE = 6, 0.7  # so many losses of which so many are called alike are of one kind
@@ -130,8 +146,10 @@ def _of_one_kind(matches: list[Found]) -> list[Found]:
 
 
 def _of_test(found: Found) -> bool:
-    """Whether its line speaks of a test before it."""
+    """Whether its line speaks of a test before it, or of a part of the loss."""
     before = BAR_END.split(found.before.encode())[-1][-200:]
+    if before.lower().split()[-1:] and before.lower().split()[-1] in PART:
+        return True
     own = max((word.start() for word in OWN.finditer(before + found.text)), default=-1)
     return any(word.start() > own for word in OF_TEST.finditer(before))
 
@@ -143,7 +161,7 @@ def _groups(span: Span, matches: Sequence[Found]) -> Iterator[tuple[list[Found],
     for found in matches:
         if group and found.offset - group[-1].end < BESIDE:
             between = span.log.text(group[-1].end, found.offset)
-            begins = b"\n" in between or b"%|" in between or any(step.search(between) for step in STEPS[:3])
+            begins = b"\n" in between or b"%|" in between or any(step.search(between) for step in STEPS[:5])
             if not begins:
                 group.append(found)
                 continue
@@ -158,30 +176,35 @@ def _groups(span: Span, matches: Sequence[Found]) -> Iterator[tuple[list[Found],
 def _line(span: Span, group: Sequence[Found], start: int) -> Line:
     chosen = min(group, key=_rank)
     text = span.log.text(start, group[-1].end) + _rest(span, group[-1].end)
-    epoch, pace, time = EPOCH.regex.search(text), PER_STEP.search(text), TIME.search(text)
+    epoch, pace = EPOCH.regex.search(text), PER_STEP.search(text)
+    times = list(TIME.finditer(text))
+    time = next((one for one in times if SO_FAR.search(one.group())), times[0] if times else None)
     step = _step(text[: epoch.start()] + b" " + text[epoch.end() :] if epoch else text)
+    if step and SAMPLES.search(text):
+        step = None
     held = MEMORY.search(text)
     if not step and not epoch:
         after = span.log.text(group[-1].end, min(span.stop, group[-1].end + BESIDE // 2))
-        step = _step(span.log.text(max(span.start, start - BESIDE), start), last=True) or _step(after)
+        before = RULE.split(span.log.text(max(span.start, start - BESIDE), start))[-1]
+        step = _step(before, last=True) or _step(after)
         pace, held = pace or PER_STEP.search(after), held or MEMORY.search(after)
     return Line(
         found=chosen,
         loss=number(chosen["loss"]),
         step=_whole(step, "step"),
-        total=_whole(step, "total"),
+        total=_whole(step, "total") or _total(text, step),
         epoch=number(_text(epoch, "epoch") or _text(epoch, "before")),
         epochs=_whole(epoch, "epochs"),
-        step_s=_step_s(pace),
+        step_s=_step_s(pace, _per_step(text, step)),
         time_s=duration(_text(time, "time") or _text(time, "end")),
         so_far=bool(time and SO_FAR.search(time.group())),
         at=stamp(text.decode(errors="replace")),
-        memory=f"{held['size'].decode()} {_unit(held)}B" if held else None,
+        memory=f"{(held['size'] or held['megabytes']).decode()} {_unit(held)}B" if held else None,
     )
 
 
 def _unit(held: re.Match[bytes]) -> str:
-    return (_text(held, "unit") or _text(held, "before") or "").upper().replace("I", "i")
+    return (_text(held, "unit") or _text(held, "before") or "M").upper().replace("I", "i")
 
 
 def _rank(found: Found) -> int:
@@ -203,16 +226,29 @@ def _step(text: bytes, last: bool = False) -> re.Match[bytes] | None:
     return None
 
 
-def _step_s(match: re.Match[bytes] | None) -> float | None:
-    """Seconds of a step, stated or as the inverse of steps a second."""
+def _total(text: bytes, step: re.Match[bytes] | None) -> int | None:
+    """How many steps are planned, where the line names its step again with that."""
+    again = (match for form in STEPS for match in form.finditer(text))
+    totals = (_whole(match, "total") for match in again if step and _whole(match, "step") == _whole(step, "step"))
+    return next((total for total in totals if total), None)
+
+
+def _per_step(text: bytes, step: re.Match[bytes] | None) -> float:
+    """Iterations a step, where a line counts both."""
+    iteration, n = ITERATION.search(text), _whole(step, "step")
+    return (_whole(iteration, "n") or 1) / n if iteration and n else 1.0
+
+
+def _step_s(match: re.Match[bytes] | None, iterations: float) -> float | None:
+    """Seconds of a step of so many iterations, stated or as the inverse of steps a second."""
     if not match:
         return None
     rate = number(_text(match, "rate") or _text(match, "rate2"))
     if rate is not None:
         return 1 / rate if rate > 0 else None
-    time = number(_text(match, "s") or _text(match, "s2"))
-    unit = _text(match, "unit") or _text(match, "unit2")
-    return None if not time else time / 1000 if unit == "ms" else time
+    time = number(_text(match, "s") or _text(match, "s2") or _text(match, "s3") or _text(match, "s4"))
+    unit = _text(match, "unit") or _text(match, "unit2") or _text(match, "unit3") or _text(match, "unit4")
+    return iterations * time / (1000 if unit == "ms" else 1) if time else None
 
 
 def _text(match: re.Match[bytes] | None, name: str) -> str | None:

@@ -19,7 +19,7 @@ OTHER_WORK = re.compile(
 )
 OWN_WORK = re.compile(r"(?i)\b(?:train|epoch|step|iter|fit)")
 EPOCH_LABEL = re.compile(
-    r"(?i)(?:\bepoch:? *\[? *|^(?=\d+/\d+ +[\d.]+G ))(?P<epoch>\d+)(?: *(?:/|of) *(?P<epochs>\d+))?"
+    r"(?i)(?:\bepoch:? *\[? *|^(?P<card>)(?=\d+/\d+ +[\d.]+G ))(?P<epoch>\d+)(?: *(?:/|of) *(?P<epochs>\d+))?"
 )
 EXAMPLES = re.compile(r"(?i)^(?:examples?|[kMG]?i?B|files?|shards?|tables?|rows?|samples?)/s")
 WARM_UP = 0.1
@@ -85,6 +85,9 @@ def _take_epochs(draft: Draft, bars: Sequence[Bar], last: Bar, label: re.Match[s
     from_0 = first is not None and int(first["epoch"]) == 0
     epoch, epochs, total = int(label["epoch"]), label["epochs"], last.total or 0
     draft.default("epoch", float(epoch), last.found)
+    if label["card"] is not None:  # ultralytics counts from 0 or from 1, as its version does
+        draft.default("epochs", int(epochs), last.found)
+        return
     draft.default("steps", (epoch - (0 if from_0 else 1)) * total + last.done, last.found)
     if epochs:
         draft.default("epochs", int(epochs), last.found)

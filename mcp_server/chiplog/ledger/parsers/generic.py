@@ -11,7 +11,8 @@ from chiplog.ledger.runs import take_bars, take_speed, training_bars, trains
 from chiplog.ledger.units import duration, number, whole
 
 VALIDATION = pattern(
-    rb"(?i:\b(?:val(?:idation)?|eval|dev|test)[_/ ]?loss)[\"']?(?: *[=:]+ *| +)(?P<loss>\d[\d.]*(?:[eE][-+]?\d+)?|nan)",
+    rb"(?i:\b(?:val(?:id(?:ation)?)?|eval|dev|test)[_/ ]?loss)[\"']?(?: *[=:]+ *| +)"
+    rb"(?P<loss>\d[\d.]*(?:[eE][-+]?\d+)?|nan)",
     b"val", b"dev", b"test",
 )  # fmt: skip
 OVERALL = pattern(
@@ -39,14 +40,15 @@ TIME = pattern(
 TIMES = ("time", "took", "in", "all", "ran")
 ELAPSED = pattern(
     rb"(?i:^[\W\d]{0,40}time[_ ]elapsed)[\"']? *[|:=]+ *(?P<time>[\d.:]+)"
-    rb"|(?<![\d.])(?P<took>[\d.]{1,20} seconds) elapsed, finished",
-    b"elapsed",
-)
+    rb"|(?<![\d.])(?P<took>[\d.]{1,20} seconds) elapsed, finished|^[ \t]{4,60}Total time: (?P<all>[\d.]+s)$",
+    b"elapsed", b"total time: ",
+)  # fmt: skip
 RESUMED = pattern(
     rb"(?i:\b(?:resum|restor|recover|continu)\w*\b[^\n]{0,200}?\b(?:step|iter(?:ation)?|global_step))[ =:_]*"
     rb"(?P<step>\d+)",
     b"resum", b"restor", b"recover", b"continu",
 )  # fmt: skip
+STEPS_PER_S = pattern(rb"global_step/sec: (?P<rate>[\d.]+)", b"global_step/sec: ")
 SAVED = pattern(rb"(?i:^sav(?:ed|ing)\b[^\n]{0,200}?\b(?:global_)?step)[=: ]+(?P<step>\d+)\b", b"saved", b"saving")
 NAMED_MEMORY = pattern(
     rb"(?:max_mem(?:ory)?_(?P<kind>allocated|reserved)|peak_(?:v?ram|mem(?:ory)?))_(?P<unit>[mg]i?b)[\"']?[:= ]+"
@@ -58,7 +60,8 @@ MEMORY = pattern(rb"(?i:(?:peak|max(?:imum)?)[_ ](?:gpu[_ ])?(?:mem(?:ory)?)(?:[
                  rb"(?:ated)?|reserved|active))?(?:[_ ]usage)?)"
                  rb"[^\d\n]{0,25}(?P<size>[\d.]+) ?(?P<unit>[MG]i?B)", b"mem")  # fmt: skip
 RATE = pattern(
-    rb"(?i:(?:tokens?(?:/s(?:ec(?:ond)?)?|_per_sec(?:ond)?| per second)|\btps)(?P<scope>/(?:device|gpu))?)[\"']?[=: ]+"
+    rb"(?i:(?:tok(?:en)?s?(?:/s(?:ec(?:ond)?)?|_per_sec(?:ond)?| per second)|\btps)(?P<scope>/(?:device|gpu))?)"
+    rb"[\"']?[=: ]+"
     rb"(?P<rate>[\d.,]+)|(?<![\d.,])(?P<before>[\d.,]{1,20})(?P<kilo>k?) tok(?:ens)?/s",
     b"tok", b"tps",
 )  # fmt: skip
@@ -85,6 +88,8 @@ def run(span: Span, draft: Draft) -> Draft:
     steps(draft, span, lines)
     memory(draft, span, lines)
     times(draft, span, lines)
+    if found := span.last(STEPS_PER_S):
+        draft.default("steps_per_s", number(found["rate"]), found)
     if step_s := pace(lines):
         draft.default("steps_per_s", 1 / step_s, lines[-1].found)
     if found := span.last(RATE):

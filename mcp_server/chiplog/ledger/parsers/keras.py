@@ -13,7 +13,7 @@ from chiplog.ledger.units import number
 
 EPOCH = pattern(rb"^Epoch (?P<epoch>\d+)/(?P<epochs>\d+)", b"Epoch ")
 BATCH = pattern(
-    rb"(?P<done>\d+)/(?P<total>\d+) (?:\[[=>.]+\]|[^\x00-\x7f\n]{6,120}) *-? *(?P<elapsed>\d+)s (?P<step>"
+    rb"(?P<done>\d+)/(?P<total>\d+) +(?:\[[=>.]+\]|[^\x00-\x7f\n]{6,120}) *-? *(?P<elapsed>\d+)s +(?P<step>"
     rb"[\d.]+)(?P<unit>ms|us|s)/(?:step|epoch)"
     rb"(?P<rest>[^\n\x08]*)",
     b"/step",
@@ -25,7 +25,7 @@ VALIDATION = pattern(rb"\bval_loss: (?P<loss>[\w.+-]+)", b"val_loss: ")
 
 def sniff(head: bytes, tail: bytes) -> float:
     both = head + tail
-    if b"loss: " in both and re.search(rb"\d/\d+ (?:\[[=>.]+\]|\xe2\x94\x81)", both):
+    if b"loss: " in both and re.search(rb"\d/\d+ +(?:\[[=>.]+\]|\xe2\x94\x81)", both):
         return 0.9
     return 0.0
 

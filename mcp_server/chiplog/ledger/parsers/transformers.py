@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from chiplog.ledger.bars import BAR, bars
+from chiplog.ledger.bars import BAR, Bar, bars
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.reader import Found, LogReader, Span, pattern
 from chiplog.ledger.runs import distinct, steady, take_bars, training_bars, trains
@@ -43,6 +43,7 @@ OUTPUT = pattern(rb"TrainOutput\(global_step=(?P<step>\d+), training_loss=(?P<lo
 NOTEBOOK = pattern(  # the table that a notebook shows
     rb"Step\s+Training Loss(?P<rows>(?:[\s\\|]+\d+[\s|]+\d+\.\d+)+)", b"Training Loss"
 )
+BAR_LOSS = re.compile(r"(?:^|[ ,])(?:step_|avg_|train_)?loss=(?P<loss>[\w.+-]+)")
 SHOWN = pattern(  # a notebook's bar
     rb"\[(?P<done>\d+)/(?P<total>\d+) [\d:]+(?:<[\d:]+)?, Epoch (?P<epoch>[\d.]+)/\d+\]", b", Epoch "
 )
@@ -128,11 +129,21 @@ def _run(span: Span, framework: str) -> Draft:
         draft.set(
             WANDB_NAMES[found["key"]], (whole if found["key"] == "global_step" else number)(found["value"]), found
         )
+    if draft.get("loss_last") is None:
+        _loss_of_bar(draft, train)
     if draft.get("steps") is None:
         _count_losses(draft, span)
     if (first := draft.get("resumed_from")) and draft.get("train_s"):  # what it prints counts the steps before too
         draft.set("mean_steps_per_s", (draft.get("steps") - first) / draft.get("train_s"))
     return draft
+
+
+def _loss_of_bar(draft: Draft, train: list[Bar]) -> None:
+    """The loss behind the bar, as loops of one's own show it."""
+    shown = [(one, match) for one in train if (match := BAR_LOSS.search(one.after))]
+    if shown:
+        draft.set("loss_first", number(shown[0][1]["loss"]), shown[0][0].found)
+        draft.set("loss_last", number(shown[-1][1]["loss"]), shown[-1][0].found)
 
 
 def _count_losses(draft: Draft, span: Span) -> None:
