@@ -72,12 +72,13 @@ PER_STEP = re.compile(
     rb"|time_per_(?:iteration|step)_(?P<unit3>ms)[\"']?[=: ]+(?P<s3>[\d.]+)"
     rb"|(?:(?:steps?|iters?|iterations?|batches|updates|it)(?:_per_|/)s(?:ec(?:ond)?)?|\bups)[\"']?[=: ]+"
     rb"(?P<rate2>[\d.]+)"
-    rb"|(?<!\w)(?:(?:iter|iteration|step|batch)[_ -]?(?:time|cost|duration)|time/step|(?<=, )seconds)[\"']?[=: ]+"
+    rb"|(?:(?<!\w)|(?<=train_))(?:(?:iter|iteration|step|batch)[_ -]?(?:time|cost|duration)|dt|step_timing in s|"
+    rb"timing_s/step|time/step|(?<=, )seconds)[\"']?[=: ]+"
     rb"(?P<s2>[\d.]+(?:e[-+]\d+)?) ?(?P<unit2>ms|s|sec)?\b"
 )
 TIME = re.compile(
     rb"(?i)(?<![\w/-])(?:(?:total |train_)?time(?:[ _]?(?:elapsed|used|usage))?|elapsed(?:[ _]time)?"
-    rb"|wall(?:[ _]time)?|dt)[\"']?"
+    rb"|wall(?:[ _]time)?)[\"']?"
     rb"(?: *(?:[=:|]|\xe2\x94\x82)+ *| +)(?P<time>(?:\d+ days?, *)?\d+:\d\d(?::\d\d)?(?:\.\d+)?|[\d.]+(?: ?(?:ms|"
     rb"sec(?:ond)?s?|s|min|m|h))?\b)"
     rb"|(?<=[-|] ) ?(?P<end>[\d.]+ ?s(?:ecs?)?|\d+:\d\d:\d\d)s?\s*$"

@@ -57,11 +57,12 @@ PBS_RUN = pattern(
 STARTED = pattern(
     rb"(?i:^[# ]*(?:job[ _]?(?:started|start time|start)|start(?:ing|ed)?(?: the)? job)(?: at| on)?) *: *\n?"
     rb"(?P<at>[^\n#]+)",
-    b"job",
-)
+    b"job start", b"job_start", b"jobstart", b"start job", b"starting job", b"started job", b"the job",
+)  # fmt: skip
 ENDED = pattern(
-    rb"(?i:^[# ]*job[ _]?(?:ended|finished|completed|end time|end)(?: at| on)?) *: *\n?(?P<at>[^\n#]+)", b"job"
-)
+    rb"(?i:^[# ]*job[ _]?(?:ended|finished|completed|end time|end)(?: at| on)?) *: *\n?(?P<at>[^\n#]+)",
+    b"job end", b"job_end", b"jobend", b"job finished", b"job completed",
+)  # fmt: skip
 STAMP = pattern(rb"^[^\n]{0,40}?\b(?P<at>20\d\d-\d\d-\d\d[ T]\d\d:\d\d:\d\d)", b"-- ::", b"--T::")
 CANCELLED = pattern(rb"CANCELLED AT (?P<at>[\dT:-]{19})", b" CANCELLED AT ")
 SMI_MEMORY = pattern(rb"\| +(?P<used>\d+)MiB / +\d+MiB +\|", b"MiB / ")

@@ -105,6 +105,9 @@ def times(draft: Draft, span: Span, lines: list[Line]) -> None:
     total, counted = _total(span) or span.last(ELAPSED), so_far(lines)
     if total and any(one.found.line_offset == total.line_offset for one in lines):
         total = None  # of a step
+    step_s, done = pace(lines), draft.get("steps")
+    if counted and step_s and done and done * step_s < counted / 2:
+        counted = None  # of more than training
     said = counted and draft.default("train_s", counted, lines[-1].found)
     if total:
         said = draft.set("train_s", _seconds(total), total)
