@@ -41,8 +41,10 @@ def _out_of_memory(record: Record) -> Advice | None:
 
 def _smaller_batch(record: Record) -> str:
     """Half the micro-batch and twice the accumulation: the same effective batch."""
-    micro = record.config.get("micro_batch_size") or record.config.get("batch_size")
-    accum = record.config.get("grad_accum") or 1
+    batch, accum = record.config.get("batch_size"), record.config.get("grad_accum") or 1
+    micro = record.config.get("micro_batch_size")
+    if not micro and isinstance(batch, int) and isinstance(accum, int):
+        micro = batch // (accum * (record.usage.gpus or 1))
     if isinstance(micro, int) and isinstance(accum, int) and micro > 1:
         half = next(n for n in range(micro // 2, 0, -1) if micro % n == 0)
         return (
@@ -61,15 +63,17 @@ def _time_out(record: Record) -> Advice | None:
         return None
     usage = record.usage
     done = (usage.steps or 0) - (usage.resumed_from or 0)
-    if not usage.steps_planned or done <= 0 or not usage.train_s:
+    rate = usage.mean_steps_per_s or usage.steps_per_s
+    train_s = usage.train_s or (done / rate if rate else None)
+    if not usage.steps_planned or done <= 0 or not train_s:
         return Advice("its time limit was reached", "give it more time; its log does not say how much was left to do")
     left = usage.steps_planned - (usage.steps or 0)
-    needed = usage.train_s + left * usage.train_s / done
-    overhead = max(0.0, (usage.elapsed_s or usage.train_s) - usage.train_s)
+    needed = train_s + left * train_s / done
+    overhead = max(0.0, (usage.elapsed_s or train_s) - train_s)
     limit = 60 * -(-int((needed + overhead) * 1.2) // 60)
     return Advice(
         f"its time limit was reached at step {usage.steps} of {usage.steps_planned}",
-        f"a limit of {clock(limit)} would do: {duration(usage.train_s)} for {done} steps, {left} left, a fifth more; "
+        f"a limit of {clock(limit)} would do: {duration(train_s)} for {done} steps, {left} left, a fifth more; "
         "or resume it from its last checkpoint",
     )
 

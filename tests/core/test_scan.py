@@ -180,12 +180,15 @@ def test_nothing_is_called_so(logs: Path):
         ({"micro_batch_size": 8, "grad_accum": 2}, "micro_batch_size 4 with grad_accum 4 in place of 8 and 2"),
         ({"micro_batch_size": 6}, "micro_batch_size 3 with grad_accum 2"),
         ({"micro_batch_size": 1}, "the batch is 1 already"),
+        ({"batch_size": 8, "gpus": 8}, "the batch is 1 already"),
+        ({"batch_size": 64, "grad_accum": 2, "gpus": 8}, "micro_batch_size 2 with grad_accum 4 in place of 4 and 2"),
         ({}, "halve the micro-batch and double"),
     ],
 )
 def test_out_of_memory_keeps_the_effective_batch(config: dict[str, Any], words: str):
     oom = OutOfMemory(kind="gpu", tried_bytes=2**31, capacity_bytes=2**36)
-    advice = diagnose(Record(key="k", state=State.OUT_OF_MEMORY, config=config, oom=oom))
+    usage = Usage(gpus=config.get("gpus"))
+    advice = diagnose(Record(key="k", state=State.OUT_OF_MEMORY, config=config, oom=oom, usage=usage))
     assert advice and words in advice.change and "64 GiB" in advice.cause
 
 

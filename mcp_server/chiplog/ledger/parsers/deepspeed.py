@@ -29,7 +29,7 @@ STEPS = pattern(
 )
 SETTING = pattern(rb"\[config\.py:\d+:print\] +(?P<key>train_batch_size|train_micro_batch_size_per_gpu"
                   rb"|gradient_accumulation_steps|"
-                  rb"world_size|zero_optimization_stage|bfloat16_enabled|fp16_enabled|steps_per_print) \.+ "
+                  rb"world_size|zero_optimization_stage|bfloat16_enabled|fp16_enabled|steps_per_print) \.* ?"
                   rb"(?P<value>\w+)", b":print]")  # fmt: skip
 NAMES = {
     "train_batch_size": "batch_size", "train_micro_batch_size_per_gpu": "micro_batch_size",
