@@ -298,6 +298,16 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
         '{"step": 10, "total_steps": 100, "train_loss": 2.5, "lr": 0.001, "elapsed": 5.0}\n{"step": 20, "total_steps": 100, "train_loss": 1.5, "lr": 0.001, "elapsed": 10.0}\n',
         {"steps": 20, "steps_planned": 100, "loss_first": 2.5, "loss_last": 1.5, "train_s": 10.0, "mean_steps_per_s": 2.0},
     ),
+    "lightning with rich": (
+        "Epoch 0/9 ━━━━━━━━━━━━━━━━ 100/100 0:00:20 • 0:00:00 5.00it/s v_num: 0.000 train_loss: 2.500\n"
+        "Epoch 1/9 ━━━━━━━━━━━━━━━━ 50/100 0:00:10 • 0:00:10 5.00it/s v_num: 0.000 train_loss: 1.500\n",
+        {"epoch": 1.0, "epochs": 10, "steps": 150, "steps_planned": 1000, "loss_first": 2.5, "loss_last": 1.5, "mean_steps_per_s": 5.0},
+    ),
+    "unsloth notebook": (
+        "==((====))==  Unsloth 2024.8: Fast Llama patching. Transformers = 4.44.2.\n   \\\\   /|    GPU: Tesla T4. Max memory: 14.748 GB. Platform = Linux.\n"
+        "[ 30/60 01:00 < 01:00, 0.50 it/s, Epoch 0.50/1]\n{'loss': 1.25, 'grad_norm': 0.5, 'learning_rate': 1e-05, 'epoch': 0.5}\nPeak reserved memory = 6.500 GB.\n",
+        {"epoch": 0.5, "steps": 30, "steps_planned": 60, "loss_first": 1.25, "loss_last": 1.25, "peak_mem_bytes": 6.5 * 2**30},
+    ),
     "sampler without training": (
         "Sampling:   1%|1         | 1/100 [00:05<08:15,  5.00s/it]\nSampling: 100%|##########| 100/100 [08:20<00:00,  5.00s/it]\nLoading checkpoint shards: 100%|##########| 4/4 [00:08<00:00,  2.00s/it]\n",
         {},

@@ -22,6 +22,11 @@ BAR = pattern(
     b" [",
 )
 FEW, EACH, ENDS = 64, 8, 3  # of fewer states none is passed over; of more, each 8th and the ends are not
+RICH = pattern(  # as rich draws them
+    rb"(?:\xe2\x94[\x80-\xbf]|\xe2\x95[\x80-\xbf]){4,400} *(?P<done>\d+)/(?P<total>\d+) +(?P<elapsed>\d+:\d\d:\d\d)"
+    rb" \xe2\x80\xa2 (?P<left>[-:\d]+) +(?P<rate>[\d.]+)(?P<unit>it/s)(?P<after>[^\n]{0,600})",
+    b"it/s",
+)
 LEAST = 1 << 14  # bytes at either end that are searched for bars first; then more, up to EDGE
 LABEL = re.compile(r"^(?:\d+:|\[\S+\]:?|\([^)]*\))\s*")  # a rank's or an actor's own prefix
 
@@ -61,7 +66,8 @@ def bars(span: Span, wanted: Callable[[Bar], bool]) -> list[Bar]:
     """The bars at either end of a span: of so much as must be read until a wanted one stands near its end."""
     edge = LEAST
     while True:
-        found = [one for match in _thinned(span.near(BAR, edge)) if (one := bar(match))]
+        states = span.near(BAR, edge) or span.near(RICH, edge)
+        found = [one for match in _thinned(states) if (one := bar(match))]
         if edge >= EDGE or 2 * edge >= len(span):
             return found
         if any(one.found.offset >= span.stop - edge and wanted(one) for one in reversed(found)):

@@ -40,24 +40,27 @@ HOST_OOM = [
 TIME_OVER = [pattern(rb"PBS: job killed: walltime \d+ exceeded|TERM_RUNLIMIT", b"PBS: ", b"TERM_RUN")]
 NODE_LOST = [
     pattern(
-        rb"slurmstepd: error: \*\*\* \w+ \d+[^\n]{0,300}NODE_FAIL|launch failed requeued held",
+        rb"slurmstepd: error: \*\*\* \w+ \d+[^\n]{0,300}NODE_FAIL|launch failed requeued held"
+        rb"|^srun: error: Node failure on ",
         b"NODE_FAIL",
         b"launch failed",
+        b"Node failure",
     )
 ]
 RAN_OUT = pattern(rb"ran out of memory trying to allocate [^\n]*", b"ran out of memory")
 GPU_OOM = [
     pattern(rb"^(?:torch\.)?(?:cuda\.)?OutOfMemoryError +Traceback[^\n]*", b"OutOfMemoryError "),
     pattern(rb"CUDA out of memory\b[^\n]*", b"CUDA out of memory"),
-    pattern(rb"(?:HIP|XPU|MPS backend) out of memory\b[^\n]*", b" out of memory"),
+    pattern(rb"(?:HIP|XPU|NPU|MPS backend) out of memory\b[^\n]*", b" out of memory"),
     pattern(rb"CUDA error: out of memory[^\n]*|CUBLAS_STATUS_ALLOC_FAILED[^\n]*", b"CUDA error: ", b"CUBLAS_"),
-    pattern(rb"RESOURCE_EXHAUSTED: Out of memory[^\n]*", b"RESOURCE_EXHAUSTED"),
+    pattern(rb"RESOURCE_EXHAUSTED: (?:Out of memory|Failed to allocate)[^\n]*", b"RESOURCE_EXHAUSTED"),
     pattern(rb"OOM when allocating tensor(?![^\n]*device:CPU)[^\n]*", b"OOM when"),
     RAN_OUT,
     pattern(rb"Out of memory error on GPU \d+\.[^\n]*", b"Out of memory error on GPU"),
 ]
 TRIED = re.compile(
-    r"(?:[Tt]ried to allocate|[Cc]annot allocate|allocating|trying to allocate) ([\d.]+ ?[KMGT]?i?(?:B|bytes))"
+    r"(?:[Tt]ried to allocate|[Cc]annot allocate|[Uu]nable to allocate|allocating|trying to allocate|"
+    r"allocate request for) ([\d.]+ ?[KMGT]?i?(?:B|bytes))"
 )
 CAPACITY = [
     re.compile(r"total capac\w*ty of ([\d.]+ ?[KMGT]i?B)"),
@@ -74,21 +77,28 @@ ERROR = pattern(
 )
 LAST_LINE = pattern(rb"^[ \t]*\S[^\n]*$")
 LEVEL = re.compile(r"^.{0,80}?(?:^|[\[\s|-])(?:ERROR|FATAL)(?:[\]\s|:]|$)")
+OTHER_ERROR = pattern(  # of any name, behind the last frame
+    rb"^ {0,8}File \"[^\n]{1,300}\n(?: {4,}[^\n]{0,300}\n){0,3}"
+    rb"(?P<words>[A-Za-z_][\w.]{2,100}(?:\(\w+\))?(?:: [^\n]*)?)$",
+    b'File "',
+)
+CANCEL = re.compile(r"KeyboardInterrupt|got signal: (?:2|15)\b|: line \d+: +\d+ Terminated\b")
 TRACEBACK = pattern(rb"Traceback \(most recent call last\):", b"Traceback (most")
 FATAL = [
     pattern(
-        rb"(?:Segmentation fault|Bus error|Aborted) \(core dumped\)[^\n]*|(?:^|: )(?:Segmentation fault|Bus error)\b"
-        rb"[^\n]*|Fatal Python error[^\n]*|\xe6\xae\xb5\xe9\x94\x99\xe8\xaf\xaf",
+        rb"(?:Segmentation fault|Bus error|Aborted|Illegal instruction|Floating point exception) \(core dumped\)[^\n]*"
+        rb"|(?:^|: )(?:Segmentation fault|Bus error)\b[^\n]*|Fatal Python error[^\n]*|\xe6\xae\xb5\xe9\x94\x99\xe8\xaf\xaf",
         b"Segmentation fault",
         b"Bus error",
-        b"Aborted (core",
+        b"(core dumped)",
         b"Fatal Python error",
         b"\xe6\xae\xb5",
     ),
     pattern(
-        rb"(?:^\W{0,3}|: line \d+: +\d+ )Killed\b[^\n]*|^\xe5\xb7\xb2\xe6\x9d\x80\xe6\xad\xbb"
+        rb"(?:^\W{0,3}|: line \d+: +\d+ )(?:Killed|Terminated)\b[^\n]*|^\xe5\xb7\xb2\xe6\x9d\x80\xe6\xad\xbb"
         rb"|^slurmstepd: error: [^\n]*(?:Killed|SIGKILL)[^\n]*",
         b"Killed",
+        b"Terminated",
         b"SIGKILL",
         b"\xe5\xb7\xb2",
     ),
@@ -115,6 +125,10 @@ FATAL = [
         rb"\bsrun: error: [^\n]{0,300}(?:[Ee]xited with exit code (?P<code>[1-9]\d*)|: Killed|: Aborted)[^\n]*",
         b"srun: ",
     ),
+    pattern(rb"terminate called after throwing an instance of [^\n]*", b"terminate called"),
+    pattern(rb"^make: \*\*\* [^\n]{0,200} Error (?P<code>\d+)", b"make: *** "),
+    pattern(rb"^Command exited with non-zero status (?P<code>\d+)", b"Command exited with non-zero"),
+    pattern(rb"DataLoader worker [^\n]{0,100} is killed by signal: [^\n]*", b"is killed by signal"),
     pattern(rb"exits with return code = (?P<code>-?[1-9]\d*)", b"exits with return code"),
     pattern(rb"exitcode *: (?P<code>-?[1-9]\d*) \(pid", b"exitcode"),
     pattern(rb"^Exited with exit code (?P<code>[1-9]\d*)\.", b"Exited with exit code"),
@@ -140,6 +154,11 @@ GOOD = [
 ]
 
 
+SAID = pattern(  # a last line that says no more
+    rb"^[\W_]{0,40}(?i:(?:all )?(?:done|finished|completed?))[\W_]{0,40}\Z", b"done", b"finished", b"complete"
+)
+
+
 class Ending(NamedTuple):
     """How it ended and why; `at` is where that stands."""
 
@@ -155,7 +174,7 @@ def end(draft: Draft, span: Span) -> None:
         draft.set("oom", memory[0], memory[1])
     ending = _ending(draft, span)
     if ending.state is State.OUT_OF_MEMORY and draft.get("oom") is None:
-        draft.set("oom", OutOfMemory(kind="host"), ending.found)
+        draft.set("oom", OutOfMemory(kind="host", tried_bytes=_tried(ending.reason or "")), ending.found)
     draft.set("state", ending.state, ending.found)
     draft.set("reason", ending.reason)
     draft.set("exit_code", ending.exit_code)
@@ -183,10 +202,10 @@ def _ending(draft: Draft, span: Span) -> Ending:
     good = max((found for p in GOOD if (found := tail.last(p))), key=_offset, default=None)
     done = max((found for found in (draft.done, good) if found), key=_offset, default=None)
     if failed and failed.offset > _offset(done):
-        cancelled = "KeyboardInterrupt" in failed.line
+        cancelled = CANCEL.search(failed.line)
         words = failed.get("words") or failed.line
         return Ending(State.CANCELLED if cancelled else State.FAILED, words, failed, _code(tail))
-    if done:
+    if done or (not failed and (done := tail.last(SAID))):
         return Ending(State.COMPLETED, None, done, None)
     steps, planned = draft.get("steps"), draft.get("steps_planned")
     if steps and planned and steps >= planned and not draft.per_epoch:
@@ -194,6 +213,11 @@ def _ending(draft: Draft, span: Span) -> Ending:
     if not draft.usage and not draft.config and len(span) == 0:
         return Ending(State.UNKNOWN, "the log is empty", None)
     return Ending(State.INCOMPLETE, "the log stops without saying why", None)
+
+
+def _tried(line: str) -> float | None:
+    match = TRIED.search(line)
+    return size(match.group(1), binary=True) if match else None
 
 
 def _cancelled(span: Span, worked: int) -> Found | None:
@@ -217,6 +241,8 @@ def _failure(tail: Span, worked: int) -> Found | None:
     if trace := tail.first(TRACEBACK):
         errors = [found for found in tail.near(ERROR) if found.offset > trace.offset]
     errors = [found for found in errors if not _is_noise(found) and not _ignored(tail, found)]
+    if trace and not errors and (found := tail.last(OTHER_ERROR)):
+        errors = [found]
     fatal = [found for p in FATAL if (found := tail.last(p))]
     # A launcher reports that its child failed; the child's own words say why.
     own = [found for found in errors if "ChildFailedError" not in found.line and "CalledProcessError" not in found.line]

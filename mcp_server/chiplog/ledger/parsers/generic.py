@@ -206,6 +206,8 @@ def memory(draft: Draft, span: Span, lines: list[Line]) -> None:
         named = span.near(NAMED_MEMORY)
         named = [found for found in named if found.get("kind") == "allocated"] or named
         for found in [*span.near(MEMORY), *named]:
+            if "Platform" in found.line:  # what a card has, in Unsloth's banner
+                continue
             kind = (found.get("kind") or "allocated").lower()
             draft.peak(f"{found['size']} {found['unit'].upper().replace('I', 'i')}", KIND.get(kind, "allocated"), found)
     if draft.get("peak_mem_bytes") is None:

@@ -25,7 +25,11 @@ VALIDATION = pattern(rb"\bval_loss: (?P<loss>[\w.+-]+)", b"val_loss: ")
 
 def sniff(head: bytes, tail: bytes) -> float:
     both = head + tail
-    if b"loss: " in both and re.search(rb"\d/\d+ +(?:\[[=>.]+\]|\xe2\x94\x81)", both):
+    if (
+        b"loss: " in both
+        and (b"/step" in both or b"ETA: " in both or b"s/epoch" in both)
+        and re.search(rb"\d/\d+ +(?:\[[=>.]+\]|\xe2\x94\x81)", both)
+    ):
         return 0.9
     return 0.0
 

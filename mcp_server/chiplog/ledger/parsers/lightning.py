@@ -17,7 +17,7 @@ STOPPED = pattern(rb"`?Trainer\.fit`? stopped: `?(?P<why>[^`\n]+)`? reached", b"
 LIMIT = re.compile(r"max_(?P<what>epochs|steps)=(?P<n>\d+)")
 STARTED = pattern(rb"^[^\n]{0,60}\bGPU available: ", b"GPU available: ")
 LABEL = re.compile(r"Epoch (?P<epoch>\d+)(?:/(?P<last>\d+))?")
-LOSS = re.compile(r"(?:^|[, ])(?P<key>(?:train[_/])?loss(?:_step)?)=(?P<loss>-?[\w.+-]+)")
+LOSS = re.compile(r"(?:^|[, ])(?P<key>(?:train[_/])?loss(?:_step)?)(?:=|: )(?P<loss>-?[\w.+-]+)")
 PARAMS = pattern(rb"^(?P<n>[\d.]+) ?(?P<unit>[KMB]?) +Total params", b"Total params")
 RESUMED = pattern(rb"Restor(?:ing|ed) (?:states|all states) from the checkpoint", b"Restor")
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}
@@ -29,6 +29,8 @@ def sniff(head: bytes, tail: bytes) -> float:
         return 0.9
     if b"pytorch_lightning" in both or b"lightning.pytorch" in both or b"lightning_fabric" in both:
         return 0.8
+    if b"v_num:" in both and b"it/s" in both:  # rich's bars
+        return 0.6
     return 0.6 if b"v_num=" in both and re.search(rb"Epoch \d+: +\d+%\|[^\n]{0,400}v_num=", both) else 0.0
 
 

@@ -45,7 +45,8 @@ NOTEBOOK = pattern(  # the table that a notebook shows
 )
 BAR_LOSS = re.compile(r"(?:^|[ ,])(?:step_|avg_|train_)?loss=(?P<loss>[\w.+-]+)")
 SHOWN = pattern(  # a notebook's bar
-    rb"\[(?P<done>\d+)/(?P<total>\d+) [\d:]+(?:<[\d:]+)?, Epoch (?P<epoch>[\d.]+)/\d+\]", b", Epoch "
+    rb"\[ *(?P<done>\d+)/(?P<total>\d+) [\d:]+(?: ?< ?[\d:]+)?(?:, [\d.]+ it/s)?, Epoch (?P<epoch>[\d.]+)/\d+\]",
+    b", Epoch ",
 )
 RESUMED = pattern(rb"Continuing training from global step (?P<step>\d+)", b"Continuing training from global step")
 ARGUMENT = pattern(
@@ -59,6 +60,7 @@ ARGUMENT_NAMES = {
     "lora_r": "lora_rank", "lora_rank": "lora_rank", "seed": "seed",
 }  # fmt: skip
 STEP_OF = pattern(rb"'global_step/max_steps': '(?P<step>\d+)/(?P<total>\d+)'", b"'global_step/max_steps'")
+UNSLOTH_MEMORY = pattern(rb"^Peak reserved memory = (?P<size>[\d.]+ GB)\.", b"Peak reserved memory = ")
 SWIFT_MEMORY = pattern(rb"'memory\((?P<unit>[GM]iB)\)': '?(?P<size>[\d.]+)", b"'memory(")
 MEMORY = pattern(
     rb"'(?:total_)?(?:peak|max)_mem(?:ory)?_(?P<kind>allocated|reserved)_(?P<unit>[MG]i?B)': (?P<size>[\d.]+)", b"_mem"
@@ -172,6 +174,8 @@ def _metrics(draft: Draft, span: Span) -> None:
     for found in span.near(MEMORY):
         if found["kind"] == "allocated" or draft.get("mem_kind") != "allocated":
             draft.peak(f"{found['size']} {found['unit']}", found["kind"], found)
+    for found in span.near(UNSLOTH_MEMORY):
+        draft.peak(found["size"], "reserved", found)
     for found in span.near(SWIFT_MEMORY):
         draft.peak(f"{found['size']} {found['unit']}", "allocated", found)
     if found := span.last(STEP_OF):
