@@ -87,7 +87,8 @@ TRACEBACK = pattern(rb"Traceback \(most recent call last\):", b"Traceback (most"
 FATAL = [
     pattern(
         rb"(?:Segmentation fault|Bus error|Aborted|Illegal instruction|Floating point exception) \(core dumped\)[^\n]*"
-        rb"|(?:^|: )(?:Segmentation fault|Bus error)\b[^\n]*|Fatal Python error[^\n]*|\xe6\xae\xb5\xe9\x94\x99\xe8\xaf\xaf",
+        rb"|(?:^|: )(?:Segmentation fault|Bus error)\b[^\n]*|Fatal Python error[^\n]*"
+        rb"|\xe6\xae\xb5\xe9\x94\x99\xe8\xaf\xaf",
         b"Segmentation fault",
         b"Bus error",
         b"(core dumped)",
