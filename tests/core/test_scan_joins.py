@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from chiplog.errors import RecordError
 from chiplog.folder import ExperimentFolder, Submission
 from chiplog.ledger import Ledger, scan
 from chiplog.record import State
@@ -66,6 +67,18 @@ def test_standard_output_and_error_are_one_run(job: Path):
     assert scan.scan([job], Ledger()).read == 1
     (record,) = Ledger().records()
     assert (record.state, record.usage.loss_last) == (State.TIMEOUT, 0.75)
+
+
+def test_of_two_files_the_one_that_can_be_read_is(job: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise RecordError("no permission")
+
+    parse_log = scan.parse_log
+    monkeypatch.setattr(scan, "parse_job", refuse)
+    monkeypatch.setattr(scan, "parse_log", lambda path: refuse() if path.suffix == ".out" else parse_log(path))
+    found = scan.scan([job], Ledger())
+    assert [Path(error.split(":")[0]).name for error in found.errors] == ["train-77.out"]
+    assert [record.usage.steps for record in Ledger().records()] == [375]
 
 
 def test_a_table_of_sacct_is_joined_with_the_logs_of_its_jobs(job: Path):

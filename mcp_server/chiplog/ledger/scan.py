@@ -220,6 +220,8 @@ def _read(work: Work) -> list[Read]:
         else:
             records, read_to, parser = parse_log(path, grown.read_to, grown.parser) if grown else parse_log(path)
     except RecordError as wrong:
+        if second:  # one of the two cannot be read, and the other alone says something
+            return [*_read(Work(found, None, None)), *_read(Work(second, None, None))]
         return [Read(Seen(**found._asdict(), read_to=0, error=str(wrong)), None, [])]
     also = [Read(Seen(**second._asdict(), read_to=0), None, [])] if second else []
     return [Read(Seen(**found._asdict(), read_to=read_to, parser=parser), grown, records), *also]
