@@ -58,20 +58,51 @@ def test_a_scan_reads_logs_once(logs: Path, monkeypatch: pytest.MonkeyPatch):
     assert scan.scan([logs], Ledger()).read == 0
 
 
-def test_a_log_that_grew_is_read_from_where_it_ended(logs: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_large_log_that_grew_is_read_from_where_it_ended(logs: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scan, "LARGE", 100)
     scan.scan([logs], Ledger())
     file = logs / "b.log"
     whole = TRAINER.encode()
-    file.write_bytes(whole[:900])
+    cut = whole.rfind(b"\n", 0, 900) + 1
+    file.write_bytes(whole[:cut])
     scan.scan([file], Ledger())
     started: list[int] = []
     reader = parsing.LogReader
     monkeypatch.setattr(parsing, "LogReader", lambda path, start=0: (started.append(start), reader(path, start))[1])
     file.write_bytes(whole)
     assert scan.scan([file], Ledger()).read == 1
-    assert started == [whole.rfind(b"\n", 0, 900) + 1]
+    assert started == [cut]
     (record,) = Ledger().of_file(str(file))
     assert (record.usage.loss_first, record.usage.loss_last, record.state) == (1.5, 0.75, State.COMPLETED)
+
+
+@pytest.mark.parametrize("large", [100, 10**9])
+def test_what_was_written_anew_or_by_a_next_run_is_read_whole(logs: Path, monkeypatch: pytest.MonkeyPatch, large: int):
+    monkeypatch.setattr(scan, "LARGE", large)
+    file = logs / "b.log"
+    cut = TRAINER.rfind("\n", 0, 900) + 1
+    file.write_text(TRAINER[:cut])
+    scan.scan([logs], Ledger())
+    with file.open("r+") as same:  # the same inode, and longer
+        same.write(TRAINER.replace("'loss': 1.5", "'loss': 9.5") + "\n")
+    scan.scan([logs], Ledger())
+    (record,) = Ledger().of_file(str(file))
+    assert (record.usage.loss_first, record.state, record.reason) == (9.5, State.COMPLETED, None)
+    with file.open("a") as same:  # a next run, behind one that had ended
+        same.write(TRAINER.replace("'loss': 0.75", "'loss': 0.5"))
+    scan.scan([logs], Ledger())
+    assert [record.usage.loss_last for record in Ledger().of_file(str(file))] == [0.75, 0.5]
+
+
+def test_a_log_that_cannot_be_made_sense_of_is_named_and_the_others_are_read(logs: Path):
+    (logs / "digits.log").write_text(f"step {'9' * 20}/100 loss 1.0\nstep {'9' * 5000}/100 loss 1.0\n")
+    (logs / "sacct.txt").write_text(
+        f"JobID|State|Elapsed|MaxRSS\n7|RUNNING|00:10:00|1e999K\n8|FAILED|00:01:00|{'9' * 400}K\n"
+    )
+    os.close(os.open(os.fsencode(logs) + b"/l\xff.out", os.O_CREAT | os.O_WRONLY))
+    scan.scan([logs], Ledger())
+    assert {"a.out", "b.log", "c.err"} <= set(states())
+    assert scan.scan([logs], Ledger()).read == 0
 
 
 def test_a_log_that_was_written_anew_is_read_anew(logs: Path):

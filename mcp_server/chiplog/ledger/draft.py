@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from chiplog.ledger.reader import Found, Span
-from chiplog.ledger.units import size
+from chiplog.ledger.units import LARGEST, size
 from chiplog.record import Evidence, OutOfMemory, Record, State, Usage
 
 MOST_EVIDENCE = 40
@@ -54,7 +54,7 @@ class Draft:
     def peak(self, text: str, kind: str, found: Found) -> None:
         """Notes a peak of memory, `12.3 GB` as torch prints it (a GB is 2^30 bytes), if it is larger than the last."""
         value = size(text, binary=True)
-        if value and (self.get("mem_kind") != kind or value > self.get("peak_mem_bytes")):
+        if value and value < LARGEST and (self.get("mem_kind") != kind or value > self.get("peak_mem_bytes")):
             self.set("peak_mem_bytes", round(value), found, printed=text.replace(",", ""))
             self.set("mem_kind", kind)
 

@@ -197,11 +197,11 @@ def _ending(draft: Draft, span: Span) -> Ending:
     for patterns, state in ((TIME_OVER, State.TIMEOUT), (HOST_OOM, State.OUT_OF_MEMORY), (NODE_LOST, State.NODE_FAIL)):
         if found := _last(patterns, tail):
             return Ending(state, found.line, found)
-    if draft.get("oom") is not None and not (draft.done and draft.done.offset > _offset(_last(GPU_OOM, span))):
-        found = _last(GPU_OOM, span)
-        return Ending(State.OUT_OF_MEMORY, found.line if found else None, found)
     good = max((found for p in GOOD if (found := tail.last(p))), key=_offset, default=None)
     done = max((found for found in (draft.done, good) if found), key=_offset, default=None)
+    found = _last(GPU_OOM, span) if draft.get("oom") is not None else None
+    if found and found.offset > _offset(done):
+        return Ending(State.OUT_OF_MEMORY, found.line, found)
     if failed and failed.offset > _offset(done):
         cancelled = CANCEL.search(failed.line)
         words = failed.get("words") or failed.line

@@ -123,7 +123,8 @@ def training_lines(span: Span, wanted: Pattern = LOSS) -> list[Line]:
     while True:
         matches = [found for found in span.near(wanted, edge) if not _of_test(found)]
         late = bool(matches) and matches[-1].offset >= span.stop - edge
-        if late or edge >= EDGE or 2 * edge >= len(span):
+        early = bool(matches) and matches[0].offset < span.start + edge
+        if (early and late) or edge >= EDGE or 2 * edge >= len(span):
             break
         edge = min(8 * edge, EDGE)
     matches = _of_one_kind(matches)

@@ -24,8 +24,9 @@ from chiplog.record import Record, State, Usage
 # What the files of one job say of its end: the surest comes first.
 SUREST = [
     State.TIMEOUT, State.PREEMPTED, State.NODE_FAIL, State.OUT_OF_MEMORY, State.CANCELLED, State.FAILED,
-    State.COMPLETED, State.INCOMPLETE, State.UNKNOWN,
+    State.COMPLETED, State.INCOMPLETE, State.UNKNOWN, State.RUNNING, State.PENDING,
 ]  # fmt: skip
+SCHEDULER = "slurm"  # the framework of a record that only a scheduler speaks of
 UNSAID = (State.INCOMPLETE, State.UNKNOWN)
 # Of a log that grew, what its first part said for good, and what is joined figure by figure.
 KEPT = {"loss_first", "resumed_from", "device", "gpus", "resumed", "n_params"}
@@ -79,6 +80,8 @@ def continued(before: Sequence[Record], after: Sequence[Record]) -> list[Record]
     idle = going_on.usage.steps is None and going_on.usage.loss_last is None
     kept = {*RECORD_KEPT, *(("state", "reason") if idle and going_on.state in UNSAID else ())}
     known = {key: value for key, value in going_on if value not in (None, [], {}) and key not in kept}
+    if "state" not in kept:  # how it ended, and nothing of how it had seemed to end
+        known |= {key: getattr(going_on, key) for key in ("state", "reason", "exit_code", "oom")}
     for key in ("framework", "model", "job_id"):
         if getattr(last, key) is None:
             known[key] = getattr(going_on, key)
@@ -92,12 +95,13 @@ def continued(before: Sequence[Record], after: Sequence[Record]) -> list[Record]
             "evidence": list(found.values()),
         }
     )
-    return [*earlier, merged, *(r.model_copy(update={"key": _renumbered(r.key, len(before))}) for r in new)]
+    return [*earlier, merged, *(r.model_copy(update={"key": _renumbered(r.key, last.key)}) for r in new)]
 
 
-def _renumbered(key: str, before: int) -> str:
+def _renumbered(key: str, last: str) -> str:
+    """The key of a run that follows the last one."""
     name, _, number = key.rpartition(":")
-    return f"{name}:{int(number) + before - 1}"
+    return f"{name}:{int(number) + int(last.rpartition(':')[2])}"
 
 
 def parse_job(paths: Sequence[Path]) -> list[Record]:
@@ -115,12 +119,14 @@ def drafts(log: LogReader, module: ModuleType) -> list[Draft]:
     """The runs as a parser reads them, with where they ran and how they ended."""
     found: list[Draft] = module.parse(log)
     for draft in found:
+        if draft.get("framework") == SCHEDULER:  # a table of other jobs too
+            continue
         place(draft, draft.span)
         cards(draft, draft.span)
         take_model(draft, log.whole)
         if draft.get("state") is None:
             end(draft, draft.span)
-    if found and found[-1].get("elapsed_s") is None:
+    if found and found[-1].get("elapsed_s") is None and found[-1].get("framework") != SCHEDULER:
         report(found[-1])  # seff, which some epilogues print at the end of the job's own log
     return found
 
@@ -142,6 +148,7 @@ def joined(record: Record, other: Record) -> Record:
     values: dict[str, Any] = {key: value for key, value in other if value is not None} | known
     surer = min((record, other), key=lambda one: SUREST.index(one.state))
     values |= {key: getattr(surer, key) for key in ("state", "reason", "exit_code")}
+    values["framework"] = record.framework
     values |= {
         "usage": Usage.model_validate(usage),
         "config": {**other.config, **record.config},
@@ -156,4 +163,5 @@ def _n_known(record: Record) -> int:
 
 
 def _key(path: Path, number: int) -> str:
-    return f"log:{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}:{number}"
+    name = str(path.resolve()).removesuffix(".gz").encode(errors="surrogateescape")
+    return f"log:{hashlib.sha256(name).hexdigest()[:16]}:{number}"

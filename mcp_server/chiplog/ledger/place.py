@@ -19,7 +19,6 @@ JOB_ID = [
     pattern(rb"/slurm[\w/]{0,40}/job(?P<job>\d+)/slurm_script", b"/slurm_script"),
     pattern(rb"^Job: (?P<job>\d{4,})\b", b"Job: "),
     pattern(rb"^Subject: Job (?P<job>\d+): <", b"Subject: Job "),
-    pattern(rb"^Submitted batch job (?P<job>\d+)", b"Submitted batch job "),
     pattern(rb"^srun: (?:Terminating (?:job )?step|job) (?P<job>\d+)\b", b"srun: "),
 ]
 VENDORS = (b"NVIDIA", b"Tesla", b"GeForce", b"Quadro", b"AMD ")

@@ -14,23 +14,37 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from stat import S_ISREG
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
 from chiplog.errors import EngineError, RecordError
-from chiplog.ledger.parse import continued, joined, parse_job, parse_log
+from chiplog.ledger.parse import continued, parse_job, parse_log
+from chiplog.ledger.reader import LogReader
 from chiplog.ledger.sacct import ask, ran_at
 from chiplog.ledger.store import Ledger, Seen
 from chiplog.machine import available_cpus
-from chiplog.record import Record, read_records
+from chiplog.record import Record, State, read_records
 from chiplog.schema import Frozen, Progress
 
 NAMES = ["*.out", "*.err", "*.log", "*.out.gz", "*.err.gz", "*.log.gz", "slurm-*", "stdout*", "stderr*", "log.txt",
          "*_log.txt", "train*.txt", "seff*", "sacct*", "nvidia-smi*.csv"]  # fmt: skip
 RECORDS = "records.jsonl"
 BATCH = 64
+LARGE = 1 << 22  # bytes from which a log that grew is read on, and not anew
 FEW = 200  # files that are read here: to start processes costs more than to read them
+
+
+URL = re.compile(r"\b[a-z]+://[^\s'\"]+")
+PATH = re.compile(
+    r"(?<![\w/])(?:~\w*|[A-Z]:)?[/\\][^\s'\"/\\:,;)\]]+(?:[/\\][^\s'\"/\\:,;)\]]*)*|(?<![\w/])~\w+"
+    r"|(?<![\w/.-])[\w.+-]+(?:/[\w.@+~-]+){2,}"
+)
+# Where Slurm names a node, and addresses.
+HOST = re.compile(
+    r"(?<=\bON )\S+(?= CANCELLED)|(?<=srun: error: )[\w.-]+(?=: )|(?<=failure on )\S+|(?<=slurmstepd-)[\w.-]+(?=:)"
+    r"|\b\d{1,3}(?:\.\d{1,3}){3}\b"
+)
 
 
 class Scanned(Frozen):
@@ -75,7 +89,7 @@ def scan(
     there = {found.path: found for root in roots for found in find_logs(root)}
     known = ledger.seen()
     changed = {path for path, found in there.items() if not _unchanged(found, known.get(path))}
-    work = _work(there, known, changed)
+    work = _work(ledger, there, known, changed)
     within = [str(root.resolve()) for root in roots]
     absent = [path for path, seen in known.items() if path not in there and not seen.gone]
     gone = [path for path in absent if any(path == root or path.startswith(root + os.sep) for root in within)]
@@ -96,18 +110,20 @@ def scan(
     return Scanned(files=len(there), read=len(changed), runs=runs, gone=len(gone), errors=errors)
 
 
-def _work(there: dict[str, Found], known: dict[str, Seen], changed: set[str]) -> list[Work]:
-    """What is to be read: a log, or both files of a job if one of them changed."""
+def _work(ledger: Ledger, there: dict[str, Found], known: dict[str, Seen], changed: set[str]) -> list[Work]:
+    """What is to be read: a log, or both files of a job if one of them changed or they were read apart."""
     work = []
     for path, found in there.items():
         first, second = _first(path), _second(path)
-        if first in there and path != first:
+        if path != first and (first in there or _found(first)):
             continue
-        if second in there and second != path:
-            if {path, second} & changed:
-                work.append(Work(found, None, there[second]))
+        other = there.get(second) or (_found(second) if second != path else None)
+        if other and second != path:
+            if path in changed or not _unchanged(other, known.get(second)) or known[path].parser:
+                work.append(Work(found, None, other))
         elif path in changed:
-            work.append(Work(found, known.get(path), None))
+            old = known.get(path)
+            work.append(Work(found, old if old and _goes_on(ledger, found, old) else None, None))
     return work
 
 
@@ -128,8 +144,8 @@ def _join(ledger: Ledger, jobs: dict[str, float]) -> list[str]:
     except EngineError as wrong:
         reports, errors = [], [str(wrong)]
     # A job of that number may have run on another cluster: then it was not running when the log was written.
-    ledger.put([r for r in reports if r.job_id in jobs and ran_at(r, jobs[r.job_id])])
-    ledger.join_reports(joined)
+    ledger.put([r for r in reports if r.state.ended and r.job_id in jobs and ran_at(r, jobs[r.job_id])])
+    ledger.join_reports(ran_at)
     return errors
 
 
@@ -168,8 +184,13 @@ def find_logs(root: Path) -> Iterator[Found]:
             path = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
             if is_folder:
                 stack.append(path)
-            elif is_log(entry.name) and (found := _found(path)):
+            elif is_log(entry.name) and _is_text(path) and (found := _found(path)):
                 yield found
+
+
+def _is_text(path: str) -> bool:
+    """Whether a path can be written down; one that is not UTF-8 cannot."""
+    return path.isascii() or not any("\udc80" <= letter <= "\udcff" for letter in path)
 
 
 def is_log(name: str) -> bool:
@@ -181,7 +202,8 @@ def _found(path: str) -> Found | None:
         stat = os.stat(path)  # noqa: PTH116
     except OSError:
         return None
-    return Found(path, stat.st_size, stat.st_mtime_ns, stat.st_ino) if S_ISREG(stat.st_mode) else None
+    inode = stat.st_ino - 2**64 if stat.st_ino >= 2**63 else stat.st_ino  # as SQLite counts
+    return Found(path, stat.st_size, stat.st_mtime_ns, inode) if S_ISREG(stat.st_mode) else None
 
 
 def _unchanged(found: Found, seen: Seen | None) -> bool:
@@ -211,7 +233,7 @@ def _read_batch(batch: Sequence[Work]) -> list[Read]:
 def _read(work: Work) -> list[Read]:
     found, old, second = work
     path = Path(found.path)
-    grown = old if old and _has_grown(found, old) else None
+    grown = old
     try:
         if second:
             records, read_to, parser = parse_job([path, Path(second.path)]), 0, None
@@ -219,7 +241,7 @@ def _read(work: Work) -> list[Read]:
             records, read_to, parser = [r for r in read_records(path) if r.state.ended], 0, None
         else:
             records, read_to, parser = parse_log(path, grown.read_to, grown.parser) if grown else parse_log(path)
-    except RecordError as wrong:
+    except (RecordError, ValueError, OverflowError, RecursionError) as wrong:
         if second:  # one of the two cannot be read, and the other alone says something
             return [*_read(Work(found, None, None)), *_read(Work(second, None, None))]
         return [Read(Seen(**found._asdict(), read_to=0, error=str(wrong)), None, [])]
@@ -227,10 +249,23 @@ def _read(work: Work) -> list[Read]:
     return [Read(Seen(**found._asdict(), read_to=read_to, parser=parser), grown, records), *also]
 
 
-def _has_grown(found: Found, old: Seen) -> bool:
-    """Whether a log goes on where it was last read to."""
-    same = not old.error and old.inode == found.inode and found.size > old.size
-    return same and bool(old.parser) and not found.path.endswith(".gz")
+def _goes_on(ledger: Ledger, found: Found, old: Seen) -> bool:
+    """Whether a log goes on where it was last read to, with a run that had not ended."""
+    same = not old.error and old.inode == found.inode and found.size > old.size > LARGE
+    if not same or old.read_to != old.size or not old.parser or found.path.endswith(".gz"):
+        return False
+    before = ledger.of_file(found.path)
+    return bool(before) and before[-1].state is State.INCOMPLETE and _still_says(found.path, before[-1])
+
+
+def _still_says(path: str, record: Record) -> bool:
+    """Whether what was read of a log stands there still: it may have been written anew."""
+    try:
+        with LogReader(Path(path)) as log:
+            said = [(log.text(entry.offset, entry.offset + 12), entry.line) for entry in record.evidence]
+    except RecordError:
+        return False
+    return all(text.split(b"\n")[0].strip() in line.encode() for text, line in said)
 
 
 def _grown(ledger: Ledger, seen: Seen, old: Seen | None, records: list[Record]) -> list[Record]:
@@ -243,20 +278,36 @@ def _grown(ledger: Ledger, seen: Seen, old: Seen | None, records: list[Record]) 
 def redacted(records: Iterable[Record]) -> Iterator[Record]:
     """The records without users, hosts and folders, fit to be shared."""
     for record in records:
+        hidden = record.model_dump(include={"reason", "config", "packages"})
         yield record.model_copy(
             update={
                 "logs": [Path(log).name for log in record.logs],
                 "evidence": [],
-                "reason": None if record.reason is None else _no_paths(record.reason),
-                "model": None if record.model is None else Path(record.model).name,
-                "config": {
-                    key: _no_paths(value) if isinstance(value, str) else value for key, value in record.config.items()
-                },
+                "model": None if record.model is None else _name_alone(record.model),
+                **{name: _without_names(value) for name, value in hidden.items()},
             }
         )
 
 
-def _no_paths(text: str) -> str:
-    text = re.sub(r"(?:/[\w.@+~-]+){2,}", lambda match: Path(match.group()).name, text)
+def _without_names(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(_without_names(key)): _without_names(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_names(inner) for inner in value]
+    return _no_names(value) if isinstance(value, str) else value
+
+
+def _no_names(text: str) -> str:
+    text = URL.sub("URL", text)
+    text = PATH.sub(lambda match: _name_alone(match.group()), text)
     text = re.sub(r"\b[\w.+-]+@[\w.-]+\b", "USER@HOST", text)
-    return re.sub(r"(?<=\bON )\S+(?= CANCELLED)|\b\d{1,3}(?:\.\d{1,3}){3}\b", "HOST", text)
+    return HOST.sub("HOST", text)
+
+
+def _name_alone(path: str) -> str:
+    """The last part of a path, if it is not a folder of somebody's: of `/home/me` and `/data/me/` nothing."""
+    parts = [part for part in re.split(r"[/\\]", path) if part]
+    rooted = path.startswith(("/", "~")) or ":\\" in path
+    if not rooted:
+        return path if len(parts) <= 2 else parts[-1]
+    return parts[-1] if len(parts) > 2 and not path.endswith(("/", "\\")) else "PATH"

@@ -7,6 +7,7 @@ scheduler reports of a job whose log was read too is `part_of` that run.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pydantic import Field, ValidationError
 
 from chiplog.errors import RecordError
 from chiplog.home import home
+from chiplog.ledger.parse import SCHEDULER, joined
 from chiplog.record import Record, State
 from chiplog.schema import Frozen
 
@@ -36,6 +38,7 @@ CREATE TABLE records (key TEXT PRIMARY KEY REFERENCES runs ON DELETE CASCADE, re
 CREATE INDEX runs_by_recipe ON runs (recipe, device, model);
 CREATE INDEX runs_by_file ON runs (file);
 CREATE INDEX runs_by_job ON runs (job_id);
+CREATE INDEX runs_by_part ON runs (part_of);
 CREATE INDEX runs_by_start ON runs (started DESC);
 CREATE TABLE files (
   path TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, inode INTEGER NOT NULL,
@@ -43,7 +46,7 @@ CREATE TABLE files (
 ) STRICT;
 """
 _BOTH = "runs JOIN records USING (key)"
-SCHEDULER = "slurm"  # the framework of a record that only a scheduler speaks of
+_IN_ORDER = "length(runs.key), runs.key"  # the numbers of a log's runs are as long as they are
 BUSY_S = 30.0
 
 
@@ -98,28 +101,40 @@ class Ledger:
         with self._open() as connection:
             connection.executemany("UPDATE files SET gone = 1 WHERE path = ?", [(path,) for path in paths])
 
-    def join_reports(self, joined: Callable[[Record, Record], Record]) -> None:
-        """Makes one run of a job's log and of what the scheduler reports of that job."""
+    def join_reports(self, fits: Callable[[Record, float], bool]) -> None:
+        """Makes one run of a job's log and of what the scheduler reports of that job.
+
+        `fits` says whether a job ran at a moment, such as when a log was last written to (seconds since 1970): of
+        several logs that name the job, one of which that is true comes first. Each keeps its own record, and what is
+        searched and shown is both.
+        """
         with self._open() as connection:
+            connection.execute("UPDATE runs SET part_of = NULL WHERE part_of IS NOT NULL")
             reports = connection.execute(
-                f"SELECT job_id, record FROM {_BOTH} WHERE framework = ? AND job_id IS NOT NULL", (SCHEDULER,)
+                f"SELECT key, job_id, record FROM {_BOTH} WHERE framework = ? AND job_id IS NOT NULL", (SCHEDULER,)
             ).fetchall()
             for row in reports:
                 report = Record.model_validate_json(row["record"])
-                run = connection.execute(
-                    f"SELECT record, file FROM {_BOTH} WHERE job_id = ? AND framework IS NOT ? ORDER BY key DESC",
+                runs = connection.execute(
+                    f"SELECT runs.key, record, mtime_ns FROM {_BOTH} LEFT JOIN files ON path = file "
+                    "WHERE job_id = ? AND framework IS NOT ? AND (file IS NOT NULL OR experiment IS NOT NULL) "
+                    f"ORDER BY {_IN_ORDER}",
                     (row["job_id"], SCHEDULER),
-                ).fetchone()
-                if run:
-                    record = Record.model_validate_json(run["record"])
-                    if not set(report.logs) <= set(record.logs):
-                        _put(connection, run["file"], [joined(record, report)])
-                    connection.execute("UPDATE runs SET part_of = ? WHERE key = ?", (record.key, report.key))
+                ).fetchall()
+                if runs and report.state.ended:
+                    run = max(enumerate(runs), key=lambda one: (fits(report, (one[1]["mtime_ns"] or 0) / 1e9), one[0]))[
+                        1
+                    ]
+                    both = joined(Record.model_validate_json(run["record"]), report)
+                    names = ", ".join(f"{name} = ?" for name in COLUMNS)
+                    values = [_value(both, path) for path in COLUMNS.values()]
+                    connection.execute(f"UPDATE runs SET {names} WHERE key = ?", [*values, run["key"]])
+                    connection.execute("UPDATE runs SET part_of = ? WHERE key = ?", (run["key"], row["key"]))
 
     def of_file(self, path: str) -> list[Record]:
         """The records of one log, in its order."""
         with self._open() as connection:
-            rows = connection.execute(f"SELECT record FROM {_BOTH} WHERE file = ? ORDER BY key", (path,))
+            rows = connection.execute(f"SELECT record FROM {_BOTH} WHERE file = ? ORDER BY {_IN_ORDER}", (path,))
             return [Record.model_validate_json(row["record"]) for row in rows]
 
     def records(self, *, device: str | None = None, state: State | None = None) -> list[Record]:
@@ -147,16 +162,16 @@ class Ledger:
         with self._open() as connection:
             (total,) = connection.execute(f"SELECT count(*) FROM runs WHERE {where}", values).fetchone()
             rows = connection.execute(
-                f"SELECT record FROM {_BOTH} WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?",
+                f"SELECT runs.key, record FROM {_BOTH} WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?",
                 [*values, -1 if limit is None else limit, offset],
             )
-            return [Record.model_validate_json(row["record"]) for row in rows], total
+            return [_whole(connection, row) for row in rows], total
 
     def get(self, key: str) -> Record | None:
         """The record of that key, or null."""
         with self._open() as connection:
-            row = connection.execute("SELECT record FROM records WHERE key = ?", (key,)).fetchone()
-            return Record.model_validate_json(row["record"]) if row else None
+            row = connection.execute("SELECT key, record FROM records WHERE key = ?", (key,)).fetchone()
+            return _whole(connection, row) if row else None
 
     def forget(self, key: str) -> bool:
         """Removes a record; says whether it was there. Its log is not read again unless it changes."""
@@ -200,8 +215,18 @@ def _prepare(connection: sqlite3.Connection) -> None:
         connection.execute(f"DROP TABLE IF EXISTS {name}")
     for statement in _SCHEMA.split(";"):
         connection.execute(statement)
-    _put(connection, None, [Record.model_validate_json(text) for text in old])
+    known = [Record.model_validate_json(text) for text in old]
+    # What was read of a log is read again, as far as it is still there.
+    _put(connection, None, [r for r in known if not (r.key.startswith("log:") and any(map(os.path.exists, r.logs)))])
     connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _whole(connection: sqlite3.Connection, row: sqlite3.Row) -> Record:
+    """A run's own record, with what the scheduler reports of it."""
+    record = Record.model_validate_json(row["record"])
+    for part in connection.execute(f"SELECT record FROM {_BOTH} WHERE part_of = ?", (row["key"],)):
+        record = joined(record, Record.model_validate_json(part["record"]))
+    return record
 
 
 def _put(connection: sqlite3.Connection, file: str | None, records: Iterable[Record]) -> None:
@@ -219,6 +244,8 @@ def _value(record: Record, path: str) -> Any:
         value = record.config.get(name)
     else:
         value = getattr(record.usage if place else record, name)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return None
     return value if isinstance(value, int | float | str) else None
 
 

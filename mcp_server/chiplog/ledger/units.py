@@ -12,6 +12,7 @@ UNITS = {
     "g": 2**30, "gb": 10**9, "gib": 2**30, "t": 2**40, "tb": 10**12, "tib": 2**40,
 }  # fmt: skip
 DURATIONS = {"ms": 0.001, "m": 60, "h": 3600, "s": 1}
+LARGEST = 2**62  # no count is
 COUNTS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _SIZE = re.compile(r"\s*([\d.]+(?:e[+-]?\d+)?)\s*([A-Za-z]*)\s*")
 _COUNT = re.compile(r"([\d.]+)([kKMGBT]?)")
@@ -41,7 +42,8 @@ def whole(text: str | None) -> int | None:
     """A whole number, with or without commas; `1.5k` is 1500."""
     match = _COUNT.fullmatch((text or "").replace(",", ""))
     value = number(match.group(1)) if match else None
-    return None if value is None or not match else round(value * COUNTS[match.group(2)])
+    value = None if value is None or not match else value * COUNTS[match.group(2)]
+    return None if value is None or not value < LARGEST else round(value)
 
 
 def seconds(text: str | None) -> float | None:

@@ -6,7 +6,7 @@ import re
 
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.reader import Found, LogReader, pattern
-from chiplog.ledger.units import seconds, size, whole
+from chiplog.ledger.units import LARGEST, seconds, size, whole
 from chiplog.record import State
 
 SEFF = pattern(
@@ -22,7 +22,7 @@ STATES = {
     "DEADLINE": State.TIMEOUT,
     "REVOKED": State.CANCELLED,
 }
-LARGEST = 1 << 26  # bytes of a table that are read
+TABLE = 1 << 26  # bytes of a table that are read
 LINE = pattern(rb"^[^\n]+$")
 HEADS = {b"JobID", b"JobIDRaw"}
 
@@ -76,7 +76,7 @@ def ended(draft: Draft, text: str, found: Found) -> None:
 
 def _sacct(log: LogReader) -> list[Draft]:
     """One draft a job; its steps give what only they know, such as the largest memory."""
-    lines = list(log.whole.before(log.start + LARGEST).all(LINE))
+    lines = list(log.whole.before(log.start + TABLE).all(LINE))
     rows = _table([log.text(found.offset, found.end).decode(errors="replace") for found in lines])
     jobs: dict[str, Draft] = {}
     for found, cells in zip(lines, rows, strict=True):
@@ -86,7 +86,7 @@ def _sacct(log: LogReader) -> list[Draft]:
         draft = jobs.setdefault(job, Draft(log.whole, "slurm"))
         draft.set("job_id", job)
         memory = size(cells.get("MaxRSS", ""))
-        if memory and memory > (draft.get("peak_mem_bytes") or 0):
+        if memory and LARGEST > memory > (draft.get("peak_mem_bytes") or 0):
             draft.set("peak_mem_bytes", round(memory), found)
             draft.set("mem_kind", "host_rss")
         if step:
@@ -96,9 +96,11 @@ def _sacct(log: LogReader) -> list[Draft]:
         draft.set("started", _time(cells.get("Start")))
         draft.set("ended", _time(cells.get("End")))
         code = re.match(r"\d+", cells.get("ExitCode", ""))
-        draft.set("exit_code", int(code.group()) if code else None)
-        if gpus := re.search(r"gres/gpu(?::[\w.-]+)?=(\d+)", cells.get("AllocTRES", "") + cells.get("ReqTRES", "")):
-            draft.set("gpus", int(gpus.group(1)), found)
+        draft.set("exit_code", whole(code.group()) if code else None)
+        if gpus := re.search(
+            r"gres/gpu(?::[\w.-]+)?=(\d{1,6})\b", cells.get("AllocTRES", "") + cells.get("ReqTRES", "")
+        ):
+            draft.set("gpus", whole(gpus.group(1)), found)
     return list(jobs.values())
 
 
