@@ -82,3 +82,17 @@ def test_an_end_has_its_state(tmp_path: Path, state: State, end: str):
     assert (record.oom is not None) is (state is State.OUT_OF_MEMORY)
     if "2.00 GiB" in end or "2.00GiB" in end or "2147483648 bytes" in end:
         assert record.oom and record.oom.tried_bytes == 2 * GIB
+
+
+def test_an_error_of_memory_that_was_caught_ended_nothing(tmp_path: Path):
+    file = tmp_path / "a.log"
+    file.write_text(BAR + ENDS[State.OUT_OF_MEMORY][0] + BAR.replace("10/", "20/") + "Training complete!\n")
+    assert parse_log(file).records[0].state is State.COMPLETED
+
+
+def test_the_first_loss_may_stand_behind_much_else(tmp_path: Path):
+    file = tmp_path / "a.log"
+    steps = "".join(f"step {n}/2000 loss {9 - n / 500:.3f}\n" for n in range(1, 2001))
+    file.write_text("preparing data\n" * 2000 + steps)
+    usage = parse_log(file).records[0].usage
+    assert (usage.loss_first, usage.loss_last, usage.steps) == (8.998, 5.0, 2000)

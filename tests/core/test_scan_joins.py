@@ -95,6 +95,42 @@ def test_a_table_of_sacct_is_joined_with_the_logs_of_its_jobs(job: Path):
     assert (by_job["77"].usage.elapsed_s, len(by_job)) == (3600, 2)
 
 
+def test_a_job_that_runs_is_not_joined_and_ends_no_scan(job: Path):
+    (job / "sacct.txt").write_text(sacct(time.time() - 60, time.time()).replace("TIMEOUT", "RUNNING"))
+    scan.scan([job], Ledger())
+    states = {(record.job_id, record.framework): record.state for record in Ledger().records()}
+    assert states["77", "transformers"] is State.COMPLETED and states["77", "slurm"] is State.RUNNING
+
+
+def test_a_figure_that_sacct_mends_is_taken(job: Path):
+    for elapsed, state in (("00:10:00", State.TIMEOUT), ("09:00:00", State.COMPLETED)):
+        text = sacct(time.time() - 3600, time.time()).replace("01:00:00|", f"{elapsed}|").replace("TIMEOUT", state)
+        (job / "sacct.txt").write_text(text)
+        scan.scan([job], Ledger())
+        run = next(record for record in Ledger().records() if record.job_id == "77")
+        hours, minutes = int(elapsed[:2]), int(elapsed[3:5])
+        assert (run.state, run.usage.elapsed_s) == (state, 3600 * hours + 60 * minutes)
+        assert len(Ledger().records()) == 2
+
+
+def test_a_job_with_many_runs_is_joined_with_its_last(job: Path):
+    (job / "train-77.err").unlink()
+    (job / "train-77.out").write_text("SLURM_JOB_ID=77\n" + TRAINER * 12)
+    (job / "sacct.txt").write_text(sacct(time.time() - 3600, time.time()))
+    scan.scan([job], Ledger())
+    (last,) = [record for record in Ledger().records() if record.usage.elapsed_s == 3600]
+    assert last.key.endswith(":11") and len(Ledger().of_file(str(job / "train-77.out"))) == 12
+
+
+def test_logs_of_an_experiment_are_its_runs_once_it_is_collected(folder: ExperimentFolder, lab: Path):
+    (folder.path / "runs" / "rank4" / "slurm-1.out").write_text(TRAINER)
+    scan.scan([lab], Ledger())
+    assert [record.experiment for record in Ledger().records()] == [None]
+    collected(folder)
+    scan.scan([lab], Ledger())
+    assert {record.run for record in Ledger().records()} == {"rank4", "S_base"}
+
+
 def test_the_command_is_asked_where_it_is_there(job: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch):
     command(
         workspace,

@@ -33,7 +33,7 @@ HOST_OOM = [
     pattern(rb"Exceeded (?:job|step) memory limit", b" memory limit"),
     pattern(rb"error: \S+: tasks? [\d,-]+: Out Of Memory", b"Out Of Memory"),
     pattern(rb"TERM_MEMLIMIT|job killed: v?mem \d+\w* exceeded", b"TERM_MEM", b"job killed: "),
-    pattern(rb"^(?:\S*MemoryError)\b", b"MemoryError"),
+    pattern(rb"^(?:\S*(?<!OutOf)MemoryError)\b[^\n]*", b"MemoryError"),
     pattern(rb"DefaultCPUAllocator: (?:can't|not enough memory)[^\n]*", b"DefaultCPUAllocator"),
     pattern(rb"OOM when allocating tensor[^\n]*device:CPU:[^\n]*", b"device:CPU:"),
 ]

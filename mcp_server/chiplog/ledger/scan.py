@@ -22,14 +22,13 @@ from chiplog.errors import EngineError, RecordError
 from chiplog.ledger.parse import continued, parse_job, parse_log
 from chiplog.ledger.reader import LogReader
 from chiplog.ledger.sacct import ask, ran_at
-from chiplog.ledger.store import Ledger, Seen
+from chiplog.ledger.store import RECORDS, Ledger, Seen
 from chiplog.machine import available_cpus
 from chiplog.record import Record, State, read_records
 from chiplog.schema import Frozen, Progress
 
 NAMES = ["*.out", "*.err", "*.log", "*.out.gz", "*.err.gz", "*.log.gz", "slurm-*", "stdout*", "stderr*", "log.txt",
          "*_log.txt", "train*.txt", "seff*", "sacct*", "nvidia-smi*.csv"]  # fmt: skip
-RECORDS = "records.jsonl"
 BATCH = 64
 LARGE = 1 << 22  # bytes from which a log that grew is read on, and not anew
 FEW = 200  # files that are read here: to start processes costs more than to read them

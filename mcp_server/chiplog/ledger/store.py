@@ -46,6 +46,7 @@ CREATE TABLE files (
 ) STRICT;
 """
 _BOTH = "runs JOIN records USING (key)"
+RECORDS = "records.jsonl"  # what an experiment of this project keeps of its runs
 _IN_ORDER = "length(runs.key), runs.key"  # the numbers of a log's runs are as long as they are
 BUSY_S = 30.0
 
@@ -88,6 +89,9 @@ class Ledger:
                 )
                 if seen.error is None:
                     connection.execute("DELETE FROM runs WHERE file = ?", (seen.path,))
+                    if seen.path.endswith(f"/{RECORDS}"):  # logs of an experiment that was not collected yet
+                        under = _literal(seen.path.removesuffix(RECORDS)) + "%"
+                        connection.execute("DELETE FROM runs WHERE file LIKE ? ESCAPE '\\'", (under,))
                     _put(connection, seen.path, records)
 
     def seen(self) -> dict[str, Seen]:
