@@ -189,7 +189,8 @@ def _ending(draft: Draft, span: Span) -> Ending:
         why = (slurm.get("why") or "").strip().upper()
         state = next((state for words, state in WHY.items() if why.startswith(words)), State.CANCELLED)
         # srun cancels the step of a task that failed: what failed stands before it.
-        own_fault = slurm["what"] == "STEP" and not why and failed and failed.offset < slurm.offset
+        fault = (failed and failed.offset < slurm.offset) or draft.get("oom") is not None
+        own_fault = slurm["what"] == "STEP" and not why and fault
         if not own_fault:
             if state is State.CANCELLED and (host := _last(HOST_OOM, tail)):
                 return Ending(State.OUT_OF_MEMORY, host.line, host)
