@@ -36,6 +36,9 @@ METRIC = pattern(  # what a loop prints that names no loss
     b"mse", b"mae", b"acc", b"perplexity", b"ppl", b"reward", b"nll", b"auc", b"error", b"bleu", b"f1", b"return",
     b"learn",
 )  # fmt: skip
+STEPPED = pattern(  # where not even that is printed
+    rb"^[^\n]{0,80}?(?i:\b(?:iter(?:ation)?|(?:global[_ ]?)?step))[\"']?[ :=#]+[\"']?(?=\d)", b"iter", b"step"
+)
 OF_TEST = re.compile(
     rb"(?i)(?<![a-z/])(?:net output|test|val|valid|validation|eval|evaluation|evaluating|dev)(?![a-z/])"
 )
@@ -133,6 +136,12 @@ def training_lines(span: Span, wanted: Pattern = LOSS) -> list[Line]:
     return [_line(span, group, start) for group, start in _groups(span, matches)]
 
 
+def counted_lines(span: Span) -> list[Line]:
+    """Lines that count steps up, and say nothing of how it goes."""
+    lines = [line for line in training_lines(span, STEPPED) if line.step is not None]
+    return lines if len(lines) >= 3 and len(_rising(lines, lambda line: line.step)) == len(lines) else []
+
+
 def _of_one_kind(matches: list[Found]) -> list[Found]:
     """Without losses that are called otherwise than most, such as those of a last test."""
     if len(matches) < FEW:
@@ -192,7 +201,7 @@ def _line(span: Span, group: Sequence[Found], start: int) -> Line:
         pace, held = pace or PER_STEP.search(after), held or MEMORY.search(after)
     return Line(
         found=chosen,
-        loss=number(chosen["loss"]),
+        loss=number(chosen.get("loss")),
         step=_whole(step, "step"),
         total=_whole(step, "total") or _total(text, step),
         epoch=number(_text(epoch, "epoch") or _text(epoch, "before")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from chiplog.ledger.bars import bars
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.ending import TRACEBACK
-from chiplog.ledger.lines import COST, EPOCH, METRIC, Line, pace, so_far, training_lines
+from chiplog.ledger.lines import COST, EPOCH, METRIC, Line, counted_lines, pace, so_far, training_lines
 from chiplog.ledger.reader import BLOCK, Found, LogReader, Span, pattern
 from chiplog.ledger.runs import take_bars, take_speed, training_bars, trains
 from chiplog.ledger.units import duration, number, whole
@@ -82,7 +82,7 @@ def run(span: Span, draft: Draft) -> Draft:
     losses(draft, span, lines)
     lines = lines or training_lines(span, COST)
     take_loss(draft, lines)
-    lines = lines or training_lines(span, METRIC)
+    lines = lines or training_lines(span, METRIC) or counted_lines(span)
     epochs(draft, span)
     take_bars(draft, training_bars(bars(span, trains)))
     steps(draft, span, lines)
