@@ -13,7 +13,8 @@ from chiplog.diagnosis import diagnose
 from chiplog.errors import ConfirmationNeeded, NotFoundError
 from chiplog.ledger import Ledger
 from chiplog.ledger.parse import parse_job
-from chiplog.ledger.scan import redacted, scan
+from chiplog.ledger.redact import redacted
+from chiplog.ledger.scan import scan
 from chiplog.record import Record, State, read_records, write_records
 from chiplog.schema import Progress
 from chiplog.settings import Settings, load_settings

@@ -17,6 +17,8 @@ from chiplog.diagnosis import diagnose
 from chiplog.errors import ConfirmationNeeded, NotFoundError, RecordError
 from chiplog.ledger import Ledger, scan
 from chiplog.ledger import parse as parsing
+from chiplog.ledger.parsers import transformers
+from chiplog.ledger.redact import redacted
 from chiplog.ledger.scan import FEW
 from chiplog.record import OutOfMemory, Record, State, Usage
 from tests.core.test_parsers import BAR, GPU_OOM, TORCHTUNE, TRAINER
@@ -103,6 +105,16 @@ def test_a_log_that_cannot_be_made_sense_of_is_named_and_the_others_are_read(log
     scan.scan([logs], Ledger())
     assert {"a.out", "b.log", "c.err"} <= set(states())
     assert scan.scan([logs], Ledger()).read == 0
+
+
+def test_a_parser_that_stumbles_is_named_and_the_other_logs_are_read(logs: Path, monkeypatch: pytest.MonkeyPatch):
+    def stumbles(log: object) -> None:
+        raise ValueError("too many digits")
+
+    monkeypatch.setattr(transformers, "parse", stumbles)
+    (error,) = scan.scan([logs], Ledger()).errors
+    assert "b.log cannot be made sense of, as a log of transformers: too many digits" in error
+    assert set(states()) == {"a.out", "c.err"}
 
 
 def test_a_log_that_was_written_anew_is_read_anew(logs: Path):
@@ -256,3 +268,37 @@ def test_what_is_shared_names_no_user_host_or_folder(logs: Path):
     Ledger().file.unlink()
     assert past_runs.import_runs("shared.jsonl").runs == 4 == len(Ledger().records())
     assert all(json.loads(line)["key"] for line in shared.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("text", "shared"),
+    [
+        ("cannot open /home/zoltan", "cannot open PATH"),
+        ("in /scratch/zoltan/", "in PATH"),
+        ("no '/home/zoltan/my data/x.json'", "no 'my data/x.json'"),
+        ("~zoltan/data/x.json: gone", "x.json: gone"),
+        ("C:\\Users\\zoltan\\x.json", "x.json"),
+        ("data/zoltan/x.json", "x.json"),
+        ("srun: error: node042: task 3: Out Of Memory", "srun: error: HOST: task 3: Out Of Memory"),
+        ("srun: error: Node failure on gpu-n017", "srun: error: Node failure on HOST"),
+        ("slurmstepd-node12: error: x", "slurmstepd-HOST: error: x"),
+        (
+            "*** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 ***",
+            "*** JOB 7 ON HOST CANCELLED AT 2026-01-01T00:00:00 ***",
+        ),
+        ("tcp://node042.lab.org:29500 and 10.1.2.3", "URL and HOST"),
+        ("zoltan@login7.lab.org", "USER@HOST"),
+        ("meta-llama/Llama-3.2-1B, lr 1e-4, 3/4 of it", "meta-llama/Llama-3.2-1B, lr 1e-4, 3/4 of it"),
+    ],
+)
+def test_no_text_that_is_shared_names_a_user_a_host_or_a_folder(text: str, shared: str):
+    record = Record(key="k", state=State.FAILED, reason=text, config={"path": text}, packages={"p": text})
+    (seen,) = redacted([record])
+    assert (seen.reason, seen.config, seen.packages) == (shared, {"path": shared}, {"p": shared})
+
+
+def test_a_list_in_a_configuration_is_redacted_too():
+    (seen,) = redacted(
+        [Record(key="k", state=State.FAILED, model="/home/zoltan/llama", config={"files": ["/home/zoltan/a.json"]})]
+    )
+    assert (seen.config, seen.model) == ({"files": ["a.json"]}, "llama")

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from chiplog.errors import RecordError
 from chiplog.ledger import parsers
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.ending import end
@@ -53,7 +54,10 @@ def parse_log(path: Path, start: int = 0, parser: str | None = None) -> Parsed:
     """Reads a log from byte `start` on, by the named parser or the surest. Raises RecordError if it cannot."""
     with LogReader(path, start) as log:
         module = next((m for m in all_parsers() if _name(m) == parser), None) or _surest(log)
-        records = [draft.record(_key(path, number)) for number, draft in enumerate(drafts(log, module))]
+        try:
+            records = [draft.record(_key(path, number)) for number, draft in enumerate(drafts(log, module))]
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise RecordError(f"{path} cannot be made sense of, as a log of {_name(module)}: {error}") from error
         end = max(start, log.size - OVERLAP)
         last_line = log.text(end, log.size).rfind(b"\n")
         return Parsed(records, end + last_line + 1 if last_line >= 0 else start, _name(module))

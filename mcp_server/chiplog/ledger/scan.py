@@ -1,7 +1,7 @@
 """Finding logs and reading those that are new or have changed, on all cores, into the ledger.
 
-A file is known by path, size, time and inode: of an unchanged tree no content is touched. One that grew is read from
-where it ended. What is read is put into the ledger a batch at a time, so that an interruption loses one batch.
+A file is known by path, size, time and inode: of an unchanged tree no content is touched. A large one that grew is read
+from where it ended. What is read is put into the ledger a batch at a time, so that an interruption loses one batch.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import Field
 
@@ -29,21 +29,10 @@ from chiplog.schema import Frozen, Progress
 
 NAMES = ["*.out", "*.err", "*.log", "*.out.gz", "*.err.gz", "*.log.gz", "slurm-*", "stdout*", "stderr*", "log.txt",
          "*_log.txt", "train*.txt", "seff*", "sacct*", "nvidia-smi*.csv"]  # fmt: skip
+JOB = re.compile(r"\d+(?:_\d+)?")  # Slurm's id of a job, or of a task of an array
 BATCH = 64
 LARGE = 1 << 22  # bytes from which a log that grew is read on, and not anew
 FEW = 200  # files that are read here: to start processes costs more than to read them
-
-
-URL = re.compile(r"\b[a-z]+://[^\s'\"]+")
-PATH = re.compile(
-    r"(?<![\w/])(?:~\w*|[A-Z]:)?[/\\][^\s'\"/\\:,;)\]]+(?:[/\\][^\s'\"/\\:,;)\]]*)*|(?<![\w/])~\w+"
-    r"|(?<![\w/.-])[\w.+-]+(?:/[\w.@+~-]+){2,}"
-)
-# Where Slurm names a node, and addresses.
-HOST = re.compile(
-    r"(?<=\bON )\S+(?= CANCELLED)|(?<=srun: error: )[\w.-]+(?=: )|(?<=failure on )\S+|(?<=slurmstepd-)[\w.-]+(?=:)"
-    r"|\b\d{1,3}(?:\.\d{1,3}){3}\b"
-)
 
 
 class Scanned(Frozen):
@@ -56,7 +45,7 @@ class Scanned(Frozen):
     errors: list[str] = Field(description="Logs that could not be read, and why.")
 
 
-class Found(NamedTuple):
+class LogFile(NamedTuple):
     """A log on disk."""
 
     path: str
@@ -66,11 +55,11 @@ class Found(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A log to read, as it was read last, and the file of the same job's standard error."""
+    """A log to read."""
 
-    found: Found
-    old: Seen | None
-    second: Found | None
+    found: LogFile
+    old: Seen | None  # as it was read last, if it only goes on from there
+    second: LogFile | None  # the file of the same job's standard error
 
 
 class Read(NamedTuple):
@@ -98,7 +87,8 @@ def scan(
         ledger.put_logs(read)
         runs += sum(len(records) for _, records in read)
         errors += [f"{seen.path}: {seen.error}" for seen, _ in read if seen.error]
-        jobs |= {r.job_id: seen.mtime_ns / 1e9 for seen, records in read for r in records if r.job_id}
+        logs = [(seen.mtime_ns / 1e9, r.job_id) for seen, records in read for r in records if not r.experiment]
+        jobs |= {job: moment for moment, job in logs if job and JOB.fullmatch(job)}
         done += len(batch)
         if progress:
             progress(done, len(changed), "logs")
@@ -109,7 +99,7 @@ def scan(
     return Scanned(files=len(there), read=len(changed), runs=runs, gone=len(gone), errors=errors)
 
 
-def _work(ledger: Ledger, there: dict[str, Found], known: dict[str, Seen], changed: set[str]) -> list[Work]:
+def _work(ledger: Ledger, there: dict[str, LogFile], known: dict[str, Seen], changed: set[str]) -> list[Work]:
     """What is to be read: a log, or both files of a job if one of them changed or they were read apart."""
     work = []
     for path, found in there.items():
@@ -139,7 +129,7 @@ def _join(ledger: Ledger, jobs: dict[str, float]) -> list[str]:
     """Joins the runs with what sacct, if it is there, and reports among the logs say of their jobs; returns errors."""
     errors = []
     try:
-        reports = ask(sorted(job for job in jobs if job[0].isdigit()))
+        reports = ask(sorted(jobs))
     except EngineError as wrong:
         reports, errors = [], [str(wrong)]
     # A job of that number may have run on another cluster: then it was not running when the log was written.
@@ -148,7 +138,7 @@ def _join(ledger: Ledger, jobs: dict[str, float]) -> list[str]:
     return errors
 
 
-def find_logs(root: Path) -> Iterator[Found]:
+def find_logs(root: Path) -> Iterator[LogFile]:
     """The logs under a folder, by their names, or the file itself; a folder that links lead to twice is seen once."""
     try:
         root = root.resolve()
@@ -170,7 +160,8 @@ def find_logs(root: Path) -> Iterator[Found]:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
             continue  # not ours to read
-        if own := _found(str(Path(folder) / RECORDS)):  # an experiment of this project: its runs stand there
+        own = _found(f"{folder}/{RECORDS}")
+        if own and Path(folder, "plan.yaml").is_file():  # an experiment of this project: its runs stand there
             yield own
             continue
         for entry in entries:
@@ -196,16 +187,16 @@ def is_log(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, form) for form in NAMES)
 
 
-def _found(path: str) -> Found | None:
+def _found(path: str) -> LogFile | None:
     try:
         stat = os.stat(path)  # noqa: PTH116
     except OSError:
         return None
     inode = stat.st_ino - 2**64 if stat.st_ino >= 2**63 else stat.st_ino  # as SQLite counts
-    return Found(path, stat.st_size, stat.st_mtime_ns, inode) if S_ISREG(stat.st_mode) else None
+    return LogFile(path, stat.st_size, stat.st_mtime_ns, inode) if S_ISREG(stat.st_mode) else None
 
 
-def _unchanged(found: Found, seen: Seen | None) -> bool:
+def _unchanged(found: LogFile, seen: Seen | None) -> bool:
     return seen is not None and not seen.gone and (found.size, found.mtime_ns, found.inode) == (
         seen.size, seen.mtime_ns, seen.inode
     )  # fmt: skip
@@ -232,23 +223,23 @@ def _read_batch(batch: Sequence[Work]) -> list[Read]:
 def _read(work: Work) -> list[Read]:
     found, old, second = work
     path = Path(found.path)
-    grown = old
     try:
         if second:
             records, read_to, parser = parse_job([path, Path(second.path)]), 0, None
         elif path.name == RECORDS:
             records, read_to, parser = [r for r in read_records(path) if r.state.ended], 0, None
         else:
-            records, read_to, parser = parse_log(path, grown.read_to, grown.parser) if grown else parse_log(path)
-    except (RecordError, ValueError, OverflowError, RecursionError) as wrong:
+            records, read_to, parser = parse_log(path, old.read_to, old.parser) if old else parse_log(path)
+    except RecordError as wrong:
         if second:  # one of the two cannot be read, and the other alone says something
-            return [*_read(Work(found, None, None)), *_read(Work(second, None, None))]
+            alone = [read for file in (found, second) for read in _read(Work(file, None, None))]
+            return [read._replace(seen=read.seen.model_copy(update={"parser": None})) for read in alone]
         return [Read(Seen(**found._asdict(), read_to=0, error=str(wrong)), None, [])]
     also = [Read(Seen(**second._asdict(), read_to=0), None, [])] if second else []
-    return [Read(Seen(**found._asdict(), read_to=read_to, parser=parser), grown, records), *also]
+    return [Read(Seen(**found._asdict(), read_to=read_to, parser=parser), old, records), *also]
 
 
-def _goes_on(ledger: Ledger, found: Found, old: Seen) -> bool:
+def _goes_on(ledger: Ledger, found: LogFile, old: Seen) -> bool:
     """Whether a log goes on where it was last read to, with a run that had not ended."""
     same = not old.error and old.inode == found.inode and found.size > old.size > LARGE
     if not same or old.read_to != old.size or not old.parser or found.path.endswith(".gz"):
@@ -272,41 +263,3 @@ def _grown(ledger: Ledger, seen: Seen, old: Seen | None, records: list[Record]) 
     if old is None or seen.error:
         return records
     return continued(ledger.of_file(seen.path), records)
-
-
-def redacted(records: Iterable[Record]) -> Iterator[Record]:
-    """The records without users, hosts and folders, fit to be shared."""
-    for record in records:
-        hidden = record.model_dump(include={"reason", "config", "packages"})
-        yield record.model_copy(
-            update={
-                "logs": [Path(log).name for log in record.logs],
-                "evidence": [],
-                "model": None if record.model is None else _name_alone(record.model),
-                **{name: _without_names(value) for name, value in hidden.items()},
-            }
-        )
-
-
-def _without_names(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(_without_names(key)): _without_names(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_names(inner) for inner in value]
-    return _no_names(value) if isinstance(value, str) else value
-
-
-def _no_names(text: str) -> str:
-    text = URL.sub("URL", text)
-    text = PATH.sub(lambda match: _name_alone(match.group()), text)
-    text = re.sub(r"\b[\w.+-]+@[\w.-]+\b", "USER@HOST", text)
-    return HOST.sub("HOST", text)
-
-
-def _name_alone(path: str) -> str:
-    """The last part of a path, if it is not a folder of somebody's: of `/home/me` and `/data/me/` nothing."""
-    parts = [part for part in re.split(r"[/\\]", path) if part]
-    rooted = path.startswith(("/", "~")) or ":\\" in path
-    if not rooted:
-        return path if len(parts) <= 2 else parts[-1]
-    return parts[-1] if len(parts) > 2 and not path.endswith(("/", "\\")) else "PATH"

@@ -119,21 +119,21 @@ class Ledger:
             ).fetchall()
             for row in reports:
                 report = Record.model_validate_json(row["record"])
+                # Of ours the key says which cluster's job it is: that of this ledger.
                 runs = connection.execute(
                     f"SELECT runs.key, record, mtime_ns FROM {_BOTH} LEFT JOIN files ON path = file "
-                    "WHERE job_id = ? AND framework IS NOT ? AND (file IS NOT NULL OR experiment IS NOT NULL) "
-                    f"ORDER BY {_IN_ORDER}",
-                    (row["job_id"], SCHEDULER),
+                    "WHERE framework IS NOT :of AND job_id = :job AND file IS NOT NULL AND experiment IS NULL "
+                    f"OR runs.key = :of || ':' || :job ORDER BY {_IN_ORDER}",
+                    {"of": SCHEDULER, "job": row["job_id"]},
                 ).fetchall()
                 if runs and report.state.ended:
-                    run = max(enumerate(runs), key=lambda one: (fits(report, (one[1]["mtime_ns"] or 0) / 1e9), one[0]))[
-                        1
-                    ]
-                    both = joined(Record.model_validate_json(run["record"]), report)
+                    fitting = [run for run in runs if fits(report, (run["mtime_ns"] or 0) / 1e9)]
+                    key, record, _ = (fitting or runs)[-1]
+                    both = joined(Record.model_validate_json(record), report)
                     names = ", ".join(f"{name} = ?" for name in COLUMNS)
                     values = [_value(both, path) for path in COLUMNS.values()]
-                    connection.execute(f"UPDATE runs SET {names} WHERE key = ?", [*values, run["key"]])
-                    connection.execute("UPDATE runs SET part_of = ? WHERE key = ?", (run["key"], row["key"]))
+                    connection.execute(f"UPDATE runs SET {names} WHERE key = ?", [*values, key])
+                    connection.execute("UPDATE runs SET part_of = ? WHERE key = ?", (key, row["key"]))
 
     def of_file(self, path: str) -> list[Record]:
         """The records of one log, in its order."""
