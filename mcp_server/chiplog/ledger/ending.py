@@ -14,7 +14,6 @@ from chiplog.ledger.units import size, whole
 from chiplog.record import OutOfMemory, State
 
 LATE = 20_000  # bytes of work after an error that show that it was caught; other ranks still print a little
-
 LATE_BARS = 2000  # bytes of output that was on its way when Slurm ended the job
 
 SLURM = pattern(
@@ -58,10 +57,12 @@ GPU_OOM = [
     RAN_OUT,
     pattern(rb"Out of memory error on GPU \d+\.[^\n]*", b"Out of memory error on GPU"),
 ]
-TRIED = re.compile(
-    r"(?:[Tt]ried to allocate|[Cc]annot allocate|[Uu]nable to allocate|allocating|trying to allocate|"
-    r"allocate request for) ([\d.]+ ?[KMGT]?i?(?:B|bytes))"
-)
+TRIED = [
+    re.compile(
+        r"(?:[Tt]ried to allocate|[Cc]annot allocate|[Uu]nable to allocate|allocating|trying to allocate|"
+        r"allocate request for) ([\d.]+ ?[KMGT]?i?(?:B|bytes))"
+    )
+]
 CAPACITY = [
     re.compile(r"total capac\w*ty of ([\d.]+ ?[KMGT]i?B)"),
     re.compile(r"; ([\d.]+ ?[KMGT]i?B) total capacity"),
@@ -153,15 +154,13 @@ GOOD = [
     pattern(rb"^Successfully completed\.", b"Successfully completed."),
     *TRAINED,
 ]
-
-
 SAID = pattern(  # a last line that says no more
     rb"^[\W_]{0,40}(?i:(?:all )?(?:done|finished|completed?))[\W_]{0,40}\Z", b"done", b"finished", b"complete"
 )
 
 
 class Ending(NamedTuple):
-    """How it ended and why; `at` is where that stands."""
+    """How it ended, why, and where that stands."""
 
     state: State
     reason: str | None
@@ -175,7 +174,7 @@ def end(draft: Draft, span: Span) -> None:
         draft.set("oom", memory[0], memory[1])
     ending = _ending(draft, span)
     if ending.state is State.OUT_OF_MEMORY and draft.get("oom") is None:
-        draft.set("oom", OutOfMemory(kind="host", tried_bytes=_tried(ending.reason or "")), ending.found)
+        draft.set("oom", OutOfMemory(kind="host", tried_bytes=_size_of(TRIED, ending.reason or "")), ending.found)
     draft.set("state", ending.state, ending.found)
     draft.set("reason", ending.reason)
     draft.set("exit_code", ending.exit_code)
@@ -215,11 +214,6 @@ def _ending(draft: Draft, span: Span) -> Ending:
     if not draft.usage and not draft.config and len(span) == 0:
         return Ending(State.UNKNOWN, "the log is empty", None)
     return Ending(State.INCOMPLETE, "the log stops without saying why", None)
-
-
-def _tried(line: str) -> float | None:
-    match = TRIED.search(line)
-    return size(match.group(1), binary=True) if match else None
 
 
 def _cancelled(span: Span, worked: int) -> Found | None:
@@ -280,10 +274,9 @@ def _out_of_memory(span: Span, worked: int) -> tuple[OutOfMemory, Found] | None:
         return None
     line = span.log.text(found.offset, found.offset + 2000).partition(b"\n")[0].decode(errors="replace")
     before = span.last(RAN_OUT)  # where TensorFlow says how much
-    tried = TRIED.search(line) or (TRIED.search(before.line) if before else None)
     return OutOfMemory(
         kind="gpu",
-        tried_bytes=size(tried.group(1), binary=True) if tried else None,
+        tried_bytes=_size_of(TRIED, line) or (_size_of(TRIED, before.line) if before else None),
         capacity_bytes=_size_of(CAPACITY, line),
         in_use_bytes=_size_of(IN_USE, line),
     ), found

@@ -149,17 +149,15 @@ def _of_one_kind(matches: list[Found]) -> list[Found]:
     kinds = [NAME.findall(found.before[-30:].encode() + found.text)[-2:] for found in matches]
     kinds = [b" ".join(kind).lower() for kind in kinds]
     most, n = Counter(kinds).most_common(1)[0]
-    return (
-        [found for found, kind in zip(matches, kinds, strict=True) if kind == most]
-        if n > SHARE * len(kinds)
-        else matches
-    )
+    if n <= SHARE * len(kinds):
+        return matches
+    return [found for found, kind in zip(matches, kinds, strict=True) if kind == most]
 
 
 def _of_test(found: Found) -> bool:
     """Whether its line speaks of a test before it, or of a part of the loss."""
     before = BAR_END.split(found.before.encode())[-1][-200:]
-    if before.lower().split()[-1:] and before.lower().split()[-1] in PART:
+    if PART.intersection(before.lower().split()[-1:]):
         return True
     own = max((word.start() for word in OWN.finditer(before + found.text)), default=-1)
     return any(word.start() > own for word in OF_TEST.finditer(before))
@@ -286,7 +284,8 @@ def pace(lines: Sequence[Line]) -> float | None:
 
 def _coarse(step_s: float) -> bool:
     """Whether a pace was stated as a rate of one or two digits."""
-    return any(abs(rate - round(rate, 2)) < 1e-9 and rate < 0.1 for rate in (1 / step_s,))
+    rate = 1 / step_s
+    return rate < 0.1 and abs(rate - round(rate, 2)) < 1e-9
 
 
 def _stamped(lines: Sequence[Line]) -> float | None:

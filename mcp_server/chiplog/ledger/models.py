@@ -36,28 +36,18 @@ NAMED = [
     pattern(rb"(?P<model>" + FAMILY + _REST + rb"\d(?:\.\d+)?[bBmM]\b" + _REST + rb")", *FAMILIES),
     pattern(rb"(?P<model>" + FAMILY + _REST + rb"\d" + _REST + rb"-(?i:instruct|chat|base)\b)", *FAMILIES),
 ]  # fmt: skip
-PART = re.compile(
+PART = re.compile(  # what is not trained
     r"(?i)(?<![a-z])(?:vision|tower|judge|teacher|embed|reward_model)|\b(?:logs? to|log_dir|output_dir)\b"
-)  # not what is trained
+)
 OWNER = re.compile(r"(?<![\w/.-])[A-Za-z][\w-]*$")
 SIGHT = re.compile(r"(?i)(?:^|/)(?:clip|siglip)-")  # what a larger model sees with
 TOP = 1 << 16  # bytes in which a configuration or a saved model is named
 KNOWN = re.compile(FAMILY.decode())
 HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,80}/[A-Za-z0-9][\w.-]{0,80}")
 FILE = re.compile(r"\.(?:py|sh|json|jsonl|ya?ml|pt|bin|txt|log|csv|out|err|safetensors|so|ipynb|html)$")
-PLACES = {
-    "outputs",
-    "output",
-    "checkpoints",
-    "checkpoint",
-    "scripts",
-    "models",
-    "data",
-    "runs",
-    "results",
-    "exp",
-    "logs",
-}
+PLACES = {  # folders, and no owners on a hub
+    "outputs", "output", "checkpoints", "checkpoint", "scripts", "models", "data", "runs", "results", "exp", "logs",
+}  # fmt: skip
 
 
 def take_model(draft: Draft, span: Span) -> None:

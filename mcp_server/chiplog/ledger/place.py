@@ -8,8 +8,8 @@ from contextlib import suppress
 from datetime import datetime
 
 from chiplog.ledger.draft import Draft
-from chiplog.ledger.reader import BLOCK, Span, pattern
-from chiplog.ledger.units import seconds
+from chiplog.ledger.reader import BLOCK, Found, Span, pattern
+from chiplog.ledger.units import number, seconds
 
 JOB_ID = [
     pattern(rb"\*\*\* (?:JOB|STEP) (?P<job>\d+)(?:[._]\w+)? (?:STEPD TERMINATED )?ON ", b"*** "),
@@ -88,7 +88,6 @@ def place(draft: Draft, span: Span) -> None:
         ):
             draft.set("device", " ".join(found["gpu"].split()), found)
     _count(draft, span)
-    _elapsed(draft)
     _times(draft, span)
     if draft.get("peak_mem_bytes") is None:
         for found in span.near(SMI_MEMORY):
@@ -97,27 +96,27 @@ def place(draft: Draft, span: Span) -> None:
 
 
 def _times(draft: Draft, span: Span) -> None:
-    """When it started and ended: as a prologue and an epilogue say, else by its first and its last stamp."""
-    first = span.log.whole.first(STARTED) or span.before(span.start + BLOCK).first(STAMP)
-    last = span.log.whole.last(ENDED) or span.after(span.stop - BLOCK).last(STAMP)
+    """When it started and ended, and how long it was: as a prologue and an epilogue say, or the scheduler itself.
+
+    Where none of them says when, the first and the last stamp do; they are not the job's start and end to the second,
+    and no duration is made of them.
+    """
+    log = span.log.whole
+    start, end = log.first(STARTED), log.last(ENDED)
+    told, cancelled = log.last(LSF_RUN) or log.last(PBS_RUN), end or log.last(CANCELLED)
+    if told:
+        draft.set("elapsed_s", number(told.get("s")) or seconds(told.get("time")), told)
+    elif (began := _date(start)) and (stopped := _date(cancelled)) and stopped >= began:
+        draft.set("elapsed_s", (stopped - began).total_seconds(), cancelled)
+    first = start or span.before(span.start + BLOCK).first(STAMP)
+    last = end or span.after(span.stop - BLOCK).last(STAMP)
     for name, found in (("started", first), ("ended", last)):
-        at = date(found["at"].replace("T", " ")) if found else None
-        if at and found:
+        if at := _date(found):
             draft.default(name, at.isoformat(), found)
 
 
-def _elapsed(draft: Draft) -> None:
-    """Seconds between what a prologue and an epilogue, or Slurm itself, say of the job."""
-    log = draft.span.log.whole
-    if found := log.last(LSF_RUN):
-        draft.set("elapsed_s", float(found["s"]), found)
-    elif found := log.last(PBS_RUN):
-        draft.set("elapsed_s", seconds(found["time"]), found)
-    start, end = log.first(STARTED), log.last(ENDED) or log.last(CANCELLED)
-    if draft.get("elapsed_s") is None and start and end:
-        began, ended = date(start["at"]), date(end["at"])
-        if began and ended and ended >= began:
-            draft.set("elapsed_s", (ended - began).total_seconds(), end)
+def _date(found: Found | None) -> datetime | None:
+    return date(found["at"]) if found else None
 
 
 def date(text: str) -> datetime | None:

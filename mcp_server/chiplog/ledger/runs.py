@@ -15,7 +15,8 @@ from chiplog.ledger.units import number
 
 OTHER_WORK = re.compile(
     r"(?i)\b(?:map|filter|flatten|download|load|fetch|generat|tokeniz|sav|eval|valid|test|sanity|predict|prepar|"
-    r"process|convert|cast|pack|creat|extract|upload|writing|merg|resolv|shard|sampl|infer|comput|calibrat|quantiz|pre-?load|dataset|(?!(?:pre-?)?train|fine|fit|learn|tun|runn|epoch)\w{3,}ing\b)"
+    r"process|convert|cast|pack|creat|extract|upload|writing|merg|resolv|shard|sampl|infer|comput|calibrat|quantiz|"
+    r"pre-?load|dataset|(?!(?:pre-?)?train|fine|fit|learn|tun|runn|epoch)\w{3,}ing\b)"
 )
 OWN_WORK = re.compile(r"(?i)\b(?:train|epoch|step|iter|fit)")
 EPOCH_LABEL = re.compile(
