@@ -21,12 +21,12 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "pytorch imagenet": (
         "Epoch: [0][  10/5005]\tTime  0.52 ( 1.21)\tData  0.01 ( 0.40)\tLoss 7.0e+00 (7.1e+00)\tAcc@1   0.00 (  0.10)\n"
         "Epoch: [0][  20/5005]\tTime  0.50 ( 0.86)\tData  0.01 ( 0.21)\tLoss 6.9e+00 (7.0e+00)\tAcc@1   0.39 (  0.12)\n",
-        {"epoch": 0.0, "steps": 20, "steps_planned": 5005, "loss_first": 7.0, "loss_last": 6.9, "steps_per_s": 1 / 0.51},
+        {"epoch": 0.0, "steps": 20, "steps_planned": 5005, "loss_first": 7.0, "loss_last": 6.9, "steps_per_s": 2.0},
     ),
     "word language model": (
         "| epoch   1 |   200/ 2983 batches | lr 20.00 | ms/batch 31.50 | loss  7.63 | ppl  2052.88\n"
         "| epoch   1 |   400/ 2983 batches | lr 20.00 | ms/batch 30.50 | loss  6.85 | ppl   944.92\n",
-        {"epoch": 1.0, "steps": 400, "steps_planned": 2983, "loss_first": 7.63, "loss_last": 6.85, "steps_per_s": 1 / 0.031},
+        {"epoch": 1.0, "steps": 400, "steps_planned": 2983, "loss_first": 7.63, "loss_last": 6.85, "steps_per_s": 1 / 0.0305},
     ),
     "nanogpt": (
         "step 0: train loss 10.9, val loss 10.8\niter 0: loss 10.8991, time 30120.10ms, mfu -100.00%\n"
@@ -51,12 +51,12 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "metric logger": (
         "Epoch: [0]  [   0/1562]  eta: 1:02:03  lr: 0.000000  loss: 7.0 (7.0)  time: 2.4  data: 1.2  max mem: 11000\n"
         "Epoch: [0]  [  10/1562]  eta: 0:12:03  lr: 0.000001  loss: 6.5 (6.8)  time: 0.5  data: 0.0  max mem: 11482\n",
-        {"epoch": 0.0, "steps": 10, "steps_planned": 1562, "loss_first": 7.0, "loss_last": 6.5, "peak_mem_bytes": 11482 << 20},
+        {"epoch": 0.0, "steps": 10, "steps_planned": 1562, "loss_first": 7.0, "loss_last": 6.5, "peak_mem_bytes": 11482 << 20, "steps_per_s": 2.0},
     ),
     "timm": (
         "Train: 0 [   0/1251 (  0%)]  Loss: 6.95 (6.95)  Time: 4.250s,  240.94/s  (4.250s,  240.94/s)  LR: 1.000e-06  Data: 1.2 (1.2)\n"
         "Train: 0 [  50/1251 (  4%)]  Loss: 6.93 (6.94)  Time: 0.500s, 2048.00/s  (0.600s, 1706.66/s)  LR: 1.000e-06  Data: 0.0 (0.1)\n",
-        {"epoch": 0.0, "steps": 50, "steps_planned": 1251, "loss_first": 6.95, "loss_last": 6.93},
+        {"epoch": 0.0, "steps": 50, "steps_planned": 1251, "loss_first": 6.95, "loss_last": 6.93, "steps_per_s": 2.0},
     ),
     "caffe": (
         "I0102 03:04:05.101 123 solver.cpp:239] Iteration 0 (0 iter/s, 0.5s/100 iters), loss = 2.35\n"
@@ -104,7 +104,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "tacotron2": (
         "Epoch: 0\nTrain loss 0 31.25 Grad Norm 4.2 2.00s/it\nTrain loss 1 28.50 Grad Norm 4.0 2.00s/it\n",
-        {"epoch": 0.0, "loss_first": 31.25, "loss_last": 28.5},
+        {"epoch": 0.0, "loss_first": 31.25, "loss_last": 28.5, "steps_per_s": 0.5},
     ),
     "hifi-gan": (
         "Epoch: 1\nSteps : 5, Gen Loss Total : 90.125, Mel-Spec. Error : 1.700, s/b : 0.500\nSteps : 10, Gen Loss Total : 80.500, Mel-Spec. Error : 1.500, s/b : 0.500\n",
@@ -156,7 +156,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
         "                       Mean reward: 12.50\n"
         "                   Total timesteps: 1081344\n                    Iteration time: 2.00s\n"
         "                        Total time: 22.00s\n                               ETA: 2980.0s\n",
-        {"steps": 10, "steps_planned": 1500, "train_s": 22.0, "mean_steps_per_s": 10 / 22},
+        {"steps": 10, "steps_planned": 1500, "train_s": 22.0, "mean_steps_per_s": 10 / 22, "steps_per_s": 0.5},
     ),
     "rl_games": (
         "fps step: 50000 fps step and policy inference: 40000 fps total: 30000 epoch: 1/500 frames: 0\n"
@@ -171,7 +171,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "nanotron": (
         "01/02/2025 03:04:05 [INFO|DP=0|PP=0|TP=0]: iteration: 10 / 1000 | consumed_tokens: 1.3M | elapsed_time_per_iteration_ms: 500 | tokens_per_sec: 262K | tokens_per_sec_per_gpu: 32.8K | global_batch_size: 64 | lm_loss: 9.5 | lr: 0.0001 | model_tflops_per_gpu: 100\n"
         "01/02/2025 03:04:10 [INFO|DP=0|PP=0|TP=0]: iteration: 20 / 1000 | consumed_tokens: 2.6M | elapsed_time_per_iteration_ms: 500 | tokens_per_sec: 262K | tokens_per_sec_per_gpu: 32.8K | global_batch_size: 64 | lm_loss: 8.5 | lr: 0.0002 | model_tflops_per_gpu: 100\n",
-        {"steps": 20, "steps_planned": 1000, "loss_first": 9.5, "loss_last": 8.5, "steps_per_s": 2.0},
+        {"steps": 20, "steps_planned": 1000, "loss_first": 9.5, "loss_last": 8.5, "steps_per_s": 2.0, "tokens_per_s": 262_000.0},
     ),
     "trl with commas": (
         "{'loss': 1.25, 'grad_norm': 0.5, 'learning_rate': 1e-05, 'rewards/chosen': 0.1, 'rewards/rejected': -0.1, 'epoch': 0.5}\n 50%|#####     | 50/100 [01:40<01:40,  2.00s/it]\n",
@@ -179,17 +179,17 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "openrlhf": (
         "Train epoch [1/1]:  10%|█         | 10/100 [00:50<07:30,  5.00s/it, loss=0.75, acc=0.6, loss_mean=0.8]",
-        {"epoch": 1.0, "epochs": 1, "steps": 10, "steps_planned": 100, "loss_first": 0.75, "loss_last": 0.75, "mean_steps_per_s": 0.2, "train_s": 50.0, "resumed_from": 0},
+        {"epoch": 1.0, "epochs": 1, "steps": 10, "steps_planned": 100, "loss_first": 0.75, "loss_last": 0.75, "mean_steps_per_s": 0.2, "train_s": 50.0, "resumed_from": 0, "steps_per_s": 0.2},
     ),
     "icefall": (
         "2024-01-02 03:04:05,101 INFO [train.py:901] (0/4) Epoch 1, batch 0, loss[loss=7.5, simple_loss=6.8, pruned_loss=6.9, over 5000.00 frames. ], tot_loss[loss=7.5, simple_loss=6.8, over 5000.00 frames. ], batch size: 20\n"
         "2024-01-02 03:05:05,101 INFO [train.py:901] (0/4) Epoch 1, batch 50, loss[loss=1.5, simple_loss=1.3, pruned_loss=1.4, over 5000.00 frames. ], tot_loss[loss=2.5, simple_loss=2.2, over 9000.00 frames. ], batch size: 20\n",
-        {"epoch": 1.0, "steps": 50, "loss_first": 7.5, "loss_last": 1.5},
+        {"epoch": 1.0, "steps": 50, "loss_first": 7.5, "loss_last": 1.5, "steps_per_s": 50 / 60},
     ),
     "wenet": (
         "2024-01-02 03:04:05,101 DEBUG TRAIN Batch 0/0 loss 300.5 loss_att 150.0 loss_ctc 400.0 lr 0.00000010 rank 0\n"
         "2024-01-02 03:05:05,101 DEBUG TRAIN Batch 0/100 loss 100.5 loss_att 80.0 loss_ctc 120.0 lr 0.00000810 rank 0\n",
-        {"steps": 100, "loss_first": 300.5, "loss_last": 100.5},
+        {"steps": 100, "loss_first": 300.5, "loss_last": 100.5, "steps_per_s": 100 / 60},
     ),
     "composer": (
         "[batch=10/4800]:\n\t Train time/batch: 9\n\t Train loss/train/total: 9.5\n\t Train throughput/batches_per_sec: 0.5000\n"
@@ -198,12 +198,12 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "levanter": (
         "2025-01-02T03:04:05 - levanter.callbacks - INFO - train:   1%| | 100/10000 [01:40<2:45:00, 1.00it/s, loss=5.25]",
-        {"steps": 100, "steps_planned": 10000, "loss_first": 5.25, "loss_last": 5.25, "train_s": 100.0, "mean_steps_per_s": 1.0, "resumed_from": 0},
+        {"steps": 100, "steps_planned": 10000, "loss_first": 5.25, "loss_last": 5.25, "train_s": 100.0, "mean_steps_per_s": 1.0, "resumed_from": 0, "steps_per_s": 1.0},
     ),
     "easylm": (
         "  0%|          | 0/1000 [00:00<?, ?it/s]\n{'train/loss': 5.5, 'train/accuracy': 0.2, 'train/learning_rate': 1e-4, 'train/step': 0}\n"
         "  1%|1         | 10/1000 [00:20<33:00,  2.00s/it]\n{'train/loss': 4.5, 'train/accuracy': 0.3, 'train/learning_rate': 1e-4, 'train/step': 10}\n",
-        {"steps": 10, "steps_planned": 1000, "loss_first": 5.5, "loss_last": 4.5, "train_s": 20.0, "mean_steps_per_s": 0.5, "resumed_from": 0},
+        {"steps": 10, "steps_planned": 1000, "loss_first": 5.5, "loss_last": 4.5, "train_s": 20.0, "mean_steps_per_s": 0.5, "resumed_from": 0, "steps_per_s": 0.5},
     ),
     "lerobot": (
         "INFO 2025-01-02 03:04:05 ts/train.py:232 step:200 smpl:2K ep:10 epch:0.50 loss:6.500 grdn:100.2 lr:1.0e-05 updt_s:0.500 data_s:0.001\n"
@@ -283,7 +283,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "speechbrain": (
         "100%|##########| 100/100 [00:50<00:00,  2.00it/s, train_loss=2.5]\nepoch: 1, lr: 1.00e-03 - train loss: 2.50 - valid loss: 2.00, valid CER: 10.00\n"
         "100%|##########| 100/100 [00:50<00:00,  2.00it/s, train_loss=1.5]\nepoch: 2, lr: 1.00e-03 - train loss: 1.50 - valid loss: 1.25, valid CER: 8.00\n",
-        {"epoch": 2.0, "loss_first": 2.5, "loss_last": 1.5, "val_losses": [2.0, 1.25], "mean_steps_per_s": 2.0, "steps": 100, "steps_planned": 100, "train_s": 50.0, "resumed_from": 0},
+        {"epoch": 2.0, "loss_first": 2.5, "loss_last": 1.5, "val_losses": [2.0, 1.25], "mean_steps_per_s": 2.0, "steps": 100, "steps_planned": 100, "train_s": 50.0, "resumed_from": 0, "steps_per_s": 2.0},
     ),
     "nemo 2": (
         "Training epoch 0, iteration 9/99 | lr: 1e-05 | global_batch_size: 8 | global_step: 9 | reduced_train_loss: 9.5 | train_step_timing in s: 2.0 | consumed_samples: 80\n"
@@ -306,7 +306,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "unsloth notebook": (
         "==((====))==  Unsloth 2024.8: Fast Llama patching. Transformers = 4.44.2.\n   \\\\   /|    GPU: Tesla T4. Max memory: 14.748 GB. Platform = Linux.\n"
         "[ 30/60 01:00 < 01:00, 0.50 it/s, Epoch 0.50/1]\n{'loss': 1.25, 'grad_norm': 0.5, 'learning_rate': 1e-05, 'epoch': 0.5}\nPeak reserved memory = 6.500 GB.\n",
-        {"epoch": 0.5, "steps": 30, "steps_planned": 60, "loss_first": 1.25, "loss_last": 1.25, "peak_mem_bytes": 6.5 * 2**30},
+        {"epoch": 0.5, "steps": 30, "steps_planned": 60, "loss_first": 1.25, "loss_last": 1.25, "peak_mem_bytes": 6.5 * 2**30, "device": "Tesla T4"},
     ),
     "sampler without training": (
         "Sampling:   1%|1         | 1/100 [00:05<08:15,  5.00s/it]\nSampling: 100%|##########| 100/100 [08:20<00:00,  5.00s/it]\nLoading checkpoint shards: 100%|##########| 4/4 [00:08<00:00,  2.00s/it]\n",
@@ -317,7 +317,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
         {},
     ),
 }  # fmt: skip
-IGNORED = {"gpus", "device", "resumed", "samples_per_s", "tokens_scope", "mem_kind", "steps_per_s"}
+BESIDE = {"resumed", "tokens_scope", "mem_kind"}  # said of other figures
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -328,6 +328,6 @@ def test_what_a_format_says_is_read_and_nothing_else(tmp_path: Path, name: str):
     record = parse_log(file).records[-1]
     known = {**record.config, **record.usage.model_dump(exclude_none=True)}
     for figure, value in said.items():
-        assert known.get(figure) == pytest.approx(value, rel=0.03), figure
-    claimed = {figure for figure, value in known.items() if value != [] and figure not in IGNORED}
-    assert claimed <= set(said) | ({"tokens_per_s"} if "tok" in text else set())
+        assert known.get(figure) == (value if isinstance(value, str) else pytest.approx(value)), figure
+    claimed = {figure for figure, value in known.items() if value != [] and figure not in BESIDE}
+    assert claimed <= set(said)

@@ -24,7 +24,7 @@ from tests.core.test_parsers import BAR, GPU_OOM, KERAS, LIGHTNING, MAXTEXT, MEG
 
 MEMORY = 64 << 20  # bytes, of any log
 LARGEST = 4 << 20  # bytes of the logs that are made here
-HANGS_S = 120  # no measure: many times what the slowest takes
+HANGS_S, RUNS_AWAY_S = 120, 30  # no measures: many times what the slowest log, and expression, takes
 PIECES = [TORCHTUNE, TRAINER, MEGATRON, LIGHTNING, KERAS, MAXTEXT, SACCT, GPU_OOM, BAR, "\r", "\x1b[1m", "\0", "\n"]
 
 
@@ -58,14 +58,14 @@ def repeated(piece: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
+def bounded(seconds: int = HANGS_S) -> Iterator[None]:
     """Fails if what is done within hangs, or holds more memory at once than any log may take."""
 
     def hangs(*_: object) -> None:
-        raise AssertionError(f"not done after {HANGS_S} s")
+        raise AssertionError(f"not done after {seconds} s")
 
     before = signal.signal(signal.SIGALRM, hangs)
-    signal.alarm(HANGS_S)
+    signal.alarm(seconds)
     tracemalloc.start()
     try:
         yield
@@ -107,8 +107,10 @@ def test_no_bytes_make_a_parser_raise_hang_or_grow(tmp_path_factory: pytest.Temp
 def test_no_expression_runs_away(wanted: Pattern):
     for hint in wanted.hints or (b"a", b"1", b"/", b" "):
         for between in (b"", b" ", b": ", b"1", b" 1/2 "):
-            with bounded():
-                assert sum(1 for _ in wanted.regex.finditer((hint + between) * (80_000 // len(hint + between)))) >= 0
+            text = (hint + between) * (80_000 // len(hint + between))
+            with bounded(RUNS_AWAY_S):
+                for _ in wanted.regex.finditer(text):
+                    pass
 
 
 def test_a_log_of_gigabytes_is_read_at_its_ends(tmp_path: Path):

@@ -275,7 +275,8 @@ def pace(lines: Sequence[Line]) -> float | None:
     stated = [one.step_s for one in lines if one.step_s]
     times = [one.time_s for one in lines if one.time_s and one.step is not None] if not so_far(lines) else []
     for values in (stated, times):
-        median = statistics.median(values[len(values) // 10 :]) if values else None
+        warm = values[max(1, len(values) // 10) :] or values
+        median = statistics.median(warm) if warm else None
         # What contradicts the stamps is the time of something else, such as of loading data.
         if median and (stamped is None or 0.5 < median / stamped < 2):
             return stamped if stamped and _coarse(median) else median

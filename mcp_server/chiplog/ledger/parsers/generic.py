@@ -8,7 +8,7 @@ from chiplog.ledger.ending import TRACEBACK
 from chiplog.ledger.lines import COST, EPOCH, METRIC, Line, counted_lines, pace, so_far, training_lines
 from chiplog.ledger.reader import BLOCK, Found, LogReader, Span, pattern
 from chiplog.ledger.runs import take_bars, take_speed, training_bars, trains
-from chiplog.ledger.units import duration, number, whole
+from chiplog.ledger.units import COUNTS, duration, number, whole
 
 VALIDATION = pattern(
     rb"(?i:\b(?:val(?:id(?:ation)?)?|eval|dev|test)[_/ ]?loss)[\"']?(?: *[=:]+ *| +)"
@@ -62,7 +62,7 @@ MEMORY = pattern(rb"(?i:(?:peak|max(?:imum)?)[_ ](?:gpu[_ ])?(?:mem(?:ory)?)(?:[
 RATE = pattern(
     rb"(?i:(?:tok(?:en)?s?(?:/s(?:ec(?:ond)?)?|_per_sec(?:ond)?| per second)|\btps)(?P<scope>/(?:device|gpu))?)"
     rb"[\"']?[=: ]+"
-    rb"(?P<rate>[\d.,]+)|(?<![\d.,])(?P<before>[\d.,]{1,20})(?P<kilo>k?) tok(?:ens)?/s",
+    rb"(?P<rate>[\d.,]+)(?P<scale>[kKM]?)\b|(?<![\d.,/])(?P<before>[\d.,]{1,20})(?P<factor>[kKM]?) tok(?:ens)?/s",
     b"tok", b"tps",
 )  # fmt: skip
 KIND = {"reserved": "reserved", "active": "active"}
@@ -92,10 +92,10 @@ def run(span: Span, draft: Draft) -> Draft:
         draft.default("steps_per_s", number(found["rate"]), found)
     if step_s := pace(lines):
         draft.default("steps_per_s", 1 / step_s, lines[-1].found)
-    if found := span.last(RATE):
-        kilo = 1000 if found.get("kilo") else 1
+    if draft.get("steps") is not None and (found := span.last(RATE)):
         rate = number(found.get("rate") or found.get("before"))
-        if rate is not None and draft.default("tokens_per_s", rate * kilo, found):
+        scale = COUNTS[found.get("scale") or found.get("factor") or ""]
+        if rate is not None and draft.default("tokens_per_s", rate * scale, found):
             draft.default("tokens_scope", "per_gpu" if found.get("scope") else "unknown")
     return draft
 
