@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +11,7 @@ from pydantic import Field
 
 from chiplog.answers import DiagnosisAnswer, ExportAnswer, ForgetAnswer, RunAnswer, RunsAnswer, ScanAnswer
 from chiplog.diagnosis import diagnose
-from chiplog.errors import ConfirmationNeeded, NotFoundError
+from chiplog.errors import ConfirmationNeeded, NotFoundError, RecordError
 from chiplog.ledger import Ledger
 from chiplog.ledger.parse import parse_job
 from chiplog.ledger.redact import redacted
@@ -73,7 +74,7 @@ def search_runs(
     records, total = Ledger().search(
         {key: value for key, value in equal.items() if value is not None},
         like={key: value for key, value in like.items() if value},
-        since=since, until=until, sort=sort, limit=limit, offset=(page - 1) * limit,
+        since=_date(since), until=_date(until), sort=sort, limit=limit, offset=(page - 1) * limit,
     )  # fmt: skip
     headings = ["key", "run", "model", "device", "state", "steps", "batch", "train", "peak memory", "loss"]
     table = markdown(headings, [_cells(record) for record in records])
@@ -148,6 +149,14 @@ def import_runs(file: Annotated[str, Field(description="File that export_runs wr
     records = read_records(source)
     Ledger().put(records)
     return ExportAnswer(summary=f"{len(records)} runs were added from {source}.", file=str(source), runs=len(records))
+
+
+def _date(text: str | None) -> str | None:
+    """A date as records write it."""
+    try:
+        return None if text is None else datetime.fromisoformat(text).isoformat()
+    except ValueError:
+        raise RecordError(f"{text!r} is no date: write one as 2026-01-31 or 2026-01-31T12:00") from None
 
 
 def _find(key: str) -> Record:

@@ -212,6 +212,16 @@ def test_a_run_is_shown_diagnosed_and_forgotten(logs: Path):
     assert past_runs.diagnose_run("logs/c.err").state is State.TIMEOUT  # the log itself is still there
 
 
+def test_runs_are_searched_by_date(logs: Path):
+    Ledger().put(
+        Record(key=f"k{day}", state=State.FAILED, started=f"2026-01-0{day}T12:00:00+00:00") for day in (1, 2, 3)
+    )
+    found = past_runs.search_runs(since="2026-01-02", until="2026-01-03")
+    assert [record.key for record in found.runs] == ["k2"]
+    with pytest.raises(RecordError, match="'yesterday' is no date: write one as 2026"):
+        past_runs.search_runs(since="yesterday")
+
+
 def test_nothing_is_called_so(logs: Path):
     with pytest.raises(NotFoundError, match="nothing is called"):
         past_runs.scan_logs(["nothere/*.out"])
