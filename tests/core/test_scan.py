@@ -78,6 +78,31 @@ def test_a_large_log_that_grew_is_read_from_where_it_ended(logs: Path, monkeypat
     assert (record.usage.loss_first, record.usage.loss_last, record.state) == (1.5, 0.75, State.COMPLETED)
 
 
+def test_what_two_scans_read_of_a_log_that_grows_counts_once(workspace: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scan, "LARGE", 100)
+    file = workspace / "train.log"
+    lines = [line for line in TRAINER.splitlines(keepends=True) if "train_runtime" not in line]
+    file.write_text("".join(lines[:-1]))
+    scan.scan([file], Ledger())
+    with file.open("a") as same:
+        same.write("{'eval_loss': 0.5, 'eval_runtime': 1.0, 'epoch': 2.0}\n")
+    read = scan._read_batch  # pyright: ignore[reportPrivateUsage]
+
+    def after_another(batch: Any) -> Any:
+        monkeypatch.setattr(scan, "_read_batch", read)
+        ours = read(batch)
+        assert scan.scan([file], Ledger()).read == 1
+        with file.open("a") as same:
+            same.write(lines[-1])
+        return ours
+
+    monkeypatch.setattr(scan, "_read_batch", after_another)
+    scan.scan([file], Ledger())
+    scan.scan([file], Ledger())
+    (record,) = Ledger().of_file(str(file))
+    assert record.usage.val_losses.count(0.5) == 1
+
+
 @pytest.mark.parametrize("large", [100, 10**9])
 def test_what_was_written_anew_or_by_a_next_run_is_read_whole(logs: Path, monkeypatch: pytest.MonkeyPatch, large: int):
     monkeypatch.setattr(scan, "LARGE", large)

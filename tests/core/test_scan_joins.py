@@ -160,6 +160,33 @@ def test_an_sacct_that_fails_is_named_and_the_logs_are_read(
     assert "no slurmdbd" in error and len(Ledger().records()) == 1
 
 
+def test_a_task_of_an_array_is_known_by_either_of_its_ids(job: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch):
+    """A log may name the task as `70_1` or, as `$SLURM_JOB_ID` does, by an id of its own."""
+    (job / "array-70_1.out").write_text("SLURM_JOB_ID=70_1\n" + TRAINER)
+    times = [datetime.fromtimestamp(time.time() + s).isoformat(timespec="seconds") for s in (-3600, 0)]
+    rows = [f"{id}|{raw}|TIMEOUT|01:00:00|{times[0]}|{times[1]}|0:0||" for id, raw in (("70_1", "71"), ("70_2", "77"))]
+    answer = "\n".join(["JobID|JobIDRaw|State|Elapsed|Start|End|ExitCode|MaxRSS|AllocTRES", *rows])
+    command(workspace, monkeypatch, f"cat <<'END'\n{answer}\nEND")
+    assert scan.scan([job], Ledger()).errors == []
+    runs = {record.job_id: record for record in Ledger().records()}
+    assert {job: (run.state, run.usage.elapsed_s) for job, run in runs.items()} == dict.fromkeys(
+        ("70_1", "77"), (State.TIMEOUT, 3600)
+    )
+
+
+def test_a_log_that_could_not_be_read_is_tried_again(workspace: Path, monkeypatch: pytest.MonkeyPatch):
+    (workspace / "train.log").write_text(TRAINER)
+
+    def refuse(*_: object) -> None:
+        raise RecordError("no permission")
+
+    with monkeypatch.context() as refused:
+        refused.setattr(scan, "parse_log", refuse)
+        assert len(scan.scan([workspace / "train.log"], Ledger()).errors) == 1
+    assert scan.scan([workspace / "train.log"], Ledger()).runs == 1
+    assert scan.scan([workspace / "train.log"], Ledger()).read == 0
+
+
 def test_our_own_runs_are_there_without_a_scan_and_once(folder: ExperimentFolder, lab: Path):
     log = folder.path / "runs" / "rank4" / "slurm-1.out"
     log.write_text(TRAINER)

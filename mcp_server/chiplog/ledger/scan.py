@@ -19,10 +19,10 @@ from typing import NamedTuple
 from pydantic import Field
 
 from chiplog.errors import EngineError, RecordError
-from chiplog.ledger.parse import continued, parse_job, parse_log
+from chiplog.ledger.parse import parse_job, parse_log
 from chiplog.ledger.reader import LogReader
 from chiplog.ledger.sacct import ask, ran_at
-from chiplog.ledger.store import RECORDS, Ledger, Seen
+from chiplog.ledger.store import RECORDS, Ledger, Read, Seen
 from chiplog.machine import available_cpus
 from chiplog.record import Record, State, read_records
 from chiplog.schema import Frozen, Progress
@@ -62,14 +62,6 @@ class Work(NamedTuple):
     second: LogFile | None  # the file of the same job's standard error
 
 
-class Read(NamedTuple):
-    """What a log said; `old` if only what was added to it was read."""
-
-    seen: Seen
-    old: Seen | None
-    records: list[Record]
-
-
 def scan(
     roots: Sequence[Path], ledger: Ledger, progress: Progress | None = None, workers: int | None = None
 ) -> Scanned:
@@ -83,11 +75,10 @@ def scan(
     gone = [path for path in absent if any(path == root or path.startswith(root + os.sep) for root in within)]
     runs, done, errors, jobs = 0, 0, [], {}
     for batch in _read_all(work, workers if workers is not None else available_cpus()):
-        read = [(seen, _grown(ledger, seen, old, records)) for seen, old, records in batch]
-        ledger.put_logs(read)
-        runs += sum(len(records) for _, records in read)
-        errors += [f"{seen.path}: {seen.error}" for seen, _ in read if seen.error]
-        logs = [(seen.mtime_ns / 1e9, r.job_id) for seen, records in read for r in records if not r.experiment]
+        read = ledger.put_logs(batch)
+        runs += sum(len(records) for _, _, records in read)
+        errors += [f"{seen.path}: {seen.error}" for seen, _, _ in read if seen.error]
+        logs = [(seen.mtime_ns / 1e9, r.job_id) for seen, _, records in read for r in records if not r.experiment]
         jobs |= {job: moment for moment, job in logs if job and JOB.fullmatch(job)}
         done += len(batch)
         if progress:
@@ -127,11 +118,12 @@ def _second(path: str) -> str:
 
 def _join(ledger: Ledger, jobs: dict[str, float]) -> list[str]:
     """Joins the runs with what sacct, if it is there, and reports among the logs say of their jobs; returns errors."""
-    errors = []
+    reports, errors = [], []
     try:
-        reports = ask(sorted(jobs))
+        for report in ask(sorted(jobs)):  # what was answered before it failed is kept
+            reports.append(report)
     except EngineError as wrong:
-        reports, errors = [], [str(wrong)]
+        errors = [str(wrong)]
     # A job of that number may have run on another cluster: then it was not running when the log was written.
     ledger.put([r for r in reports if r.state.ended and r.job_id in jobs and ran_at(r, jobs[r.job_id])])
     ledger.join_reports(ran_at)
@@ -197,7 +189,8 @@ def _found(path: str) -> LogFile | None:
 
 
 def _unchanged(found: LogFile, seen: Seen | None) -> bool:
-    return seen is not None and not seen.gone and (found.size, found.mtime_ns, found.inode) == (
+    """Whether a log is as it was read; one that could not be read may be readable now."""
+    return seen is not None and not seen.gone and not seen.error and (found.size, found.mtime_ns, found.inode) == (
         seen.size, seen.mtime_ns, seen.inode
     )  # fmt: skip
 
@@ -256,10 +249,3 @@ def _still_says(path: str, record: Record) -> bool:
     except RecordError:
         return False
     return all(text.split(b"\n")[0].strip() in line.encode() for text, line in said)
-
-
-def _grown(ledger: Ledger, seen: Seen, old: Seen | None, records: list[Record]) -> list[Record]:
-    """Of a log that grew, its records with what was added to them."""
-    if old is None or seen.error:
-        return records
-    return continued(ledger.of_file(seen.path), records)

@@ -12,13 +12,13 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
 from chiplog.errors import RecordError
 from chiplog.home import home
-from chiplog.ledger.parse import SCHEDULER, joined
+from chiplog.ledger.parse import SCHEDULER, continued, joined
 from chiplog.record import Record, State
 from chiplog.schema import Frozen
 
@@ -64,6 +64,14 @@ class Seen(Frozen):
     gone: bool = Field(default=False, description="Whether it was not there any more.")
 
 
+class Read(NamedTuple):
+    """What a log said; `old` if only what was added to it was read."""
+
+    seen: Seen
+    old: Seen | None
+    records: list[Record]
+
+
 class Ledger:
     """Records by key; the same job put twice is one row.
 
@@ -78,10 +86,21 @@ class Ledger:
         with self._open() as connection:
             _put(connection, None, records)
 
-    def put_logs(self, read: Iterable[tuple[Seen, list[Record]]]) -> None:
-        """Notes logs as read and replaces what they held before: all of them or none."""
+    def put_logs(self, read: Iterable[Read]) -> list[Read]:
+        """Notes logs as read and replaces what they held before: all of them or none.
+
+        A log that another scan read on meanwhile is left as it is; returns those that were put.
+        """
+        put: list[Read] = []
         with self._open() as connection:
-            for seen, records in read:
+            connection.execute("BEGIN IMMEDIATE")
+            for seen, old, records in read:
+                whole = records
+                if old and not seen.error:
+                    row = connection.execute("SELECT read_to FROM files WHERE path = ?", (seen.path,)).fetchone()
+                    if not row or row["read_to"] != old.read_to:
+                        continue
+                    whole = continued(_of_file(connection, seen.path), records)
                 connection.execute(
                     "INSERT OR REPLACE INTO files "
                     "VALUES (:path, :size, :mtime_ns, :inode, :read_to, :parser, :error, :gone)",
@@ -92,7 +111,9 @@ class Ledger:
                     if seen.path.endswith(f"/{RECORDS}"):  # logs of an experiment that was not collected yet
                         under = _literal(seen.path.removesuffix(RECORDS)) + "%"
                         connection.execute("DELETE FROM runs WHERE file LIKE ? ESCAPE '\\'", (under,))
-                    _put(connection, seen.path, records)
+                    _put(connection, seen.path, whole)
+                put.append(Read(seen, old, whole))
+        return put
 
     def seen(self) -> dict[str, Seen]:
         """Every log that was ever read, by path."""
@@ -138,8 +159,7 @@ class Ledger:
     def of_file(self, path: str) -> list[Record]:
         """The records of one log, in its order."""
         with self._open() as connection:
-            rows = connection.execute(f"SELECT record FROM {_BOTH} WHERE file = ? ORDER BY {_IN_ORDER}", (path,))
-            return [Record.model_validate_json(row["record"]) for row in rows]
+            return _of_file(connection, path)
 
     def records(self, *, device: str | None = None, state: State | None = None) -> list[Record]:
         """Records that match, newest first."""
@@ -231,6 +251,11 @@ def _whole(connection: sqlite3.Connection, row: sqlite3.Row) -> Record:
     for part in connection.execute(f"SELECT record FROM {_BOTH} WHERE part_of = ?", (row["key"],)):
         record = joined(record, Record.model_validate_json(part["record"]))
     return record
+
+
+def _of_file(connection: sqlite3.Connection, path: str) -> list[Record]:
+    rows = connection.execute(f"SELECT record FROM {_BOTH} WHERE file = ? ORDER BY {_IN_ORDER}", (path,))
+    return [Record.model_validate_json(row["record"]) for row in rows]
 
 
 def _put(connection: sqlite3.Connection, file: str | None, records: Iterable[Record]) -> None:

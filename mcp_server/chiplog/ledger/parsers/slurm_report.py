@@ -80,7 +80,7 @@ def _sacct(log: LogReader) -> list[Draft]:
     rows = _table([log.text(found.offset, found.end).decode(errors="replace") for found in lines])
     jobs: dict[str, Draft] = {}
     for found, cells in zip(lines, rows, strict=True):
-        job, _, step = cells.get("JobID", "").partition(".")
+        job, _, step = (cells.get("JobID") or cells.get("JobIDRaw", "")).partition(".")
         if not re.fullmatch(r"\d+(?:_\d+|_\[[\d,%-]+\]|\+\d+)?", job):
             continue
         draft = jobs.setdefault(job, Draft(log.whole, "slurm"))
