@@ -18,6 +18,7 @@ ENDS: dict[State, list[str]] = {
         "Training complete!\n", "training finished\n", "Finished Training\n", "Done training.\n", "Training has been completed.\n",
         "Total training time: 1:02:03\n", "Training took 1.50 hours\n", "Finetuning done.\n", "Done!\n", "All done.\n", "=== Finished ===\n",
         "Exit status: 0\n", "[2024-01-02 03:04:05,101] [INFO] [launch.py:347:main] Process 123 exits successfully.\n",
+        "I0203 22:12:03.345954  3769 caffe.cpp:254] Optimization Done.\n",
         "Training completed. Do not forget to share your model on huggingface.co/models =)\n",
     ],
     State.FAILED: [
@@ -37,7 +38,9 @@ ENDS: dict[State, list[str]] = {
         "slurmstepd: error: execve(): python: No such file or directory\n",
         "RuntimeError: DataLoader worker (pid 123) is killed by signal: Killed. \n",
         "[rank3]:[E102 03:04:05.101 ProcessGroupNCCL.cpp:616] [Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5)\n",
-        "Error executing job with overrides: ['lr=1']\n",
+        "Error executing job with overrides: ['lr=1']\n", "Exit Status:        -17 (Job execution failed)\n",
+        "Command '['simulate', '--app', '.']' returned non-zero exit status 1.\n",
+        "/var/spool/slurmd/job1929/slurm_script: line 16: syntax error near unexpected token `done'\n",
     ],
     State.OUT_OF_MEMORY: [
         TRACE + "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.25 GiB of which 1.50 GiB is free.\n",
@@ -61,6 +64,7 @@ ENDS: dict[State, list[str]] = {
         "srun: error: Node failure on n1\n",
     ],
     State.CANCELLED: [
+        "2024-11-24 04:13:57.870606: Terminated\n",
         TRACE + "KeyboardInterrupt\n", "slurmstepd: error: *** JOB 123 ON n1 CANCELLED AT 2024-01-02T03:04:05 ***\n",
         "slurmstepd: error: *** JOB 123 ON n1 CANCELLED AT 2024-01-02T03:04:05 DUE to SIGNAL Terminated ***\n",
         TRACE + "torch.distributed.elastic.multiprocessing.api.SignalException: Process 123 got signal: 15\n",

@@ -97,11 +97,6 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
         "2024-01-02 03:04:10,101 epoch 1 - iter 20/100 - loss 2.0 - time (sec): 10.00 - samples/sec: 64.0 - lr: 0.1 - momentum: 0.0\n",
         {"epoch": 1.0, "steps": 20, "steps_planned": 100, "loss_first": 2.5, "loss_last": 2.0, "steps_per_s": 2.0},
     ),
-    "opennmt": (
-        "[2024-01-02 03:04:05,101 INFO] Step 50/100000; acc: 3.2; ppl: 900.5; xent: 6.8; lr: 0.00001; sents: 3200; bsz: 1000/1200/64; 2000/3000 tok/s;     25 sec;\n"
-        "[2024-01-02 03:04:30,101 INFO] Step 100/100000; acc: 5.2; ppl: 500.5; xent: 6.2; lr: 0.00002; sents: 3200; bsz: 1000/1200/64; 2000/3000 tok/s;     50 sec;\n",
-        {"steps": 100, "steps_planned": 100000, "steps_per_s": 2.0},
-    ),
     "tacotron2": (
         "Epoch: 0\nTrain loss 0 31.25 Grad Norm 4.2 2.00s/it\nTrain loss 1 28.50 Grad Norm 4.0 2.00s/it\n",
         {"epoch": 0.0, "loss_first": 31.25, "loss_last": 28.5, "steps_per_s": 0.5},
@@ -315,6 +310,53 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "server": (
         "INFO:     Started server process [123]\nINFO:     Uvicorn running on http://0.0.0.0:8000\nINFO 01-02 03:04:05 metrics.py:345] Avg prompt throughput: 10.0 tokens/s, Avg generation throughput: 20.0 tokens/s\n",
         {},
+    ),
+    "metrics as json": (
+        '{"loss": 2.5, "grad_norm": 0.5, "learning_rate": 1e-05, "epoch": 0.5, "step": 10}\n{"loss": 1.5, "grad_norm": 0.5, "learning_rate": 0.0, "epoch": 1.0, "step": 20}\n'
+        '{"train_runtime": 40.0, "train_samples_per_second": 4.0, "train_steps_per_second": 0.5, "train_loss": 2.0, "epoch": 1.0, "step": 20}\n',
+        {"epoch": 1.0, "steps": 20, "loss_first": 2.5, "loss_last": 1.5, "loss_mean": 2.0, "train_s": 40.0, "samples_per_s": 4.0, "mean_steps_per_s": 0.5},
+    ),
+    "nanogpt's own file": (
+        "0 val 10.9500\n0 train 10.934416\n1 train 10.883945\n2 train 10.5\n",
+        {"steps": 2, "loss_first": 10.934416, "loss_last": 10.5},
+    ),
+    "opennmt": (
+        "[2020-06-03 12:07:46,165 INFO] Step 50/  300; acc:   3.03; ppl: 1819946.21; xent: 14.50; lr: 1.00000; 159/166 tok/s;    100 sec\n"
+        "[2020-06-03 12:09:26,165 INFO] Step 100/  300; acc:   3.67; ppl: 248596.17; xent: 12.25; lr: 1.00000; 212/200 tok/s;    200 sec\n",
+        {"steps": 100, "steps_planned": 300, "loss_first": 14.5, "loss_last": 12.25, "steps_per_s": 0.5},
+    ),
+    "paddleseg": (
+        "2021-08-13 11:20:32 [INFO]\t[TRAIN] epoch: 1, iter: 20/2000, loss: 3.0412, lr: 0.009914, batch_cost: 0.1000, reader_cost: 0.01300, ips: 36.6094 samples/sec | ETA 00:03:36\n"
+        "2021-08-13 11:20:34 [INFO]\t[TRAIN] epoch: 1, iter: 40/2000, loss: 2.4766, lr: 0.009824, batch_cost: 0.1000, reader_cost: 0.00007, ips: 42.4983 samples/sec | ETA 00:03:04\n"
+        "2021-08-13 11:20:34 [INFO]\tStart evaluating (total_samples: 328, total_iters: 328)...\n328/328 [==============================] - 8s 24ms/step - batch_cost: 0.0244 - reader cost: 1.3448e-0\n",
+        {"epoch": 1.0, "steps": 40, "steps_planned": 2000, "loss_first": 3.0412, "loss_last": 2.4766, "steps_per_s": 10.0},
+    ),
+    "kair": (
+        "25-01-26 19:18:16.161 : <epoch:  2, iter:   3,200, lr:2.000e-04> G_loss: 4.986e-03 \n25-01-26 19:19:56.161 : <epoch:  2, iter:   3,400, lr:2.000e-04> G_loss: 5.125e-03 \n",
+        {"epoch": 2.0, "steps": 3400, "loss_first": 0.004986, "loss_last": 0.005125, "steps_per_s": 2.0},
+    ),
+    "gan without losses": (
+        "".join(f"time elapsed = {n / 4 + 100:.2f} [s] | epoch=1 | batch= [{n}/14015]\n" for n in (101, 201, 301, 401)),
+        {"epoch": 1.0, "steps": 401, "steps_planned": 14015, "train_s": 200.25, "mean_steps_per_s": 401 / 200.25},
+    ),
+    "csv logger": (
+        "epoch,accuracy,loss,val_accuracy,val_loss\n0,0.5,2.5,0.5,2.25\n1,0.6,1.5,0.5,1.75\n",
+        {"epoch": 1.0, "loss_first": 2.5, "loss_last": 1.5, "val_losses": [2.25, 1.75]},
+    ),
+    "lightning's csv": (
+        "epoch,step,train_loss,val_loss\n0,49,2.5,\n0,99,,2.25\n1,149,1.5,\n",
+        {"epoch": 1.0, "steps": 149, "loss_first": 2.5, "loss_last": 1.5, "val_losses": [2.25]},
+    ),
+    "fairseq in between": (
+        "2023-06-14 09:46:31 | INFO | fairseq.trainer | begin training epoch 533\n"
+        "2023-06-14 09:47:25 | INFO | train_inner | epoch 533:    103 / 282 loss=2.995, nll_loss=1.075, ppl=7.97, ups=2.15, num_updates=150000, lr=8.1e-05\n"
+        "2023-06-14 09:48:11 | INFO | train_inner | epoch 533:    203 / 282 loss=3.01, nll_loss=1.09, ppl=8.05, ups=2.2, num_updates=150100, lr=8.1e-05\n",
+        {"epoch": 533.0, "steps": 150100, "loss_first": 2.995, "loss_last": 3.01},
+    ),
+    "keras with a test after it": (
+        "Epoch 1/1\n1500/1500 [==============================] - 30s 20ms/step - loss: 0.1837 - val_loss: 0.0731\n"
+        "313/313 [==============================] - 1s 1ms/step - loss: 0.0715\n",
+        {"epoch": 1.0, "epochs": 1, "steps": 1500, "steps_planned": 1500, "loss_first": 0.1837, "loss_last": 0.1837, "val_losses": [0.0731], "mean_steps_per_s": 50.0},
     ),
 }  # fmt: skip
 BESIDE = {"resumed", "tokens_scope", "mem_kind"}  # said of other figures

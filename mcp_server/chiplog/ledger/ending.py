@@ -83,7 +83,9 @@ OTHER_ERROR = pattern(  # of any name, behind the last frame
     rb"(?P<words>[A-Za-z_][\w.]{2,100}(?:\(\w+\))?(?:: [^\n]*)?)$",
     b'File "',
 )
-CANCEL = re.compile(r"KeyboardInterrupt|got signal: (?:2|15)\b|: line \d+: +\d+ Terminated\b")
+CANCEL = re.compile(
+    r"KeyboardInterrupt|^[\d :.-]{8,40}Terminated$|got signal: (?:2|15)\b|: line \d+: +\d+ Terminated\b"
+)
 TRACEBACK = pattern(rb"Traceback \(most recent call last\):", b"Traceback (most")
 FATAL = [
     pattern(
@@ -97,7 +99,8 @@ FATAL = [
         b"\xe6\xae\xb5",
     ),
     pattern(
-        rb"(?:^\W{0,3}|: line \d+: +\d+ )(?:Killed|Terminated)\b[^\n]*|^\xe5\xb7\xb2\xe6\x9d\x80\xe6\xad\xbb"
+        rb"(?:^\W{0,3}|: line \d+: +\d+ )(?:Killed|Terminated)\b[^\n]*|^[\d :.-]{8,40}(?:Killed|Terminated)$"
+        rb"|^\xe5\xb7\xb2\xe6\x9d\x80\xe6\xad\xbb"
         rb"|^slurmstepd: error: [^\n]*(?:Killed|SIGKILL)[^\n]*",
         b"Killed",
         b"Terminated",
@@ -121,7 +124,8 @@ FATAL = [
         b"Error executing job",
         b"ERROR conda",
     ),
-    pattern(rb"^ *Exit (?:code|status): +(?P<code>[1-9]\d*)\b", b"Exit code", b"Exit status"),
+    pattern(rb"^\S*: line \d+: syntax error [^\n]*", b": syntax error "),
+    pattern(rb"^ *Exit (?:[Cc]ode|[Ss]tatus): +(?P<code>-?[1-9]\d*)\b", b"Exit code", b"Exit status", b"Exit Status"),
     pattern(rb"^\S+\.py: error: [^\n]+|^error: [^\n]+", b"error: "),
     pattern(
         rb"\bsrun: error: [^\n]{0,300}(?:[Ee]xited with exit code (?P<code>[1-9]\d*)|: Killed|: Aborted)[^\n]*",
@@ -130,6 +134,7 @@ FATAL = [
     pattern(rb"terminate called after throwing an instance of [^\n]*", b"terminate called"),
     pattern(rb"^make: \*\*\* [^\n]{0,200} Error (?P<code>\d+)", b"make: *** "),
     pattern(rb"^Command exited with non-zero status (?P<code>\d+)", b"Command exited with non-zero"),
+    pattern(rb"^Command '[^\n]*' returned non-zero exit status (?P<code>\d+)", b"returned non-zero exit status"),
     pattern(rb"DataLoader worker [^\n]{0,100} is killed by signal: [^\n]*", b"is killed by signal"),
     pattern(rb"exits with return code = (?P<code>-?[1-9]\d*)", b"exits with return code"),
     pattern(rb"exitcode *: (?P<code>-?[1-9]\d*) \(pid", b"exitcode"),
@@ -151,6 +156,7 @@ GOOD = [
         b"Finish",
     ),
     pattern(rb"exits successfully", b"exits successfully"),
+    pattern(rb"\] Optimization Done\.", b"Optimization Done."),
     pattern(rb"^Successfully completed\.", b"Successfully completed."),
     *TRAINED,
 ]

@@ -19,14 +19,15 @@ from chiplog.ledger.units import duration, number, stamp, whole
 
 _VALUE = rb"(?P<loss>[-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf|NaN)\b)"
 LOSS = pattern(
-    rb"(?i:(?<![\w/-])(?<!init )(?<!initial )(?<!best )(?:actor/(?:pg_)?|train/|loss/train/)?"
+    rb"(?i:(?<![\w/-])(?<!init )(?<!initial )(?<!best )(?:actor/(?:pg_)?|train/|loss/train/|g_)?"
     rb"(?:(?:per[_ ]token|train(?:ing)?(?:'s)?|av[gr]\.?|average|mean|running|total|lm|ce|sft|batch|step|log|reduced)"
     rb"[_/ -]?){0,5}"
-    rb"(?:loss|logloss|cross-?_?entropy_?loss)(?:/train(?:/total|_step|_epoch)?|\(train\))?(?: \[[\d-]+\])?"
-    rb"(?: (?!scale|func|type|ratio|mask|weight|is\b|for\b|on\b)[a-z]{2,20}(?= ?:))?)"
-    rb"(?:[\"']?(?: *(?:[=:|]|\xe2\x94\x82)+ *| +(?:is +|of +)?))[\"'\[(]?(?:tensor\()?(?:\d+ +(?=-?\d+\.\d))?"
+    rb"(?:loss|logloss|xent|cross-?_?entropy_?loss)(?: so far)?(?:/train(?:/total|_step|_epoch)?|\(train\))?"
+    rb"(?: \[[\d-]+\])?(?: (?!scale|func|type|ratio|mask|weight|is\b|for\b|on\b)[a-z]{2,20}(?= ?:))?)"
+    rb"(?:[\"']?(?: *(?:[=:|]|\xe2\x94\x82)+ *| +(?:is:? +|of +)?))[\"'\[(]?(?:tensor\()?(?:\d+ +(?=-?\d+\.\d))?"
     + _VALUE,
     b"loss",
+    b"xent",
 )
 COST = pattern(rb"(?i:(?<![\w/-])(?<!time )cost)[\"']?(?: *[=:] *| +)" + _VALUE, b"cost")
 METRIC = pattern(  # what a loop prints that names no loss
@@ -36,8 +37,13 @@ METRIC = pattern(  # what a loop prints that names no loss
     b"mse", b"mae", b"acc", b"perplexity", b"ppl", b"reward", b"nll", b"auc", b"error", b"bleu", b"f1", b"return",
     b"learn",
 )  # fmt: skip
+NAMED_TRAIN = pattern(rb"^\d+ train " + _VALUE, b" train ")  # nanoGPT's own file, `94 train 7.32`
 STEPPED = pattern(  # where not even that is printed
-    rb"^[^\n]{0,80}?(?i:\b(?:iter(?:ation)?|(?:global[_ ]?)?step))[\"']?[ :=#]+[\"']?(?=\d)", b"iter", b"step"
+    rb"^[^\n]{0,80}?(?i:\b(?:iter(?:ation)?|(?:global[_ ]?)?step|batch))[\"']?[ :=#]+[\"'\[]?(?=\d)|^\[\d+/\d+\] ",
+    b"iter",
+    b"step",
+    b"batch",
+    b"\n[",
 )
 OF_TEST = re.compile(
     rb"(?i)(?<![a-z/])(?:net output|test|val|valid|validation|eval|evaluation|evaluating|dev)(?![a-z/])"
@@ -58,10 +64,11 @@ STEPS = [
     re.compile(rb"[\[(] *(?P<step>\d+) */ *(?P<total>\d+)(?= *[\])%(])"),
     re.compile(rb"(?<=: ) *(?P<step>\d+) / (?P<total>\d+)\b"),
     re.compile(rb"(?:^|[\]:] )\[(?P<step>\d+)\](?=\s)"),
-    re.compile(rb"^(?P<step>\d+):(?=\tlearn: )"),
+    re.compile(rb"^(?P<step>\d+)(?=:\tlearn: | train \d)"),
 ]  # fmt: skip
 EPOCH = pattern(
-    rb"(?:(?i:(?<![a-z/_-])(?<!per )(?<!at )(?<!from )(?<!best )epoch)|(?<![A-Za-z/-])Ep|^ep(?=: )|\bTrain(?=: \d+ \[))"
+    rb"(?:(?i:(?<![a-z/_-])(?<!per )(?<![^dg] at )(?<!from )(?<!best )epoch)|(?<![A-Za-z/-])Ep|^ep(?=: )"
+    rb"|\bTrain(?=: \d+ \[))"
     rb"(?:\.{1,3}|\(train\))?[\"']?"
     rb"(?: *[=:#|\[(_]+ *| +|(?=\d))[\[(]? *(?P<epoch>\d++(?:\.\d++)?)(?!/micro|[%a-z])"
     rb"(?: *(?:/|of) *(?P<epochs>\d+))?"
@@ -84,7 +91,7 @@ TIME = re.compile(
     rb"|wall(?:[ _]time)?)[\"']?"
     rb"(?: *(?:[=:|]|\xe2\x94\x82)+ *| +)(?P<time>(?:\d+ days?, *)?\d+:\d\d(?::\d\d)?(?:\.\d+)?|[\d.]+(?: ?(?:ms|"
     rb"sec(?:ond)?s?|s|min|m|h))?\b)"
-    rb"|(?<=[-|] ) ?(?P<end>[\d.]+ ?s(?:ecs?)?|\d+:\d\d:\d\d)s?\s*$"
+    rb"|(?<=[-|;] ) {0,4}(?P<end>[\d.]+ ?s(?:ecs?)?|\d+:\d\d:\d\d)s?\s*$"
 )
 MEMORY = re.compile(
     rb"(?i)\b(?:peak[_ ])?(?:gpu[_ ])?(?:max[_ ])?mem(?:ory)?(?:[_ ]?used)?(?: \((?P<before>[GM]i?)B\))?[\"']?"

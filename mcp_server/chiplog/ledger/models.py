@@ -26,6 +26,7 @@ VISION = (
 NAMED = [
     pattern(rb"(?:--)?(?:model_name_or_path|pretrained_model_name_or_path|base_model|model_id|checkpoint_dir)"
             rb"[\"']?(?:[ =:,]+)[\"']?(?P<model>[\w./~-]+)", b"model_", b"base_model", b"checkpoint_dir"),
+    pattern(rb"model checkpoint at (?P<model>[\w./~-]+) (?:and are newly|were not used)", b"model checkpoint at "),
     pattern(rb"\"?_name_or_path\"?: \"(?P<model>[^\"\n]+)\"", b"_name_or_path"),
     pattern(rb"(?i:\bmodel(?:[_ ]?(?:name|path|id))?)[\"']?(?:[=:] *| +)[\"']?(?P<model>[\w./~-]{0,200}/?"
             + FAMILY + _REST + rb")", b"odel"),
@@ -42,7 +43,8 @@ PART = re.compile(  # what is not trained
 OWNER = re.compile(r"(?<![\w/.-])[A-Za-z][\w-]*$")
 SIGHT = re.compile(r"(?i)(?:^|/)(?:clip|siglip)-")  # what a larger model sees with
 TOP = 1 << 16  # bytes in which a configuration or a saved model is named
-KNOWN = re.compile(FAMILY.decode())
+KNOWN = re.compile(f"{FAMILY.decode()}|{VISION.decode()}")
+SIZED = re.compile(r"\d|-(?:tiny|small|base|medium|large|xl+)\b")
 HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,80}/[A-Za-z0-9][\w.-]{0,80}")
 FILE = re.compile(r"\.(?:py|sh|json|jsonl|ya?ml|pt|bin|txt|log|csv|out|err|safetensors|so|ipynb|html)$")
 PLACES = {  # folders, and no owners on a hub
@@ -72,7 +74,7 @@ def model_name(found: Found) -> str | None:
         return None
     parts = [part for part in path.split("/") if part]
     for part in reversed(parts):
-        if KNOWN.search(part) and re.search(r"\d", part) and not FILE.search(part) and "lib/python" not in path:
+        if KNOWN.search(part) and SIZED.search(part) and not FILE.search(part) and "lib/python" not in path:
             return part
     is_hub = HUB.fullmatch(path) and len(parts) == 2 and parts[0].lower() not in PLACES
     return path if is_hub else None

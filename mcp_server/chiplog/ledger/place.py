@@ -33,6 +33,7 @@ GPU = [
         *VENDORS),
     pattern(rb"(?P<gpu>(?:TITAN (?:Xp|X|V|RTX)\b|GTX ?\d{3,4}|RTX ?A?\d{4}(?: ?Ti| SUPER| Ada(?: Generation)?)?"
             rb"|[AHV]\d00-(?:SXM\d?|PCI[Ee]|NVL)(?:-\d+GB)?))\b", b"RTX", b"GTX", b"TITAN", b"-SXM", b"-PCI", b"-NVL"),
+    pattern(rb"\bdevice: \d+, name: (?P<gpu>[\w -]+), pci bus id", b"pci bus id"),
     pattern(rb"\bgres/gpu:(?P<gpu>[a-z]\w+)[:=]\d", b"gres/gpu:"),
 ]  # fmt: skip
 N_GPUS = [
@@ -46,6 +47,8 @@ N_GPUS = [
     pattern(rb"device mesh with \[[^\]\n]{1,100}\], \[(?P<n>\d+(?:, \d+)*)\]", b"device mesh with "),
     pattern(rb"\bnproc_per_node[= ]+(?P<n>\d{1,3})\b", b"nproc_per_node"),
     pattern(rb"\bgres/gpu(?::[a-z]\w+)?[:=](?P<n>\d+)", b"gres/gpu"),
+    pattern(rb"^[^\n]{0,40}\bGPUs: (?P<n>\d{1,2})$|^Using +(?P<other>\d{1,2}) GPUs?\b", b"GPUs: ", b"Using "),
+    pattern(rb"\bNGPUs Requested: +(?P<n>[1-9]\d*)", b"NGPUs Requested"),
     pattern(rb"^#BSUB -gpu [\"']?num=(?P<n>\d+)", b"#BSUB -gpu"),
 ]  # fmt: skip
 LSF_RUN = pattern(rb"^ *Run time : +(?P<s>\d+) sec\.", b"Run time : ")
@@ -54,20 +57,25 @@ PBS_RUN = pattern(
     b"alltime", b"RunTime=",
 )  # fmt: skip
 STARTED = pattern(
-    rb"(?i:^[# ]*(?:job[ _]?(?:started|start time|start)|start(?:ing|ed)?(?: the)? job)(?: at| on)?) *: *\n?"
+    rb"(?i:^[# ]*(?:job[ _]?(?:started|start time|start)|start(?:ing|ed)?(?: the)? job)(?: at| on)?) *(?:: *\n?|\n)"
     rb"(?P<at>[^\n#]+)",
     b"job start", b"job_start", b"jobstart", b"start job", b"starting job", b"started job", b"the job",
 )  # fmt: skip
 ENDED = pattern(
-    rb"(?i:^[# ]*job[ _]?(?:ended|finished|completed|end time|end)(?: at| on)?) *: *\n?(?P<at>[^\n#]+)",
-    b"job end", b"job_end", b"jobend", b"job finished", b"job completed",
+    rb"(?i:^[# ]*job[ _]?(?:ended|finished|completed?|end time|end)(?: at| on)?) *(?:: *\n?|\n)(?P<at>[^\n#]+)",
+    b"job end", b"job_end", b"jobend", b"job finished", b"job complete",
 )  # fmt: skip
 STAMP = pattern(rb"^[^\n]{0,40}?\b(?P<at>20\d\d-\d\d-\d\d[ T]\d\d:\d\d:\d\d)", b"-- ::", b"--T::")
 CANCELLED = pattern(rb"CANCELLED AT (?P<at>[\dT:-]{19})", b" CANCELLED AT ")
 SMI_MEMORY = pattern(rb"\| +(?P<used>\d+)MiB / +\d+MiB +\|", b"MiB / ")
 WORKED = 100  # MiB on a card that stand for a job
 SMI_ROW = pattern(rb"^\| +(?P<id>\d+) +(?:NVIDIA|Tesla|GeForce|Quadro|AMD)[\w .-]+? +(?:On|Off|N/A) +\|", *VENDORS)
-TF_DEVICE = pattern(rb"Created (?:TensorFlow )?device \(?/job:[^\n]{0,1500}?/device:GPU:(?P<id>\d+) ", b"device:GPU:")
+TF_DEVICE = pattern(
+    rb"Created (?:TensorFlow )?device \(?/job:[^\n]{0,1500}?/device:GPU:(?P<id>\d+) "
+    rb"|Creating TensorFlow device \(/(?:device:)?gpu:(?P<other>\d+)\)",
+    b"device:GPU:", b"Creating TensorFlow device",
+)  # fmt: skip
+JAX_DEVICE = pattern(rb"\b(?:Gpu|Cuda)Device\(id=(?P<id>\d+)", b"Device(id=")
 RANK = pattern(
     rb"\bProcess rank: (?P<id>\d+), device: cuda|^Using GPU\d+ [^\n]{0,80}\(Rank (?P<other>\d+)\)",
     b"Process rank: ", b"Using GPU",
@@ -133,10 +141,12 @@ def _count(draft: Draft, span: Span) -> None:
     if draft.get("gpus") is not None:
         return
     for wanted in N_GPUS:
-        if (found := span.first(wanted)) and (n := math.prod(int(part) for part in found["n"].split(","))):
+        if (found := span.first(wanted)) and (
+            n := math.prod(int(part) for part in (found.get("n") or found["other"]).split(","))
+        ):
             draft.set("gpus", n, found)
             return
-    for wanted in (SMI_ROW, SMI_LIST, TF_DEVICE, RANK):
+    for wanted in (SMI_ROW, SMI_LIST, TF_DEVICE, JAX_DEVICE, RANK):
         rows = [found for found in span.near(wanted)]
         n = len({found.get("id") or found.get("other") for found in rows})
         if n > 1 or (rows and wanted is not RANK):  # one rank alone may be all that logs

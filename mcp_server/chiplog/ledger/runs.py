@@ -71,6 +71,8 @@ def take_bars(draft: Draft, bars: Sequence[Bar]) -> None:
     if not timed:
         return
     last = timed[-1]
+    if not last.done:
+        return
     if not epoch or draft.get("steps") == last.done:  # the bars of earlier epochs counted their own seconds
         draft.default("train_s", last.elapsed_s, last.found)
     first_done = timed[0].done if timed[0].elapsed_s == 0 else 0

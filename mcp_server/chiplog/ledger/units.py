@@ -65,12 +65,14 @@ def duration(text: str | None) -> float | None:
     return None if value is None else value * factor
 
 
-_STAMP = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d{1,6}))?")
+_STAMP = re.compile(r"((?:\d\d)?\d\d-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d{1,6}))?")
 
 
 def stamp(text: str) -> datetime | None:
     """The first time in a line, ISO 8601 or as `logging` writes it."""
     match = _STAMP.search(text)
     with suppress(ValueError):
-        return datetime.fromisoformat(f"{match[1]}T{match[2]}.{(match[3] or '0').ljust(6, '0')}") if match else None
+        return (
+            datetime.fromisoformat(f"{match[1]:0>10}T{match[2]}.{(match[3] or '0').ljust(6, '0')}") if match else None
+        )
     return None

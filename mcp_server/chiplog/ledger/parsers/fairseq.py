@@ -9,11 +9,13 @@ from chiplog.ledger.units import number, whole
 
 LOSS = pattern(
     rb"\| (?:train|train_inner) \| (?:[^\n]{0,1500}?\| |\{[^\n]{0,1500}?\"(?:train_)?)?"
-    rb"loss[\"']?:? [\"']?(?P<loss>[\w.+-]+)",
+    rb"loss[\"']?(?::? |=)[\"']?(?P<loss>[\w.+-]+)",
     b"| train",
 )
-INNER = pattern(rb"\| train_inner \| [^\n]{0,1500}?(?<!\w)loss[\"']?:? [\"']?(?P<loss>[\w.+-]+)", b"| train_inner")
-UPDATES = pattern(rb"\| train[^\n]{0,1500}?num_updates[\"']?:? [\"']?(?P<step>\d+)", b"num_updates")
+INNER = pattern(
+    rb"\| train_inner \| [^\n]{0,1500}?(?<!\w)loss[\"']?(?::? |=)[\"']?(?P<loss>[\w.+-]+)", b"| train_inner"
+)
+UPDATES = pattern(rb"\| train[^\n]{0,1500}?num_updates[\"']?(?::? |=)[\"']?(?P<step>\d+)", b"num_updates")
 WALL = pattern(rb"\| train[^\n]{0,1500}?\b(?:train_)?wall[\"']?:? [\"']?(?P<s>[\d.]+)[\"'}]*$", b"wall")
 EPOCH = pattern(rb"\| train[^\n]{0,1500}?\bepoch[\"']?:? [\"']?(?P<epoch>\d+)", b"epoch")
 DONE = pattern(rb"done training in (?P<s>[\d.]+) seconds", b"done training in ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from chiplog.ledger.bars import bars
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.ending import TRACEBACK
-from chiplog.ledger.lines import COST, EPOCH, METRIC, Line, counted_lines, pace, so_far, training_lines
+from chiplog.ledger.lines import COST, EPOCH, METRIC, NAMED_TRAIN, Line, counted_lines, pace, so_far, training_lines
 from chiplog.ledger.reader import BLOCK, Found, LogReader, Span, pattern
 from chiplog.ledger.runs import take_bars, take_speed, training_bars, trains
 from chiplog.ledger.units import COUNTS, duration, number, whole
@@ -32,12 +32,13 @@ TIME = pattern(
     rb"|(?i:took) (?P<took>[\d.]+ (?:sec(?:ond)?s?|min(?:ute)?s?|hours?)) to train"
     rb"|(?i:(?:completed|finished|done) training in) (?P<in>[\d.]+ ?s)\b"
     rb"|(?i:training complete)[^\n]{0,100}, (?P<all>\d+s)$"
-    rb"|(?i:^the training code [^\n]{0,200} ran for )(?P<ran>[\d.]+m)$",
+    rb"|(?i:^the training code [^\n]{0,200} ran for )(?P<ran>[\d.]+m)$"
+    rb"|(?i:\btrain(?:ing)? (?:finished|done|completed?) \(took )(?P<of>[\d.]+ ?s)\b",
     b"train time", b"train_time", b"training time", b"training_time", b"train took", b"training took", b"ing done",
     b"ing finished", b"ing complete", b"runtime", b"duration", b"training seconds", b"training_seconds", b"to train",
-    b"training in", b"ran for",
+    b"training in", b"ran for", b"train finished", b"train done",
 )  # fmt: skip
-TIMES = ("time", "took", "in", "all", "ran")
+TIMES = ("time", "took", "in", "all", "ran", "of")
 ELAPSED = pattern(
     rb"(?i:^[\W\d]{0,40}time[_ ]elapsed)[\"']? *[|:=]+ *(?P<time>[\d.:]+)"
     rb"|(?<![\d.])(?P<took>[\d.]{1,20} seconds) elapsed, finished|^[ \t]{4,60}Total time: (?P<all>[\d.]+s)$",
@@ -80,7 +81,7 @@ def run(span: Span, draft: Draft) -> Draft:
     """Everything that is named in the usual words."""
     lines = training_lines(span)
     losses(draft, span, lines)
-    lines = lines or training_lines(span, COST)
+    lines = lines or training_lines(span, COST) or training_lines(span, NAMED_TRAIN)
     take_loss(draft, lines)
     lines = lines or training_lines(span, METRIC) or counted_lines(span)
     epochs(draft, span)

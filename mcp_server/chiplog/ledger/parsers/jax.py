@@ -7,6 +7,7 @@ import statistics
 
 from chiplog.ledger.bars import bars
 from chiplog.ledger.draft import Draft
+from chiplog.ledger.parsers import generic
 from chiplog.ledger.reader import LogReader, Span, pattern
 from chiplog.ledger.runs import distinct, take_bars, take_speed, training_bars, trains
 from chiplog.ledger.units import number, seconds, whole
@@ -69,6 +70,7 @@ def _run(span: Span) -> Draft:
         draft.set("train_s", elapsed, last_one)
         take_speed(draft, done - (draft.get("resumed_from") or 0), elapsed)
         draft.worked(last_one)
+    generic.times(draft, span, [])
     return draft
 
 

@@ -57,10 +57,16 @@ def _run(span: Span) -> Draft:
             draft.set("epochs" if limit["what"] == "epochs" else "steps_planned", int(limit["n"]), found)
             if limit["what"] == "steps":
                 draft.set("steps", int(limit["n"]), found)
+                draft.default("epoch", _epoch(shown), found)
     generic.losses(draft, span)
     if not shown:
         generic.epochs(draft, span)
     return draft
+
+
+def _epoch(shown: list[Bar]) -> float | None:
+    label = LABEL.match(shown[-1].label) if shown else None
+    return float(label["epoch"]) if label else None
 
 
 def _epochs(draft: Draft, shown: list[Bar]) -> None:

@@ -7,7 +7,7 @@ import re
 from chiplog.ledger.draft import Draft
 from chiplog.ledger.reader import Found, LogReader, pattern
 from chiplog.ledger.units import LARGEST, seconds, size, whole
-from chiplog.record import State
+from chiplog.record import OutOfMemory, State
 
 SEFF = pattern(
     rb"^(?P<key>Job ID|Array Job ID|State|Cores per node|Nodes|Job Wall-clock time|Memory Utilized): *"
@@ -70,6 +70,8 @@ def ended(draft: Draft, text: str, found: Found) -> None:
     known = STATES.get(word) or next((state for state in State if state.value == word), None)
     if known:
         draft.set("state", known, found)
+        if known is State.OUT_OF_MEMORY:
+            draft.default("oom", OutOfMemory(kind="host"), found)
         draft.set("reason", None if known is State.COMPLETED else f"Slurm says {text.strip()}", found)
         draft.set("exit_code", whole(match["code"]))
 

@@ -20,7 +20,7 @@ from chiplog.ledger.units import number, whole
 CONFIG_START = pattern(rb"[Rr]unning (?P<recipe>\w+) with resolved config:", b"with resolved config:")
 LABEL = re.compile(r"(?P<epoch>\d+)\|(?P<step>\d+)\|Loss: (?P<loss>-?[\w.+-]+)")
 MEMORY = pattern(
-    rb"GPU peak memory (?P<kind>allocation|alloc|active|reserved): (?P<size>[\d.]+ \w+)", b"GPU peak memory"
+    rb"[GNX]PU peak memory (?P<kind>allocation|alloc|active|reserved): (?P<size>[\d.]+ \w+)", b"PU peak memory"
 )
 LOGGED = pattern(rb"^\W{0,3}Step (?P<step>\d+) \| (?P<pairs>(?:[\w./-]+:\S+ ?)+)", b"Step ")
 SAVED = pattern(
@@ -38,7 +38,7 @@ SETTINGS = {  # of the resolved configuration; torchtune's batch_size is one for
 def sniff(head: bytes, tail: bytes) -> float:
     if b"torchtune" in head or (b"with resolved config:" in head and b"_component_" in head):
         return 0.95
-    if b"GPU peak memory alloc" in head + tail or re.search(rb"\|Loss: (?<=\d\|Loss: )", head + tail):
+    if b"PU peak memory alloc" in head + tail or re.search(rb"\|Loss: (?<=\d\|Loss: )", head + tail):
         return 0.9
     return 0.0
 
@@ -87,7 +87,7 @@ def _bars(draft: Draft, steps: list[tuple[Bar, re.Match[str]]]) -> None:
         draft.set("epoch", float(epoch), last[0].found)
     draft.set("steps_planned", length * (draft.get("epochs") or epoch), last[0].found)
     before_bar = max(0, int(first[1]["step"]) - first[0].done)  # steps of earlier epochs, and of an earlier attempt
-    draft.set("resumed_from", before_bar if before_bar % length or (before_bar and first[0].done <= 3) else 0)
+    draft.set("resumed_from", before_bar if before_bar % length or (before_bar and first[0].done <= 3 < length) else 0)
     seconds, before = 0.0, {}
     for one, match in steps:  # the first time that an epoch shows a step is before it saves
         key = int(match["epoch"])

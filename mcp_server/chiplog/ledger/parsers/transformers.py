@@ -25,12 +25,15 @@ NAMES = {
     "Instantaneous batch size per GPU": "micro_batch_size", "Gradient Accumulation steps": "grad_accum",
     "Total optimization steps": "steps_planned", "Number of trainable parameters": "n_trainable",
 }  # fmt: skip
-LOSS = pattern(rb"\{'loss': '?(?P<loss>-?[\w.+-]+)'?, [^}\n]{0,900}\}", b"{'loss': ")
-ENDED = pattern(
-    rb"(?P<all>\{(?!'loss')[^{}]{0,600}'train_runtime': '?(?P<seconds>[\d.e+]+)'?[^{}]{0,600}\}?)",
-    b"'train_runtime': ",
+LOSS = pattern(  # JSON where a script writes the metrics down itself
+    rb"\{[\"']loss[\"']: [\"']?(?P<loss>-?[\w.+-]+)[\"']?, [^}\n]{0,4000}\}", b"{'loss': ", b'{"loss": '
 )
-EVAL = pattern(rb"\{[^{}\n]*'eval_loss': '?(?P<loss>[\w.+-]+)'?[^{}\n]*\}", b"'eval_loss': ")
+ENDED = pattern(
+    rb"(?P<all>\{(?![\"']loss[\"'])[^{}]{0,600}[\"']train_runtime[\"']: '?(?P<seconds>[\d.e+]+)'?[^{}]{0,600}\}?)",
+    b"'train_runtime': ",
+    b'"train_runtime": ',
+)
+EVAL = pattern(rb"\{[^{}\n]*[\"']eval_loss[\"']: '?(?P<loss>[\w.+-]+)'?[^{}\n]*\}", b"'eval_loss': ", b'"eval_loss": ')
 TABLE = pattern(rb"^ *(?P<key>epoch|train_loss|train_runtime|train_samples_per_second|train_steps_per_second"
                 rb"|train_samples)"
                 rb" *= *(?P<value>[\d:.,]+)", b" = ")  # fmt: skip
@@ -80,7 +83,7 @@ CHECKPOINT = pattern(rb"\b(?:checkpoint-|global_step)(?P<step>\d+)\b")
 
 def sniff(head: bytes, tail: bytes) -> float:
     both = head + tail
-    if b"'train_runtime'" in both or b"***** train metrics" in both or RUNNING.regex.search(both):
+    if re.search(rb"[\"']train_runtime[\"']", both) or b"***** train metrics" in both or RUNNING.regex.search(both):
         return 0.9
     if re.search(rb"\{'loss': '?[\d.naif]", both) or b"train_samples_per_second" in both:
         return 0.85
@@ -134,7 +137,7 @@ def _run(span: Span, framework: str) -> Draft:
     if draft.get("loss_last") is None:
         _loss_of_bar(draft, train)
     if draft.get("steps") is None:
-        _count_losses(draft, span)
+        _count(draft, span)
     if (first := draft.get("resumed_from")) and draft.get("train_s"):  # what it prints counts the steps before too
         draft.set("mean_steps_per_s", (draft.get("steps") - first) / draft.get("train_s"))
     return draft
@@ -148,10 +151,14 @@ def _loss_of_bar(draft: Draft, train: list[Bar]) -> None:
         draft.set("loss_last", number(shown[-1][1]["loss"]), shown[-1][0].found)
 
 
-def _count_losses(draft: Draft, span: Span) -> None:
-    """Without a bar: as many steps as there are loss lines, if that agrees with the speed that it states."""
+def _count(draft: Draft, span: Span) -> None:
+    """Without a bar: the steps that were planned, or as many as there are loss lines, if the stated speed agrees."""
     seconds, rate = draft.get("train_s"), draft.get("mean_steps_per_s")
     off = 0.0005 * (seconds or 0.0) + 1  # the rate is printed to three decimals
+    planned = draft.get("steps_planned")
+    if planned and seconds and rate and abs(planned - seconds * rate) <= off:
+        draft.set("steps", planned, draft.done)
+        return
     n = sum(1 for _ in span.all(LOSS)) if seconds and rate else 0
     if n and abs(n - seconds * rate) <= off:
         draft.set("steps", n, span.last(LOSS))
@@ -226,4 +233,9 @@ def _argument(draft: Draft, found: Found) -> None:
 
 def _dictionary(found: Found) -> dict[str, str]:
     """The values of a printed dictionary, as text; of a line cut in two, as many as are whole."""
-    return {key: value for key, value in re.findall(r"'(\w+)': '?([\w.+-]+)'?", found.get("all") or found.line)}
+    return {
+        key: value
+        for key, value in re.findall(
+            r"[\"'](\w+)[\"']: [\"']?([\w.+-]+)[\"']?", found.get("all") or found.text.decode(errors="replace")
+        )
+    }
