@@ -109,11 +109,18 @@ def _work(ledger: Ledger, there: dict[str, LogFile], known: dict[str, Seen], cha
 
 def _first(path: str) -> str:
     """The file of standard output beside one of standard error."""
-    return re.sub(r"\.err(?=$|\.gz$)", ".out", path)
+    return _other(path, ".err", ".out")
 
 
 def _second(path: str) -> str:
-    return re.sub(r"\.out(?=$|\.gz$)", ".err", path)
+    return _other(path, ".out", ".err")
+
+
+def _other(path: str, end: str, other: str) -> str:
+    for packed in ("", ".gz"):
+        if path.endswith(end + packed):
+            return path.removesuffix(end + packed) + other + packed
+    return path
 
 
 def _join(ledger: Ledger, jobs: dict[str, float]) -> list[str]:
@@ -226,7 +233,7 @@ def _read(work: Work) -> list[Read]:
     except RecordError as wrong:
         if second:  # one of the two cannot be read, and the other alone says something
             alone = [read for file in (found, second) for read in _read(Work(file, None, None))]
-            return [read._replace(seen=read.seen.model_copy(update={"parser": None})) for read in alone]
+            return [read._replace(seen=read.seen._replace(parser=None)) for read in alone]
         return [Read(Seen(**found._asdict(), read_to=0, error=str(wrong)), None, [])]
     also = [Read(Seen(**second._asdict(), read_to=0), None, [])] if second else []
     return [Read(Seen(**found._asdict(), read_to=read_to, parser=parser), old, records), *also]

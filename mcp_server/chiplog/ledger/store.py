@@ -14,15 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from chiplog.errors import RecordError
 from chiplog.home import home
 from chiplog.ledger.parse import SCHEDULER, continued, joined
 from chiplog.record import Record, State
-from chiplog.schema import Frozen
 
-VERSION = 3
+VERSION = 4
 COLUMNS = {  # what can be searched, and where a record has it
     "experiment": "experiment", "run": "run", "kind": "kind", "recipe": "recipe", "model": "model",
     "device": "usage.device", "state": "state", "started": "started", "framework": "framework", "method": "method",
@@ -39,6 +38,7 @@ CREATE INDEX runs_by_recipe ON runs (recipe, device, model);
 CREATE INDEX runs_by_file ON runs (file);
 CREATE INDEX runs_by_job ON runs (job_id);
 CREATE INDEX runs_by_part ON runs (part_of);
+CREATE INDEX runs_by_state ON runs (state, started DESC);
 CREATE INDEX runs_by_start ON runs (started DESC);
 CREATE TABLE files (
   path TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, inode INTEGER NOT NULL,
@@ -51,17 +51,17 @@ _IN_ORDER = "length(runs.key), runs.key"  # the numbers of a log's runs are as l
 BUSY_S = 30.0
 
 
-class Seen(Frozen):
+class Seen(NamedTuple):
     """A log as it was when it was last read."""
 
-    path: str = Field(description="The file.")
-    size: int = Field(description="Its bytes.")
-    mtime_ns: int = Field(description="When it was last written, in nanoseconds.")
-    inode: int = Field(description="Which file it was.")
-    read_to: int = Field(description="Byte up to which it was read.")
-    parser: str | None = Field(default=None, description="What read it.")
-    error: str | None = Field(default=None, description="Why it could not be read.")
-    gone: bool = Field(default=False, description="Whether it was not there any more.")
+    path: str
+    size: int  # bytes
+    mtime_ns: int  # when it was last written
+    inode: int
+    read_to: int  # byte up to which it was read
+    parser: str | None = None  # what read it
+    error: str | None = None  # why it could not be read
+    gone: int = 0  # whether it was not there any more
 
 
 class Read(NamedTuple):
@@ -104,7 +104,7 @@ class Ledger:
                 connection.execute(
                     "INSERT OR REPLACE INTO files "
                     "VALUES (:path, :size, :mtime_ns, :inode, :read_to, :parser, :error, :gone)",
-                    seen.model_dump(),
+                    seen._asdict(),
                 )
                 if seen.error is None:
                     connection.execute("DELETE FROM runs WHERE file = ?", (seen.path,))
@@ -118,8 +118,9 @@ class Ledger:
     def seen(self) -> dict[str, Seen]:
         """Every log that was ever read, by path."""
         with self._open() as connection:
-            rows = connection.execute("SELECT * FROM files").fetchall()
-        return {row["path"]: Seen(**{**dict(row), "gone": bool(row["gone"])}) for row in rows}
+            connection.row_factory = None
+            rows = connection.execute(f"SELECT {', '.join(Seen._fields)} FROM files")
+            return {row[0]: Seen(*row) for row in rows}
 
     def mark_gone(self, paths: Iterable[str]) -> None:
         """Notes that logs are not there any more; their records stay."""
