@@ -1,0 +1,149 @@
+"""Fits how far measured runs lie from the physics, and ships the result: evidence.jsonl and fit.json.
+
+    python benchmarks/fit_estimator.py MEASUREMENTS.json
+
+How large the effects of each level are is chosen so that runs of a table that was left out, and runs of a table of
+which the earlier rows are known, are as likely as they can be (Student's t, four degrees of freedom; tables count as
+the root of their size). The scores of these forecasts are what makes intervals hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.linalg import solve_triangular
+from scipy.optimize import minimize
+
+from chiplog.errors import ChiplogError
+from chiplog.estimate import evidence, forecast
+from chiplog.estimate.effects import Sizes
+from chiplog.estimate.forecast import LEVELS, PARTS, Fit, Measured, Quantity
+
+START = {"part": 0.3, "level": 0.4, "whole": 0.02, "noise": 0.02, "rough": 0.2}
+DATA_ONLY = {"memory": (0.1, 0.1, 1.0, 1.0)}  # the length of the data moves what grows with it
+LARGEST = 0.5  # an effect's standard deviation: more would be no correction of the physics
+PRIOR = 0.03  # weight of staying near the start
+ROUNDS = 600
+KEPT = [  # columns that decide something
+    "source", "suite", "model", "n_params", "method", "lora_rank", "lora_targets", "dtype", "quant", "micro_batch",
+    "grad_accum", "seq_len", "n_gpus", "gpu", "gpu_mem_gb", "peak_mem_gb", "mem_kind", "mem_scope", "tokens_per_s",
+    "tokens_scope", "steps", "s_per_step", "samples", "epochs", "runtime_s", "oom", "act_ckpt", "compile", "packed",
+    "attn", "optimizer", "sharding", "framework", "quality", "notes",
+]  # fmt: skip
+
+
+class Problem:
+    """The covariance of all residuals of one quantity, as a function of the sizes of effects."""
+
+    def __init__(self, quantity: Quantity, runs: list[Measured]) -> None:
+        self.quantity: Quantity = quantity
+        blank = Fit(Sizes((), ()), 0.0, 0.0, {})
+        pairs = [(run, forecast.observe(quantity, run, blank)) for run in runs]
+        self.runs = [run for run, one in pairs if one]
+        observed = [one for _, one in pairs if one]
+        self.shares = np.array([one.shares for one in observed])
+        self.residuals = np.array([one.residual for one in observed])
+        self.rough = np.array([run.rough for run in self.runs], float)
+        self.places = [run.place for run in self.runs]
+        self.same = [
+            np.array([[a is not None and a == b for b in column] for a in column])
+            for column in zip(*(one.keys for one in observed), strict=True)
+        ]
+        counts = Counter(self.places)
+        self.weights = np.array([1 / math.sqrt(counts[place]) for place in self.places])
+
+    def sizes(self, logs: np.ndarray) -> tuple[Sizes, float, float]:
+        n_parts, n_levels = len(PARTS[self.quantity]), len(LEVELS[self.quantity])
+        values = np.exp(logs)
+        parts, levels = values[:n_parts], values[n_parts : n_parts + n_levels]
+        whole, (noise, rough) = values[n_parts + n_levels : -2], values[-2:]
+        table = []
+        for name, level in zip(LEVELS[self.quantity], levels, strict=True):
+            only = DATA_ONLY.get(self.quantity, ()) if name == "data" else ()
+            table.append(
+                tuple(float(v) for v in np.minimum(parts * level, LARGEST) * (np.array(only) if only else 1.0))
+            )
+        return Sizes(tuple(table), tuple(float(v) for v in whole)), float(noise), float(rough)
+
+    def start(self) -> np.ndarray:
+        n_parts, n_levels = len(PARTS[self.quantity]), len(LEVELS[self.quantity])
+        values = [START["part"]] * n_parts + [START["level"]] * n_levels + [START["whole"]] * n_levels
+        return np.log([*values, START["noise"], START["rough"]])
+
+    def left_out(self, logs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Error and spread of each run: its table unknown; the earlier rows of its table known."""
+        sizes, noise, rough = self.sizes(logs)
+        kernel = np.diag(noise**2 + (rough * self.rough) ** 2)
+        for same, parts, whole in zip(self.same, sizes.parts, sizes.whole, strict=True):
+            scaled = self.shares * np.array(parts)
+            kernel += same * (scaled @ scaled.T + whole**2)
+        places, n = np.array(self.places), len(self.places)
+        far, far_spread, near, near_spread = (np.zeros(n) for _ in range(4))
+        for place in dict.fromkeys(self.places):
+            inside, outside = np.where(places == place)[0], np.where(places != place)[0]
+            order = np.concatenate([outside, inside])
+            root = np.linalg.cholesky(kernel[np.ix_(order, order)])
+            white = solve_triangular(root, self.residuals[order], lower=True)
+            m = len(outside)
+            near[inside], near_spread[inside] = white[m:] * np.diag(root)[m:], np.diag(root)[m:]
+            across = root[m:, :m]
+            far[inside] = self.residuals[inside] - across @ white[:m]
+            far_spread[inside] = np.sqrt(np.diag(kernel)[inside] - (across**2).sum(axis=1))
+        return far, far_spread, near, near_spread
+
+    def loss(self, logs: np.ndarray) -> float:
+        try:
+            far, far_spread, near, near_spread = self.left_out(logs)
+        except np.linalg.LinAlgError:
+            return 1e3
+        total = 0.0
+        for error, spread in ((far, far_spread), (near, near_spread)):
+            each = np.log(spread) + 2.5 * np.log1p((error / spread) ** 2 / 4)
+            total += float(np.average(each, weights=self.weights))
+        return total + PRIOR * float(((logs - self.start()) ** 2).mean())
+
+    def fit(self) -> dict[str, Any]:
+        found = minimize(self.loss, self.start(), method="Powell", options={"maxfev": ROUNDS, "xtol": 0.05})
+        sizes, noise, rough = self.sizes(found.x)
+        far, far_spread, near, near_spread = self.left_out(found.x)
+        scores: dict[str, dict[str, list[float]]] = {"far": {}, "near": {}}
+        for name, error, spread in (("far", far, far_spread), ("near", near, near_spread)):
+            for place, score in zip(self.places, error / spread, strict=True):
+                scores[name].setdefault(place, []).append(round(float(score), 3))
+        errors = {name: np.abs(np.expm1(-error)) for name, error in (("far", far), ("near", near))}
+        for name, values in errors.items():
+            told = f"mean {values.mean():.3f}  median {np.median(values):.3f}"
+            print(f"{self.quantity:7s} {name:5s} n {len(values)}  {told}")
+        return {
+            "parts": [[round(v, 4) for v in row] for row in sizes.parts],
+            "whole": [round(v, 4) for v in sizes.whole],
+            "noise": round(noise, 4), "rough": round(rough, 4), "scores": scores,
+        }  # fmt: skip
+
+
+def main() -> None:
+    source = Path(sys.argv[1])
+    rows = evidence.read_table(source)
+    runs = []
+    for row in rows:
+        try:
+            runs.append(evidence.measured(row))
+        except ChiplogError:
+            continue
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    head = {"from": source.name, "sha256": digest, "rows": len(rows), "by": "benchmarks/fit_estimator.py"}
+    kept = [{key: row[key] for key in KEPT if row.get(key) is not None} for row in rows]
+    evidence.SHIPPED.write_text("\n".join(json.dumps(line) for line in [head, *kept]) + "\n")
+    fit = {"from": head, **{quantity: Problem(quantity, runs).fit() for quantity in ("memory", "pass")}}
+    forecast.FIT.write_text(json.dumps(fit, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

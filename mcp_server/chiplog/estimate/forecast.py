@@ -1,0 +1,154 @@
+"""A job's memory and the time of its passes: the physics, shifted by what past runs say of it, with an interval.
+
+How wide an interval is follows from how sure the shift is, times what forecasts of runs that were left out have shown
+that this must be multiplied by (conformal prediction: Vovk et al. 2005; by groups, since runs of one table are alike).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Hashable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from chiplog.estimate import memory, speed
+from chiplog.estimate.effects import Effects, Observation, Shift, Sizes
+from chiplog.estimate.job import Job, style
+
+FIT = Path(__file__).parent / "data" / "fit.json"
+Quantity = Literal["memory", "pass"]
+COVERAGE = 0.90
+NEAR = 0.5  # share of the variance in common with a run on record from which evidence is near
+
+
+class Measured(NamedTuple):
+    """A run that was measured."""
+
+    job: Job
+    place: str  # the table, or the cluster
+    source: str  # where it stands
+    peak_bytes: float | None = None
+    pass_s: float | None = None  # seconds of one forward and backward pass
+    rough: bool = False  # whether the figure was rounded or remembered
+
+
+class Forecast(NamedTuple):
+    """A value with its interval."""
+
+    value: float
+    low: float
+    high: float
+    spread: float  # standard deviation of its logarithm
+    near: bool  # whether runs much like it are on record
+    evidence: tuple[str, ...]  # the sources it rests on, the nearest first
+
+
+class Fit(NamedTuple):
+    """What was fitted on public measurements (benchmarks/fit_estimator.py)."""
+
+    sizes: Sizes
+    noise: float
+    rough: float
+    scores: dict[str, dict[str, list[float]]]  # of left-out runs, (log measured - forecast) / spread, near and far
+
+
+@cache
+def fitted(quantity: Quantity) -> Fit:
+    """The fit that is shipped."""
+    values = json.loads(FIT.read_text(encoding="utf-8"))[quantity]
+    sizes = Sizes(tuple(map(tuple, values["parts"])), tuple(values["whole"]))
+    return Fit(sizes, values["noise"], values["rough"], values["scores"])
+
+
+LEVELS: dict[Quantity, tuple[str, ...]] = {
+    "memory": ("style", "framework", "method", "family", "model", "recipe", "place", "place_method", "data"),
+    "pass": ("framework", "method", "gpu", "family", "model", "recipe", "place", "place_method", "sharding", "dtype"),
+}
+PARTS: dict[Quantity, tuple[str, ...]] = {"memory": memory.PARTS, "pass": speed.PARTS}
+
+
+def keys(quantity: Quantity, job: Job, place: str) -> tuple[Hashable, ...]:
+    """What a job has in common with others, a key a level; none of them holds its batch, length or rank."""
+    framework = job.framework
+    every: dict[str, Hashable] = {
+        "style": style(framework), "framework": framework, "method": (framework, job.method),
+        "family": (framework, job.shape.family), "model": (framework, job.model, job.method), "recipe": job.recipe,
+        "place": place, "place_method": (place, job.method), "gpu": job.gpu, "dtype": (framework, job.dtype),
+        "data": None if job.packed else (place, job.data, job.gpu),
+        "sharding": (framework, job.sharding) if job.gpus > 1 else None,
+    }  # fmt: skip
+    return tuple(every[level] for level in LEVELS[quantity])
+
+
+def computed(quantity: Quantity, job: Job) -> tuple[float, tuple[float, ...]]:
+    """What the physics says, and the share of each part."""
+    if quantity == "memory":
+        held = memory.peak(job)
+        return held.total, tuple(part / held.total for part in held)
+    passing = speed.one_pass(job)
+    return passing.total, passing.shares()
+
+
+def observe(quantity: Quantity, run: Measured, fit: Fit | None = None) -> Observation | None:
+    """A run beside its physics; None where it has no such figure."""
+    measured = run.peak_bytes if quantity == "memory" else run.pass_s
+    if not measured:
+        return None
+    fit = fit or fitted(quantity)
+    value, shares = computed(quantity, run.job)
+    noise = math.hypot(fit.noise, fit.rough if run.rough else 0.0)
+    return Observation(keys(quantity, run.job, run.place), shares, math.log(measured / value), noise, run.source)
+
+
+def effects(quantity: Quantity, runs: Iterable[Measured], then: Iterable[Measured] = ()) -> Effects:
+    """What these runs show; `then` those that follow one another, each to be foretold from what came before it."""
+    before, after = ([one for run in some if (one := observe(quantity, run))] for some in (runs, then))
+    return Effects([*before, *after], fitted(quantity).sizes, settled=len(before))
+
+
+def forecast(
+    quantity: Quantity, job: Job, place: str, known: Effects, *,
+    first: int | None = None, coverage: float = COVERAGE, leave_out: str = "",
+) -> Forecast:  # fmt: skip
+    """What a job will need, from the `first` of the observations.
+
+    `leave_out` is a place whose own left-out forecasts must not widen or narrow this one.
+    """
+    shift = known.shift(keys(quantity, job, place), first)
+    value, shares = computed(quantity, job)
+    value = shifted_peak(job, shift) if quantity == "memory" else value * math.exp(float(shift.mean @ [*shares, 1.0]))
+    fit = fitted(quantity)
+    spread = shift.spread(shares, fit.noise)
+    near = bool(len(shift.related)) and float(shift.related.max()) >= NEAR
+    low, high = (value * math.exp(score * spread) for score in scores(fit, near, coverage, leave_out))
+    order = np.argsort(-shift.related, kind="stable")[:8] if len(shift.related) else []
+    sources = tuple(known.observations[i].source for i in order if shift.related[i] > 0)
+    return Forecast(value, low, high, spread, near, sources)
+
+
+def shifted_peak(job: Job, shift: Shift) -> float:
+    """The physics with each part, and then the whole, larger by a factor: it never falls where a part grows."""
+    factors = np.exp(shift.mean)
+    held = (
+        sum(part * factor for part, factor in zip(parts, factors, strict=False))
+        for parts in memory.moments(job).values()
+    )
+    return max(held) * float(factors[-1])
+
+
+def scores(fit: Fit, near: bool, coverage: float, leave_out: str = "") -> tuple[float, float]:
+    """Between which two scores that share of left-out runs lay, each group of them counting alike."""
+    groups = [group for place, group in fit.scores["near" if near else "far"].items() if place != leave_out and group]
+    return _quantile(groups, (1 - coverage) / 2), _quantile(groups, (1 + coverage) / 2)
+
+
+def _quantile(groups: Sequence[Sequence[float]], share: float) -> float:
+    """The quantile of scores of which those of each group weigh as the root of their number together."""
+    weighted = sorted((score, 1 / math.sqrt(len(group))) for group in groups for score in group)
+    total = list(np.cumsum([weight for _, weight in weighted]))
+    return weighted[min(bisect_left(total, share * total[-1]), len(weighted) - 1)][0]
