@@ -95,7 +95,7 @@ def _peak(row: Row, run: Measured, told: Forecast) -> Foretold:
 
 def _rate(row: Row, run: Measured, told: Forecast) -> Foretold:
     """Tokens a second of a card: the faster pass is the larger rate."""
-    tokens = run.job.tokens / model_parallel(run.job)
+    tokens = run.job.mean_tokens / model_parallel(run.job)
     return Foretold(row, tokens / (run.pass_s or math.nan), tokens / told.value, tokens / told.high, tokens / told.low)
 
 

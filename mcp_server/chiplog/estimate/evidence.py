@@ -65,4 +65,4 @@ def _pass_s(row: Row, job: Job) -> float | None:
     if not rate or not job.gpu or "unmasked" in scope:
         return None
     each = rate / job.gpus if scope.startswith("total") and "=per_gpu" not in scope else rate
-    return job.tokens / (each * model_parallel(job))
+    return job.mean_tokens / (each * model_parallel(job))

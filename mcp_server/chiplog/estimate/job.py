@@ -39,6 +39,9 @@ class Job(Frozen):
     micro_batch: int = Field(gt=0, description="Samples of one forward pass on one GPU.")
     grad_accum: int = Field(default=1, gt=0, description="Passes a step.")
     seq_len: int = Field(gt=0, description="Tokens of the longest sample of a pass, padding and packing included.")
+    mean_len: float | None = Field(
+        default=None, description="Tokens of a mean sample where they differ; null: seq_len."
+    )
     packed: bool = Field(default=False, description="Whether samples are packed up to seq_len.")
     checkpointing: Checkpointing = Field(default="none", description="Activations computed anew in the backward pass.")
     offload: bool = Field(default=False, description="Whether activations wait on the host.")
@@ -57,8 +60,13 @@ class Job(Frozen):
 
     @property
     def tokens(self) -> int:
-        """Tokens of one forward pass on one GPU, padding included."""
+        """Tokens of the longest forward pass on one GPU, padding included."""
         return self.micro_batch * self.seq_len
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of a mean forward pass on one GPU, padding left out."""
+        return self.micro_batch * (self.seq_len if self.mean_len is None else self.mean_len)
 
     @property
     def shards(self) -> int:
@@ -102,14 +110,16 @@ def of_row(row: Mapping[str, Any]) -> Job:
     eight_bit = "8bit" in str(given.get("quant", "")) or "int8" in str(given.get("quant", ""))
     plain_peft = style(framework) == "transformers" and "axolotl" not in framework.lower()
     upcasts = four_bit and plain_peft and not re.search(r"accelerated|gptq|awq", words + str(given.get("quant")))
+    micro_batch = max(1, round(given.get("micro_batch", 2)))
+    longest, mean = _lengths(max(1, round(given.get("seq_len", 512))), micro_batch, packed, words)
     return Job(
         framework=framework, model=str(given["model"]).lower(), shape=shape, method=method,
         rank=int(given.get("lora_rank") or 16), targets=_targets(given, method, framework),
         dtype=_dtype(str(given.get("dtype", "bf16"))),
         master=_keeps_fp32(str(given.get("dtype", "")), method == "full" and plain_peft),
         weight_bits=4 if four_bit else 8 if eight_bit else 16, upcast=upcasts,
-        micro_batch=max(1, round(given.get("micro_batch", 2))), grad_accum=max(1, round(given.get("grad_accum", 1))),
-        seq_len=_longest(max(1, round(given.get("seq_len", 512))), packed, words), packed=packed,
+        micro_batch=micro_batch, grad_accum=max(1, round(given.get("grad_accum", 1))),
+        seq_len=longest, mean_len=mean, packed=packed,
         checkpointing=_checkpointing(given.get("act_ckpt"), framework, method),
         offload=bool(re.search(r"offload(?:ing)?=true|\+ activation offload", words)),
         loss=_loss(words, framework), compile=given.get("compile") is True or "compile" in words,
@@ -169,14 +179,20 @@ def _dtype(text: str) -> Literal["bf16", "fp16", "fp32", "fp8"]:
     return "fp16" if "16" in text else "fp32" if "32" in text else "bf16"
 
 
-# Tokens of about the longest sample of public instruction data, where a limit may lie far above it.
-LONGEST = {"alpaca": 1000, "chip2": 500, "oig": 500, "dolly": 4000, "no_robots": 2000, "ultrachat": 4000}
+# Tokens of a mean and of about the longest sample of public instruction data.
+LENGTHS = {
+    "alpaca": (110, 1000), "chip2": (60, 500), "oig": (60, 500), "dolly": (200, 4000), "metamath": (210, 2000),
+    "oasst": (350, 4000), "open assistant": (350, 4000), "orca": (400, 4000),
+}  # fmt: skip
 
 
-def _longest(limit: int, packed: bool, words: str) -> int:
-    """Tokens of the longest sample, of at most `limit`."""
-    longest = next((n for name, n in LONGEST.items() if name in words), None)
-    return limit if packed or longest is None else min(limit, longest)
+def _lengths(limit: int, micro_batch: int, packed: bool, words: str) -> tuple[int, float | None]:
+    """Tokens of the longest sample, of at most `limit`, and of a mean one, as far as a row names its data."""
+    stated = re.search(r"mean tokens/step (\d+)", words)
+    mean, longest = next((lengths for name, lengths in LENGTHS.items() if name in words), (None, limit))
+    if packed or mean is None:
+        return limit, None
+    return min(limit, longest), min(limit, int(stated[1]) / micro_batch if stated else mean)
 
 
 def _keeps_fp32(dtype: str, trains_all: bool) -> bool:

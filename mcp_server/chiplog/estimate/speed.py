@@ -17,8 +17,8 @@ from chiplog.estimate.job import Job, style
 from chiplog.estimate.memory import trained_params
 
 MATMUL, ATTENTION = 0.5, 0.3  # shares of the peak that matrices and attention reach
-LAUNCH_S = 1e-3  # seconds of launches of one layer's kernels, forward and backward
-SHARP = 4.0  # how sharply the longer of launching and computing decides
+LAUNCH_S = 1.5e-3  # seconds of launches of one layer's kernels, forward and backward
+SHARP = 2.0  # how sharply the longer of launching and computing decides
 NODE = 8  # cards that are linked closely
 LINK, NETWORK = 200e9, 40e9  # bytes/s that a card exchanges within a node and beyond it
 PARTS = ("matrices", "attention", "launches", "exchange", "traffic")
@@ -61,40 +61,52 @@ def one_pass(job: Job) -> Pass:
     full, again = job.method == "full", {"none": 0.0, "selective": 0.2, "full": 1.0}[job.checkpointing]
     inner = shape.n_active - shape.n_embedding + (shape.vocab * shape.width if shape.tied else 0)
     matrices = 2.0 * inner * (3 if full else 2) + 2.0 * inner * again
-    scores = 2.0 * job.seq_len * shape.heads * shape.head_dim * shape.layers  # half of the square is masked
+    length = job.mean_tokens / job.micro_batch
+    scores = 2.0 * length * shape.heads * shape.head_dim * shape.layers  # half of the square is masked
     attention = scores * (3.5 + again) * (3 if job.attention == "eager" else 1)
-    divided = model_parallel(job)
-    peak = card.peak(job.dtype)
     layers = shape.layers + shape.encoder_layers
-    kernels = LAUNCH_S * layers * (1 + again / 2) * (1.0 if full or style(job.framework) == "torchtune" else 1.6)
+    own = 1.0 if style(job.framework) in ("torchtune", "litgpt") or full else 1.6  # adapters as modules of their own
+    launches = LAUNCH_S * layers * (1 + again / 2) * own * (0.6 if job.compile else 1.0)
+    reached = MATMUL * (0.6 if job.dtype == "fp8" else 1.0)
+    divided, stages = model_parallel(job), _ways(job, "PP")
+    waits = 1 + (stages - 1) / (2 * NODE)  # stages of a pipeline that wait for the first and the last batches
     return Pass(
-        matrices=job.tokens * matrices / peak / MATMUL / divided,
-        attention=job.tokens * attention / peak / ATTENTION / divided,
-        launches=kernels * (0.6 if job.compile else 1.0) / divided,
+        matrices=waits * job.mean_tokens * matrices / card.peak(job.dtype) / reached / divided,
+        attention=waits * job.mean_tokens * attention / card.peak(_of_scores(job)) / ATTENTION / divided,
+        launches=launches / stages,
         exchange=_exchange(job),
         traffic=_traffic(job, card, again),
     )
 
 
+def _of_scores(job: Job) -> str:
+    """The type in which attention is computed."""
+    return "bf16" if job.dtype == "fp8" else job.dtype
+
+
 def model_parallel(job: Job) -> float:
     """Cards over which one sample is divided, as `TP4 PP8` says."""
-    cards = 1
-    for word in job.sharding.replace("+", " ").split():
-        if word[:2] in ("TP", "PP", "CP") and word[2:].isdigit():
-            cards *= int(word[2:])
-    return float(cards)
+    return _ways(job, "TP") * _ways(job, "PP") * _ways(job, "CP")
+
+
+def _ways(job: Job, kind: str) -> float:
+    found = re.search(rf"\b{kind}(\d+)", job.sharding)
+    return float(found[1]) if found else 1.0
 
 
 def _exchange(job: Job) -> float:
     """Seconds of gathering shards of weights and spreading gradients, a pass."""
     if job.gpus == 1:
         return 0.0
-    sent = job.shape.n_params * 2.0 / model_parallel(job)
+    shape = job.shape
+    sent = shape.n_params * 2.0 / (_ways(job, "TP") * _ways(job, "PP"))
     whole = re.search(r"fsdp|zero-?3|shard", job.sharding, re.IGNORECASE)
-    rounds = (3.0 if job.method == "full" else 2.0) if whole else 2.0 / job.grad_accum
-    if not whole and job.method != "full":
-        return 0.0
-    return sent * rounds / (LINK if job.gpus <= NODE else NETWORK)
+    rounds = (3.0 if job.method == "full" else 2.0) if whole else 2.0 / job.grad_accum if job.method == "full" else 0.0
+    seconds = sent * rounds / (LINK if job.gpus <= NODE else NETWORK)
+    if (ways := _ways(job, "TP")) > 1:  # hidden states, four times a layer in each direction
+        hidden = job.mean_tokens * shape.width * 2.0 * shape.layers / _ways(job, "PP")
+        seconds += 8 * hidden * (ways - 1) / ways / ways / LINK
+    return seconds
 
 
 def _traffic(job: Job, card: Gpu, again: float) -> float:
