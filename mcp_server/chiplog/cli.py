@@ -95,6 +95,27 @@ def parse_log(
             _print_text("\n".join([f"{', '.join(map(str, group))}:", "| figure | value |", "| --- | --- |", *lines]))
 
 
+@app.command()
+def backtest(
+    measurements: Annotated[Path, typer.Argument(help="A JSON list of measured runs.")],
+    protocol: Annotated[str, typer.Option(help="cold: a table's own rows are not known; history: the earlier are.")]
+    = "cold",
+    sweeps: Annotated[Path | None, typer.Option(help="A JSON list of batch sizes with the memory that they held.")]
+    = None,
+    json: Annotated[bool, typer.Option("--json", help="Answer in JSON.")] = False,
+) -> None:  # fmt: skip
+    """Foretells each measured run of a table from the others, and says how far that lies from what was measured."""
+    from chiplog.estimate import backtest as back
+    from chiplog.estimate.evidence import read_table
+
+    given = {"rows": read_table(measurements), "protocol": protocol, "sweeps": read_table(sweeps) if sweeps else None}
+    found = _with_progress(back.backtest, **given)
+    if json:
+        print(dumps(found))
+    else:
+        _print_text(back.in_words(found))
+
+
 def _command(function: Callable[..., Any]) -> Callable[..., None]:
     """The function as a command: simple types become options, mappings `--option key=value`, `confirm` a prompt."""
     signature = inspect.signature(function, eval_str=True)

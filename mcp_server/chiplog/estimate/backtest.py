@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from chiplog.errors import ChiplogError
+from chiplog.errors import ChiplogError, RecordError
 from chiplog.estimate import forecast
-from chiplog.estimate.evidence import Row, measured, shipped
+from chiplog.estimate.batch import largest_batch
+from chiplog.estimate.evidence import Row, measured, passes, shipped
 from chiplog.estimate.forecast import Forecast, Measured, Quantity
+from chiplog.estimate.gpus import gpu
 from chiplog.estimate.speed import model_parallel
 from chiplog.schema import Progress
 
@@ -36,21 +38,31 @@ class Foretold(NamedTuple):
         return abs(self.value / self.actual - 1)
 
 
-def backtest(rows: Sequence[Row], protocol: Protocol, progress: Progress | None = None) -> dict[str, Any]:
-    """The figures of a table of measurements, as `chiplog backtest --json` prints them."""
+def backtest(
+    rows: Sequence[Row], protocol: Protocol, sweeps: Sequence[Row] | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """The figures of a table of measurements, as `chiplog backtest --json` prints them.
+
+    Raises RecordError for a protocol that is none, or a table of which no row is covered.
+    """
+    if protocol not in get_args(Protocol):
+        raise RecordError(f"there is no protocol {protocol!r}: choose from {', '.join(get_args(Protocol))}")
     runs, uncovered = _covered(rows)
     sources = {row.get("source") for row in rows}
     background = [run for run, _ in _covered([row for row in shipped() if row.get("source") not in sources])[0]]
     peaks = list(_foretold("memory", runs, background, protocol, progress))
-    passes = list(_foretold("pass", runs, background, protocol, progress))
+    steps = list(_foretold("pass", runs, background, protocol, progress))
     is_tuned = [_on_one_card(row) for row, _, _ in peaks]
     memory = [one for one, tuned in zip(peaks, is_tuned, strict=True) if tuned]
     return {
         "protocol": protocol,
         "memory": _figures([_peak(*one) for one in memory]),
-        "tokens_per_s": _figures([_rate(*one) for one in passes]),
+        "tokens_per_s": _figures([_rate(*one) for one in steps if one[0].get("tokens_per_s")]),
+        "runtime": _figures([run for one in steps if (run := _runtime(*one))]),
+        "oom": _oom(runs, background, protocol),
+        "batch": sweeps and batches(sweeps),
         "memory_other": _figures([_peak(*one) for one, tuned in zip(peaks, is_tuned, strict=True) if not tuned]),
-        "by_suite": _by_suite(memory, passes),
+        "by_suite": _by_suite(memory, steps),
         "uncovered": dict(uncovered.most_common()),
     }
 
@@ -99,6 +111,67 @@ def _rate(row: Row, run: Measured, told: Forecast) -> Foretold:
     return Foretold(row, tokens / (run.pass_s or math.nan), tokens / told.value, tokens / told.high, tokens / told.low)
 
 
+def _runtime(row: Row, run: Measured, told: Forecast) -> Foretold | None:
+    """Seconds of the run: as many passes as it made."""
+    done = passes(row, run.job)
+    if not done or not row.get("runtime_s"):
+        return None
+    return Foretold(row, row["runtime_s"], told.value * done, told.low * done, told.high * done)
+
+
+def _oom(runs: Sequence[tuple[Measured, Row]], background: Sequence[Measured], protocol: Protocol) -> dict[str, Any]:
+    """Of runs whose card is known: how many that ran out of memory were foretold to, and how many foretold did."""
+    hits = missed = false = fitted = 0
+    for table in dict.fromkeys(run.place for run, _ in runs):
+        inside = [(run, row) for run, row in runs if run.place == table]
+        others = [run for run, _ in runs if run.place != table]
+        known = forecast.effects("memory", [*background, *others], [run for run, _ in inside])
+        before = len(known.observations) - sum(run.peak_bytes is not None for run, _ in inside)
+        seen = 0
+        for run, row in inside:
+            first = before + (seen if protocol == "history" else 0)
+            seen += run.peak_bytes is not None
+            if row.get("oom") is None or not run.job.gpu or (row["oom"] is False and not run.peak_bytes):
+                continue
+            job = run.job.model_copy(update={"memory_kind": "reserved"})
+            told = forecast.forecast("memory", job, table, known, first=first, leave_out=table)
+            says, ran_out = bool(told.value > gpu(run.job.gpu).memory_bytes), bool(row["oom"])
+            hits += says and ran_out
+            missed += not says and ran_out
+            false += says and not ran_out
+            fitted += not (says or ran_out)
+    return {
+        "n": hits + missed + false + fitted, "n_oom": hits + missed,
+        "recall": hits / (hits + missed) if hits + missed else None,
+        "precision": hits / (hits + false) if hits + false else None,
+    }  # fmt: skip
+
+
+def batches(rows: Sequence[Row]) -> dict[str, Any]:
+    """In each group of one benchmark and card: all batches but the largest known, the largest that fits asked for.
+
+    What fits is what the largest batch on record held.
+    """
+    groups: dict[tuple[Any, Any], list[tuple[int, float]]] = defaultdict(list)
+    for row in rows:
+        if row.get("batch_size") and row.get("memory_mib"):
+            groups[row.get("bench"), row.get("gpu")].append((int(row["batch_size"]), float(row["memory_mib"])))
+    shares = []
+    for points in groups.values():
+        largest = max(batch for batch, _ in points)
+        known = [(batch, peak) for batch, peak in points if batch < largest]
+        if len({batch for batch, _ in points}) < 3:
+            continue
+        limit = max(peak for batch, peak in points if batch == largest)
+        shares.append((largest_batch(known, limit) or 0) / largest)
+    within = [share for share in shares if share <= 1]
+    return {
+        "groups": len(shares),
+        "within_limit": len(within) / len(shares) if shares else None,
+        "share_of_best": sum(min(share, 1.0) for share in shares) / len(shares) if shares else None,
+    }
+
+
 def _figures(told: Sequence[Foretold]) -> dict[str, float | int | None]:
     if not told:
         return {"n": 0, "mape": None, "median_ape": None, "coverage90": None, "mean_width": None, "under_rate": None}
@@ -114,12 +187,30 @@ def _figures(told: Sequence[Foretold]) -> dict[str, float | int | None]:
     }
 
 
-def _by_suite(memory: Sequence[Any], passes: Sequence[Any]) -> dict[str, dict[str, Any]]:
+def _by_suite(memory: Sequence[Any], steps: Sequence[Any]) -> dict[str, dict[str, Any]]:
     tables: dict[str, dict[str, list[Foretold]]] = defaultdict(lambda: {"memory": [], "tokens_per_s": []})
     for one in memory:
         tables[one[1].place]["memory"].append(_peak(*one))
-    for one in passes:
+    for one in steps:
         tables[one[1].place]["tokens_per_s"].append(_rate(*one))
     return {
         name: {quantity: _figures(told) for quantity, told in both.items() if told} for name, both in tables.items()
     }
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """The figures as tables."""
+    names = ("n", "mape", "median_ape", "coverage90", "mean_width", "under_rate")
+    lines = [f"{found['protocol']}:", "", f"| figure | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
+    for figure in ("memory", "tokens_per_s", "runtime", "memory_other"):
+        lines.append(f"| {figure} | {' | '.join(_cell(found[figure][name]) for name in names)} |")
+    for figure in ("oom", "batch"):
+        if found[figure]:
+            lines += ["", f"{figure}: " + ", ".join(f"{name} {_cell(value)}" for name, value in found[figure].items())]
+    if found["uncovered"]:
+        lines += ["", "not covered:", *(f"- {reason}: {n}" for reason, n in found["uncovered"].items())]
+    return "\n".join(lines)
+
+
+def _cell(value: float | int | None) -> str:
+    return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"

@@ -59,10 +59,26 @@ def measured(row: Row) -> Measured:
     )
 
 
-def _pass_s(row: Row, job: Job) -> float | None:
-    """Seconds of one pass: tokens of a pass by tokens a second of the cards that share it."""
-    rate, scope = row.get("tokens_per_s"), str(row.get("tokens_scope", "")).lower()
-    if not rate or not job.gpu or "unmasked" in scope:
+def passes(row: Row, job: Job) -> float | None:
+    """Forward and backward passes of one card in a whole run; null where the table does not say."""
+    if "steps unknown" in str(row.get("quality", "")):
         return None
-    each = rate / job.gpus if scope.startswith("total") and "=per_gpu" not in scope else rate
-    return job.mean_tokens / (each * model_parallel(job))
+    if row.get("steps"):
+        return row["steps"] * job.grad_accum
+    if row.get("samples") and row.get("epochs"):
+        return row["samples"] * row["epochs"] / job.micro_batch / (job.gpus if job.sharding else 1)
+    return None
+
+
+def _pass_s(row: Row, job: Job) -> float | None:
+    """Seconds of one pass: from tokens a second of the cards that share it, from a step, or from the whole run."""
+    rate, scope = row.get("tokens_per_s"), str(row.get("tokens_scope", "")).lower()
+    if not job.gpu:
+        return None
+    if rate and "unmasked" not in scope:
+        each = rate / job.gpus if scope.startswith("total") and "=per_gpu" not in scope else rate
+        return job.mean_tokens / (each * model_parallel(job))
+    if row.get("s_per_step"):
+        return row["s_per_step"] / job.grad_accum
+    done = passes(row, job)
+    return row["runtime_s"] / done if row.get("runtime_s") and done else None

@@ -29,7 +29,7 @@ class Pass(NamedTuple):
 
     matrices: float
     attention: float
-    launches: float
+    launches: float  # and what passes must read of the weights, however few the tokens
     exchange: float  # with other cards, while it computes
     traffic: float  # reading weights to unpack them, and the optimiser's step
 
@@ -67,16 +67,22 @@ def one_pass(job: Job) -> Pass:
     layers = shape.layers + shape.encoder_layers
     own = 1.0 if style(job.framework) in ("torchtune", "litgpt") or full else 1.6  # adapters as modules of their own
     launches = LAUNCH_S * layers * (1 + again / 2) * own * (0.6 if job.compile else 1.0)
-    reached = MATMUL * (0.6 if job.dtype == "fp8" else 1.0)
+    reached = MATMUL * (0.8 if job.dtype == "fp8" else 1.0)
     divided, stages = model_parallel(job), _ways(job, "PP")
     waits = 1 + (stages - 1) / (2 * NODE)  # stages of a pipeline that wait for the first and the last batches
     return Pass(
         matrices=waits * job.mean_tokens * matrices / card.peak(job.dtype) / reached / divided,
         attention=waits * job.mean_tokens * attention / card.peak(_of_scores(job)) / ATTENTION / divided,
-        launches=launches / stages,
+        launches=launches / stages + _reading(job, card, again),
         exchange=_exchange(job),
         traffic=_traffic(job, card, again),
     )
+
+
+def _reading(job: Job, card: Gpu, again: float) -> float:
+    """Seconds of reading the weights once a pass."""
+    held = job.shape.n_active * job.weight_bits / 8 * (2 if job.master else 1)
+    return held * (2 + again) / card.bandwidth_bytes_s / model_parallel(job)
 
 
 def _of_scores(job: Job) -> str:
