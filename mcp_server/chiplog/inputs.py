@@ -48,7 +48,7 @@ def check_dataset(
     tokenizer = settings.allowed(resolve_model(model, settings.model_roots, settings.workspace)) if model else None
     report = inspect_dataset(file, model=tokenizer, system_prompt=system_prompt, prompt=prompt, progress=progress)
     splits = ", ".join(
-        f"{name} {split.rows} rows" + (f" and {split.tokens.total} tokens" if split.tokens else "")
+        f"{name} {split.rows} rows" + (f" and {split.tokens.in_words} tokens" if split.tokens else "")
         for name, split in report.splits.items()
     )
     head = f"{file.name} is {'usable' if report.ok else 'not usable as it is'}: {splits or 'no split'}."

@@ -20,6 +20,8 @@ from chiplog.checks.model import ModelReport, check_model
 from chiplog.engines.local import available_gpus, gpu_name
 from chiplog.errors import NotFoundError, PlanError
 from chiplog.estimate import NAMED, Estimate, RunEstimate, estimate_run, workload
+from chiplog.estimate.tokens import Steps
+from chiplog.estimate.workload import training_steps
 from chiplog.ledger import Ledger
 from chiplog.machine import available_cpus
 from chiplog.plan import Experiment, Plan, Run, Value, expand, parse_plan
@@ -60,6 +62,7 @@ class PlannedRun(Frozen):
 
     run: Run = Field(description="The run.")
     steps: int = Field(description="Optimiser steps that it will take; 0 for a control.")
+    trained: Steps | None = Field(description="How its recipe makes them of the samples; null for a control.")
     estimate: RunEstimate = Field(description="What it will need.")
 
 
@@ -325,12 +328,14 @@ def plan_run(run: Run, report: DatasetReport, records: Sequence[Record], setting
             return device == "cpu"
         return bool(device and kind and device != "cpu" and kind.lower() in device.lower())
 
-    train = report.splits.get("train")
-    tokens = train.tokens.total if train and train.tokens else None
-    scored = report.splits[run.config["eval_split"]].rows
-    work = workload(run, train.rows if train else 0, tokens, scored)
+    trained = None
+    if run.kind != "control":
+        train = report.splits["train"]
+        assert train.tokens, "a report without failed checks has counted the tokens"
+        trained = training_steps(run.config, train.tokens.lengths, train.rows, train.tokens.max)
+    work = workload(run, trained, report.splits[run.config["eval_split"]].rows)
     usable = [record for record in records if same_device(record.usage.device)]
-    return PlannedRun(run=run, steps=work.steps, estimate=estimate_run(run, work, usable))
+    return PlannedRun(run=run, steps=work.steps, trained=trained, estimate=estimate_run(run, work, usable))
 
 
 def _with_time_limits(plan: Plan, rows: Sequence[PlannedRun]) -> Plan:

@@ -220,7 +220,8 @@ def _tokens(splits: dict[str, Samples], model: Path, no_tokenizer: str | None) -
         found = f"the longest sample has {longest:,} tokens, the context of {model.name} {context:,}"
         yield warning("tokens", found, "leave out what is longer, or it is cut")
         return
-    yield passed("tokens", f"{sum(count.total for count in counts):,} in all, at most {longest:,} a sample")
+    about = "about " if any(count.sampled for count in counts) else ""
+    yield passed("tokens", f"{about}{sum(count.total for count in counts):,} in all, at most {longest:,} a sample")
 
 
 def _context_length(model: Path) -> int | None:

@@ -17,7 +17,6 @@ from chiplog.estimate.batch import largest_batch
 from chiplog.estimate.evidence import Row, measured, passes, shipped
 from chiplog.estimate.forecast import Forecast, Measured, Quantity
 from chiplog.estimate.gpus import gpu
-from chiplog.estimate.speed import model_parallel
 from chiplog.schema import Progress
 
 Protocol = Literal["cold", "history"]
@@ -107,7 +106,7 @@ def _peak(row: Row, run: Measured, told: Forecast) -> Foretold:
 
 def _rate(row: Row, run: Measured, told: Forecast) -> Foretold:
     """Tokens a second of a card: the faster pass is the larger rate."""
-    tokens = run.job.mean_tokens / model_parallel(run.job)
+    tokens = run.job.mean_tokens / run.job.divided
     return Foretold(row, tokens / (run.pass_s or math.nan), tokens / told.value, tokens / told.high, tokens / told.low)
 
 

@@ -12,7 +12,6 @@ from chiplog.errors import NotFoundError, RecordError
 from chiplog.estimate.forecast import Measured
 from chiplog.estimate.gpus import gpu
 from chiplog.estimate.job import Job, of_row
-from chiplog.estimate.speed import model_parallel
 
 SHIPPED = Path(__file__).parent / "data" / "evidence.jsonl"
 GB = 1e9
@@ -77,7 +76,7 @@ def _pass_s(row: Row, job: Job) -> float | None:
         return None
     if rate and "unmasked" not in scope:
         each = rate / job.gpus if scope.startswith("total") and "=per_gpu" not in scope else rate
-        return job.mean_tokens / (each * model_parallel(job))
+        return job.mean_tokens / (each * job.divided)
     if row.get("s_per_step"):
         return row["s_per_step"] / job.grad_accum
     done = passes(row, job)

@@ -73,6 +73,16 @@ class Job(Frozen):
         """Cards over which weights, gradients and states are divided."""
         return self.gpus if self.sharding else 1
 
+    def ways(self, kind: Literal["TP", "PP", "CP"]) -> int:
+        """Cards over which tensors, layers or the sequence are divided, as `TP4 PP8` says."""
+        found = re.search(rf"\b{kind}(\d+)", self.sharding)
+        return int(found[1]) if found else 1
+
+    @property
+    def divided(self) -> int:
+        """Cards that share one sample."""
+        return self.ways("TP") * self.ways("PP") * self.ways("CP")
+
     @property
     def recipe(self) -> tuple[object, ...]:
         """Everything but batch, length and rank: runs of one recipe differ in these alone."""

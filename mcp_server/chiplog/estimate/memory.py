@@ -36,7 +36,7 @@ class Parts(NamedTuple):
 
 def moments(job: Job) -> dict[str, Parts]:
     """Bytes on one card at each moment that can be the peak."""
-    shape, tokens = job.shape, job.tokens
+    shape, tokens = job.shape, job.tokens / job.divided
     trained, per = trained_params(job), _bytes_trained(job)
     weights = (_weights(job) + _adapters(job, trained)) / job.shards
     states = trained * per["states"] / job.shards

@@ -68,7 +68,7 @@ def one_pass(job: Job) -> Pass:
     own = 1.0 if style(job.framework) in ("torchtune", "litgpt") or full else 1.6  # adapters as modules of their own
     launches = LAUNCH_S * layers * (1 + again / 2) * own * (0.6 if job.compile else 1.0)
     reached = MATMUL * (0.8 if job.dtype == "fp8" else 1.0)
-    divided, stages = model_parallel(job), _ways(job, "PP")
+    divided, stages = job.divided, job.ways("PP")
     waits = 1 + (stages - 1) / (2 * NODE)  # stages of a pipeline that wait for the first and the last batches
     return Pass(
         matrices=waits * job.mean_tokens * matrices / card.peak(job.dtype) / reached / divided,
@@ -82,7 +82,7 @@ def one_pass(job: Job) -> Pass:
 def _reading(job: Job, card: Gpu, again: float) -> float:
     """Seconds of reading the weights once a pass."""
     held = job.shape.n_active * job.weight_bits / 8 * (2 if job.master else 1)
-    return held * (2 + again) / card.bandwidth_bytes_s / model_parallel(job)
+    return held * (2 + again) / card.bandwidth_bytes_s / job.divided
 
 
 def _of_scores(job: Job) -> str:
@@ -90,27 +90,17 @@ def _of_scores(job: Job) -> str:
     return "bf16" if job.dtype == "fp8" else job.dtype
 
 
-def model_parallel(job: Job) -> float:
-    """Cards over which one sample is divided, as `TP4 PP8` says."""
-    return _ways(job, "TP") * _ways(job, "PP") * _ways(job, "CP")
-
-
-def _ways(job: Job, kind: str) -> float:
-    found = re.search(rf"\b{kind}(\d+)", job.sharding)
-    return float(found[1]) if found else 1.0
-
-
 def _exchange(job: Job) -> float:
     """Seconds of gathering shards of weights and spreading gradients, a pass."""
     if job.gpus == 1:
         return 0.0
     shape = job.shape
-    sent = shape.n_params * 2.0 / (_ways(job, "TP") * _ways(job, "PP"))
+    sent = shape.n_params * 2.0 / (job.ways("TP") * job.ways("PP"))
     whole = re.search(r"fsdp|zero-?3|shard", job.sharding, re.IGNORECASE)
     rounds = (3.0 if job.method == "full" else 2.0) if whole else 2.0 / job.grad_accum if job.method == "full" else 0.0
     seconds = sent * rounds / (LINK if job.gpus <= NODE else NETWORK)
-    if (ways := _ways(job, "TP")) > 1:  # hidden states, four times a layer in each direction
-        hidden = job.mean_tokens * shape.width * 2.0 * shape.layers / _ways(job, "PP")
+    if (ways := job.ways("TP")) > 1:  # hidden states, four times a layer in each direction
+        hidden = job.mean_tokens * shape.width * 2.0 * shape.layers / job.ways("PP")
         seconds += 8 * hidden * (ways - 1) / ways / ways / LINK
     return seconds
 

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from chiplog.estimate.model import Workload
-from chiplog.plan import Run
+from chiplog.estimate.tokens import Steps, steps
+from chiplog.plan import Config, Run
 
 
-def workload(run: Run, n_train: int, tokens_train: int | None, n_eval: int) -> Workload:
-    """From the rows and tokens of the training split and the rows that are scored.
+def training_steps(config: Config, lengths: Sequence[int], n_rows: int, longest: int) -> Steps:
+    """Of a run with these settings, from the tokens of its training samples, in their order.
 
-    The recipe drops the last incomplete batch of an epoch, and stops at max_steps.
+    `n_rows` and `longest` are of all samples, where `lengths` are of some. A recipe drops the last incomplete batch of
+    an epoch, as ours and torchtune's do; one whose YAML has no `packed` pads.
     """
-    config = run.config
-    n_eval = min(n_eval, config["eval_limit"] or n_eval)
-    if run.kind == "control":
+    return steps(
+        lengths,
+        batch_size=config["batch_size"],
+        micro_batch_size=config.get("micro_batch_size"),
+        epochs=config["epochs"],
+        max_seq_len=config.get("max_seq_len"),
+        packed=config.get("packed", False),
+        max_steps=config["max_steps"],
+        n_rows=n_rows,
+        longest=longest,
+    )
+
+
+def workload(run: Run, trained: Steps | None, n_eval: int) -> Workload:
+    """From its steps, null for a control, and the rows of the split that is scored."""
+    n_eval = min(n_eval, run.config["eval_limit"] or n_eval)
+    if trained is None:
         return Workload(steps=0, tokens=0, eval_samples=n_eval)
-    batch = config["batch_size"]
-    steps = n_train // batch * config["epochs"]
-    steps = min(steps, config["max_steps"] or steps)
-    tokens = None if tokens_train is None else round(tokens_train / n_train * steps * batch)
-    return Workload(steps=steps, tokens=tokens, eval_samples=n_eval)
+    return Workload(steps=trained.total, tokens=trained.tokens, eval_samples=n_eval)
