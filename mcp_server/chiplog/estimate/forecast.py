@@ -74,11 +74,11 @@ PARTS: dict[Quantity, tuple[str, ...]] = {"memory": memory.PARTS, "pass": speed.
 
 def keys(quantity: Quantity, job: Job, place: str) -> tuple[Hashable, ...]:
     """What a job has in common with others, a key a level; none of them holds its batch, length or rank."""
-    framework = job.framework
+    framework = (job.framework, job.gpus > 1) if quantity == "memory" else job.framework
     every: dict[str, Hashable] = {
-        "style": style(framework), "framework": framework, "method": (framework, job.method),
+        "style": style(job.framework), "framework": framework, "method": (framework, job.method),
         "family": (framework, job.shape.family), "model": (framework, job.model, job.method), "recipe": job.recipe,
-        "place": place, "place_method": (place, job.method), "gpu": job.gpu, "dtype": (framework, job.dtype),
+        "place": place, "place_method": (place, job.method, job.gpus > 1), "gpu": job.gpu, "dtype": (framework, job.dtype),
         "data": None if job.packed else (place, job.data, job.gpu),
         "sharding": (framework, job.sharding) if job.gpus > 1 else None,
     }  # fmt: skip

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from chiplog.estimate.job import Job, style
+from chiplog.estimate.job import ALL_LINEAR, Job, style
+from chiplog.estimate.shapes import Shape
 
 GIB = 2**30
 # What a process holds beside its tensors, and what an allocator holds beside what is asked of it, by kind of figure.
@@ -19,6 +20,50 @@ SLACK = {"allocated": 1.0, "reserved": 1.05, "card": 1.06}
 COMPILED = 0.75  # of the activations of eager code
 FOUR_BIT = 0.54  # bytes a weight in blocks of 64, the scales quantised too
 PARTS = ("weights", "states", "layers", "head")
+
+
+class Kind(NamedTuple):
+    """What a layer of an architecture keeps otherwise than Llama's, in bytes a value."""
+
+    norms: int = 2  # inputs that are normed; two norms of one input count once
+    norm: int = 4  # of a norm's input: in fp32 for RMS norms, in 16 bits for layer norms
+    scale: int = 2  # more of it where the norm's weight is trained
+    qk_norm: bool = False  # of queries and keys too
+    act: tuple[int, int] = (2, 6)  # of the MLP's width: plain, gated
+    masks: bool = False  # of dropout after attention and MLP
+    fused: bool = False  # values are a view of queries, keys and values, which all stay
+    copies: bool = False  # what attention gives is copied before its output layer
+    scores: int = 0  # of a score, where no fused kernel can be used
+
+
+LAYER_NORM = Kind(norm=2, scale=0)
+KINDS = {
+    "apertus": Kind(qk_norm=True, act=(7, 0), copies=True),
+    "bloom": LAYER_NORM._replace(scores=6),
+    "falcon": LAYER_NORM._replace(norms=1),
+    "gemma": Kind(scale=4),
+    "gemma2": Kind(norms=4, scale=4, scores=8),
+    "gemma3": Kind(norms=4, scale=4, qk_norm=True),
+    "gemma3_text": Kind(norms=4, scale=4, qk_norm=True),
+    "gpt2": LAYER_NORM._replace(act=(8, 0), masks=True),  # its GELU is written out in Python
+    "gpt_bigcode": LAYER_NORM._replace(masks=True),
+    "gpt_neox": LAYER_NORM._replace(norms=1, fused=True, copies=True),
+    "mpt": LAYER_NORM._replace(scores=6),
+    "mt5": Kind(norm=6, act=(3, 13), masks=True),
+    "olmo": Kind(scale=0),
+    "olmo2": Kind(scale=4, qk_norm=True),
+    "olmo3": Kind(scale=4, qk_norm=True),
+    "olmoe": Kind(qk_norm=True),
+    "opt": LAYER_NORM._replace(masks=True),
+    "phi": LAYER_NORM._replace(act=(8, 0), copies=True),
+    "phi3": Kind(fused=True, copies=True),
+    "qwen3": Kind(qk_norm=True),
+    "qwen3_moe": Kind(qk_norm=True),
+    "stablelm": LAYER_NORM._replace(copies=True),
+    "starcoder2": LAYER_NORM,
+    "t5": Kind(norm=6, act=(3, 13), masks=True),
+}
+FUSED = {"bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "phi3"}  # queries, keys and values by one matrix
 
 
 class Parts(NamedTuple):
@@ -90,33 +135,42 @@ def trained_params(job: Job) -> int:
 
 
 def layer_bytes(job: Job) -> float:
-    """Bytes that one layer keeps of a token for its backward pass, in 16-bit types."""
-    shape, full, torchtune = job.shape, job.method == "full", style(job.framework) == "torchtune"
-    width, kv = shape.width, shape.kv_heads * shape.head_dim
-    q = shape.heads * shape.head_dim
-    ffn = shape.ffn
-    if shape.mixture_layers:
-        active = shape.experts_per_token * shape.expert_ffn + shape.shared_ffn
-        ffn = (shape.mixture_layers * active + (shape.layers - shape.mixture_layers) * shape.ffn) / shape.layers
-    trains_mlp, trains_o = full or "mlp" in job.targets, full or "o" in job.targets
-    kept = (9 if torchtune else 7) * (width + q) + (0 if torchtune else 4 * kv) + 4 * shape.heads
-    kept += (6 if shape.gated else 2) * ffn + (2 * ffn + 2 * width if trains_mlp else 0) + (2 * q if trains_o else 0)
-    if full:
-        kept += (8 if torchtune else 4) * width
-    if shape.parallel:
-        kept -= 4 * width
-    if job.upcast:
+    """Bytes that one layer keeps of a token for its backward pass, in 16-bit types; a mean over the layers."""
+    shape, kind, full = job.shape, _kind(job), job.method == "full"
+    width, q, kv = shape.width, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    ffn, routed, crossed = _active_ffn(shape), _routed(shape), _crossed(shape)
+    casts = job.dropout or adapter_bytes(job) == 4  # else the input is kept as it is, once for all that read it
+    read: frozenset[str] = ALL_LINEAR if full else frozenset() if casts else job.targets
+
+    per_norm = kind.norm + (kind.scale if full else 0)
+    kept = ((1 if shape.parallel else kind.norms) + crossed) * per_norm * width
+    kept += (4 + (kind.scale if full else 0)) * (q + kv) if kind.qk_norm else 0
+    kept += (2 + crossed) * width if kind.masks else 0
+
+    scores = kind.scores or (6 if job.attention == "eager" else 0)
+    if scores:  # keys and values of every query head; what comes out is not kept
+        attention = 6 * q + scores * shape.heads * job.seq_len
+    else:
+        attention = 4 * q + 4 * (kv + _widened(job) * (q - kv)) + 4 * shape.heads
+    attention += 2 * (q + kv) if kind.fused else 0
+    attention += 2 * q if "o" in read and (scores or kind.copies) else 0
+    attention += 2 * width if read & {"q", "k", "v"} else 0
+    kept += (1 + crossed) * attention
+
+    kept += kind.act[shape.gated] * ffn + 2 * routed * width
+    if "mlp" in read:
+        kept += 2 * ffn + 2 * routed * width + (0 if shape.parallel and "q" in read else 2 * width)
+    if not full:
+        kept += (adapter_bytes(job) + job.dropout) * _adapter_inputs(job, ffn) if casts else 0
+        kept += adapter_bytes(job) * job.rank * sum(count for count, _ in _adapted(job, ffn))
+    if job.dtype == "fp32":
         kept *= 2
-    if not full and job.dropout:
-        kept += (7 if adapter_bytes(job) == 4 else 3) * _adapter_inputs(job, ffn)
-    if job.attention == "eager":
-        kept += 6 * shape.heads * job.seq_len
     return kept
 
 
 def stream_bytes(job: Job) -> float:
     """Bytes of a token's hidden state between two layers."""
-    return (4 if job.upcast else 2) * job.shape.width
+    return (4 if job.upcast or job.master or job.dtype == "fp32" else 2) * job.shape.width
 
 
 def head_bytes(job: Job) -> float:
@@ -158,9 +212,61 @@ def _bytes_trained(job: Job) -> dict[str, float]:
     return {"gradient": size, "states": states, "scratch": size if at_once else 0}
 
 
+def _kind(job: Job) -> Kind:
+    """How the framework's code writes the architecture; torchtune and LitGPT write all on one pattern."""
+    kind = KINDS.get(job.shape.family, Kind())
+    if _own_code(job):
+        scale = 4 if kind.norm == 4 else kind.scale  # RMS norms scale in fp32
+        return kind._replace(scale=scale, act=(2, 6), masks=False, fused=False, copies=False)
+    return kind
+
+
+def _own_code(job: Job) -> bool:
+    return style(job.framework) in ("torchtune", "litgpt")
+
+
+def _widened(job: Job) -> float:
+    """Share of the layers in which keys and values are repeated for every query head.
+
+    transformers does so where a mask keeps it from grouped heads: of padding, or of a window that is shorter.
+    """
+    shape = job.shape
+    padded = job.micro_batch > 1 and not job.packed and job.mean_len is not None and job.mean_len < job.seq_len
+    if _own_code(job) or padded or (shape.family == "falcon" and shape.kv_heads > 1):
+        return 1.0
+    return shape.window_layers / shape.layers if shape.window and job.seq_len >= shape.window else 0.0
+
+
+def _crossed(shape: Shape) -> float:
+    """Share of the layers that attend to an encoder too."""
+    return shape.layers / (shape.layers + shape.encoder_layers) if shape.encoder_layers else 0.0
+
+
+def _routed(shape: Shape) -> float:
+    """Experts that a token goes through in a mean layer."""
+    return shape.mixture_layers * shape.experts_per_token / shape.layers
+
+
+def _active_ffn(shape: Shape) -> float:
+    """Width of all MLPs that a token goes through in a mean layer."""
+    mixtures = shape.mixture_layers / shape.layers
+    return _routed(shape) * shape.expert_ffn + mixtures * shape.shared_ffn + (1 - mixtures) * shape.ffn
+
+
+def _adapted(job: Job, ffn: float) -> list[tuple[float, float]]:
+    """The adapters of a mean layer: how many, and the width of their inputs."""
+    shape, fused = job.shape, job.shape.family in FUSED and not _own_code(job)
+    attentions, mlps = 1 + _crossed(shape), _routed(shape) + 1 - shape.mixture_layers / shape.layers
+    qkv = len(job.targets & {"q", "k", "v"})
+    found = [(attentions * (min(qkv, 1) if fused else qkv), float(shape.width))]
+    if "o" in job.targets:
+        found.append((attentions, shape.heads * shape.head_dim))
+    if "mlp" in job.targets:
+        found.append((mlps * (2 if shape.gated and not fused else 1), shape.width))
+        found.append((mlps, ffn / mlps))
+    return found
+
+
 def _adapter_inputs(job: Job, ffn: float) -> float:
     """Widths of what goes into the layers that have adapters, added up."""
-    shape = job.shape
-    inputs = sum(shape.width for name in ("q", "k", "v") if name in job.targets)
-    inputs += shape.heads * shape.head_dim if "o" in job.targets else 0
-    return inputs + ((2 if shape.gated else 1) * shape.width + ffn if "mlp" in job.targets else 0)
+    return sum(count * width for count, width in _adapted(job, ffn))
