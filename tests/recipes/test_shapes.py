@@ -98,6 +98,10 @@ TEXT = {**LLAMA, "head_dim": st.sampled_from([8, 16])}
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "apertus": (LLAMA, BIAS),
     "arcee": (LLAMA, {**BIAS, "mlp_bias": BOOL}),
+    "nemotron": (  # its class needs both
+        LLAMA | {name: KV[name] for name in ("head_dim", "num_key_value_heads")},
+        {**TIE, "attention_bias": BOOL, "mlp_bias": BOOL},
+    ),
     "bloom": ({**GPT2, "hidden_size": GPT2["n_embd"]}, TIE),
     "falcon": (
         NO_KV,

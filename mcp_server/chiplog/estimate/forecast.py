@@ -78,7 +78,8 @@ def keys(quantity: Quantity, job: Job, place: str) -> tuple[Hashable, ...]:
     every: dict[str, Hashable] = {
         "style": style(job.framework), "framework": framework, "method": (framework, job.method),
         "family": (framework, job.shape.family), "model": (framework, job.model, job.method), "recipe": job.recipe,
-        "place": place, "place_method": (place, job.method, job.gpus > 1), "gpu": job.gpu, "dtype": (framework, job.dtype),
+        "place": place, "place_method": (place, job.method, job.gpus > 1), "gpu": job.gpu,
+        "dtype": (framework, job.dtype),
         "data": None if job.packed else (place, job.data, job.gpu),
         "sharding": (framework, job.sharding) if job.gpus > 1 else None,
     }  # fmt: skip
