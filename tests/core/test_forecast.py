@@ -221,3 +221,27 @@ def test_bad_input_is_named():
         backtest([row()], "warm")  # pyright: ignore[reportArgumentType]
     with pytest.raises(PlanError, match="fp8"):
         speed.one_pass(job(dtype="fp8"))
+
+
+def test_running_out_of_memory_is_evidence_that_more_was_needed():
+    """As much more as the physics had fallen short; a run that was expected to run out tells nothing."""
+    one = job(micro_batch=8, memory_kind="reserved")
+    held = memory.peak(one).total
+
+    def told(limit: float) -> forecast.Forecast:
+        past = [forecast.Measured(one, "lab", "killed", above_bytes=limit)]
+        return forecast.forecast("memory", one, "lab", forecast.effects("memory", past))
+
+    unknown = forecast.forecast("memory", one, "lab", forecast.effects("memory", []))
+    assert told(held / 20).value == pytest.approx(unknown.value, rel=1e-3)
+    assert unknown.value < told(held).value < told(1.5 * held).value
+    assert 1.3 * held < told(1.5 * held).value < 2.5 * held
+    assert told(1.5 * held).spread < unknown.spread
+
+
+def test_a_run_that_ran_out_of_memory_counts_in_the_order_of_its_table():
+    rows = [row(micro_batch=8, peak_mem_gb=None, tokens_per_s=None, runtime_s=None, oom=True), row(micro_batch=4)]
+    rows += [row(micro_batch=16, peak_mem_gb=None, tokens_per_s=None, runtime_s=None, oom=True), row(micro_batch=2)]
+    for protocol in ("cold", "history"):
+        found = backtest(rows, protocol)
+        assert found["oom"]["n"] == 4 and found["oom"]["n_oom"] == 2 and found["memory"]["n"] == 2

@@ -85,11 +85,13 @@ def _foretold(
     tables = list(dict.fromkeys(run.place for run, _ in runs))
     for number, table in enumerate(tables):
         inside = [(run, row) for run, row in runs if run.place == table]
-        has = [(run, row) for run, row in inside if forecast.observe(quantity, run)]
+        has = [(run, row) for run, row in inside if forecast.tells(quantity, run)]
         others = [run for run, _ in runs if run.place != table]
         known = forecast.effects(quantity, [*background, *others], [run for run, _ in has])
         n_before = len(known.observations) - len(has)
         for position, (run, row) in enumerate(has):
+            if quantity == "memory" and not run.peak_bytes:
+                continue
             first = n_before + (position if protocol == "history" else 0)
             yield row, run, forecast.forecast(quantity, run.job, run.place, known, first=first, leave_out=table)
         if progress:
@@ -125,11 +127,11 @@ def _oom(runs: Sequence[tuple[Measured, Row]], background: Sequence[Measured], p
         inside = [(run, row) for run, row in runs if run.place == table]
         others = [run for run, _ in runs if run.place != table]
         known = forecast.effects("memory", [*background, *others], [run for run, _ in inside])
-        before = len(known.observations) - sum(run.peak_bytes is not None for run, _ in inside)
+        before = len(known.observations) - sum(forecast.tells("memory", run) for run, _ in inside)
         seen = 0
         for run, row in inside:
             first = before + (seen if protocol == "history" else 0)
-            seen += run.peak_bytes is not None
+            seen += forecast.tells("memory", run)
             if row.get("oom") is None or not run.job.gpu or (row["oom"] is False and not run.peak_bytes):
                 continue
             job = run.job.model_copy(update={"memory_kind": "reserved"})

@@ -48,12 +48,16 @@ def measured(row: Row) -> Measured:
     if peak and "total" in str(row.get("mem_scope", "")):
         peak = peak / job.gpus
     quality = str(row.get("quality", ""))
+    ran_out = row.get("oom") is True and job.gpu
+    if ran_out:
+        job = job.model_copy(update={"memory_kind": "reserved"})
     return Measured(
         job=job,
         place=str(row.get("suite", "")),
         source=str(row.get("source", "")),
         peak_bytes=peak * GB if peak and not row.get("oom") else None,
         pass_s=_pass_s(row, job),
+        above_bytes=gpu(job.gpu).memory_bytes if ran_out and job.gpu else None,
         rough="approx" in quality or "extrapolated" in quality,
     )
 

@@ -23,6 +23,7 @@ from chiplog.estimate.job import Job, style
 FIT = Path(__file__).parent / "data" / "fit.json"
 Quantity = Literal["memory", "pass"]
 COVERAGE = 0.90
+USELESS = 1e3  # standard deviation of an observation that tells nothing
 NEAR = 0.5  # share of the variance in common with a run on record from which evidence is near
 
 
@@ -34,6 +35,7 @@ class Measured(NamedTuple):
     source: str  # where it stands
     peak_bytes: float | None = None
     pass_s: float | None = None  # seconds of one forward and backward pass
+    above_bytes: float | None = None  # what the card has, where it ran out of memory
     rough: bool = False  # whether the figure was rounded or remembered
 
 
@@ -95,21 +97,72 @@ def computed(quantity: Quantity, job: Job) -> tuple[float, tuple[float, ...]]:
     return passing.total, passing.shares()
 
 
-def observe(quantity: Quantity, run: Measured, fit: Fit | None = None) -> Observation | None:
-    """A run beside its physics; None where it has no such figure."""
+def observe(
+    quantity: Quantity, run: Measured, fit: Fit | None = None, about: Effects | None = None
+) -> Observation | None:
+    """A run beside its physics, to first order about what is known (else about the bare physics); None where it has
+    no such figure."""
     measured = run.peak_bytes if quantity == "memory" else run.pass_s
     if not measured:
         return None
     fit = fit or fitted(quantity)
     value, shares = computed(quantity, run.job)
+    if about and quantity == "memory":
+        shift = about.shift(keys(quantity, run.job, run.place))
+        parts = shifted_peak(run.job, shift)
+        shares = tuple(float(part) / sum(parts) for part in parts)
+        value = sum(parts) / math.exp(float(shift.mean[:-1] @ shares))
     noise = math.hypot(fit.noise, fit.rough if run.rough else 0.0)
     return Observation(keys(quantity, run.job, run.place), shares, math.log(measured / value), noise, run.source)
 
 
 def effects(quantity: Quantity, runs: Iterable[Measured], then: Iterable[Measured] = ()) -> Effects:
-    """What these runs show; `then` those that follow one another, each to be foretold from what came before it."""
-    before, after = ([one for run in some if (one := observe(quantity, run))] for some in (runs, then))
-    return Effects([*before, *after], fitted(quantity).sizes, settled=len(before))
+    """What these runs show; `then` those that follow one another, each to be foretold from what came before it.
+
+    A run that ran out of memory says that it needed more than there was. Of `then`, each run that `tells` of the
+    quantity is one observation.
+    """
+    runs, sizes = list(runs), fitted(quantity).sizes
+    before = [one for run in runs if (one := observe(quantity, run))]
+    plain = Effects(before, sizes)
+    if quantity == "memory":
+        before = [one for run in runs if (one := observe(quantity, run, about=plain))]
+        before += [_beyond(run, plain) for run in runs if run.above_bytes]
+    after = [observe(quantity, run, about=plain) or _beyond(run, plain) for run in then if tells(quantity, run)]
+    return Effects([*before, *after], sizes, settled=len(before))
+
+
+def tells(quantity: Quantity, run: Measured) -> bool:
+    """Whether a run says something of the quantity."""
+    return bool(run.pass_s if quantity == "pass" else run.peak_bytes or run.above_bytes)
+
+
+def _beyond(run: Measured, known: Effects) -> Observation:
+    """What a run that ran out of memory tells, as an observation: where it, with what is known, would have ended.
+
+    The mean and variance above the limit are those of a normal distribution cut off below (Johnson, Kotz and
+    Balakrishnan, Continuous Univariate Distributions, 13.10.1); the observation that leads to them is returned.
+    """
+    fit, (value, shares) = fitted("memory"), computed("memory", run.job)
+    shift = known.shift(keys("memory", run.job, run.place))
+    mean, spread = float(shift.mean @ [*shares, 1.0]), shift.spread(shares, fit.noise)
+    limit = (math.log((run.above_bytes or value) / value) - mean) / spread
+    hazard = _hazard(limit)
+    ratio = 1 - hazard * (hazard - limit)  # of the variance that is left
+    place = Observation(keys("memory", run.job, run.place), shares, mean, USELESS, run.source)
+    if ratio > 1 - 1e-6:
+        return place  # it was expected
+    variance = spread**2 * ratio / (1 - ratio)
+    moved = mean + spread * hazard
+    site = moved + (moved - mean) * ratio / (1 - ratio)
+    return Observation(place.keys, shares, site, math.sqrt(max(variance, fit.noise**2)), run.source)
+
+
+def _hazard(z: float) -> float:
+    """Density over upper tail of the standard normal; near its asymptote far out."""
+    if z > 30:
+        return z + 1 / z
+    return math.exp(-z * z / 2) / math.sqrt(2 * math.pi) / (0.5 * math.erfc(z / math.sqrt(2)))
 
 
 def forecast(
@@ -121,8 +174,12 @@ def forecast(
     `leave_out` is a place whose own left-out forecasts must not widen or narrow this one.
     """
     shift = known.shift(keys(quantity, job, place), first)
-    value, shares = computed(quantity, job)
-    value = shifted_peak(job, shift) if quantity == "memory" else value * math.exp(float(shift.mean @ [*shares, 1.0]))
+    if quantity == "memory":
+        parts = shifted_peak(job, shift)
+        value, shares = sum(parts) * math.exp(float(shift.mean[-1])), [part / sum(parts) for part in parts]
+    else:
+        value, shares = computed(quantity, job)
+        value *= math.exp(float(shift.mean @ [*shares, 1.0]))
     fit = fitted(quantity)
     spread = shift.spread(shares, fit.noise)
     near = bool(len(shift.related)) and float(shift.related.max()) >= NEAR
@@ -132,14 +189,11 @@ def forecast(
     return Forecast(value, low, high, spread, near, sources)
 
 
-def shifted_peak(job: Job, shift: Shift) -> float:
-    """The physics with each part, and then the whole, larger by a factor: it never falls where a part grows."""
-    factors = np.exp(shift.mean)
-    held = (
-        sum(part * factor for part, factor in zip(parts, factors, strict=False))
-        for parts in memory.moments(job).values()
-    )
-    return max(held) * float(factors[-1])
+def shifted_peak(job: Job, shift: Shift) -> tuple[float, ...]:
+    """The parts of the peak, each larger by its factor: their sum never falls where a part grows."""
+    factors = [float(factor) for factor in np.exp(shift.mean[:-1])]
+    moments = memory.moments(job).values()
+    return max((tuple(p * f for p, f in zip(parts, factors, strict=True)) for parts in moments), key=sum)
 
 
 def scores(fit: Fit, near: bool, coverage: float, leave_out: str = "") -> tuple[float, float]:
