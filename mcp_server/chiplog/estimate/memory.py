@@ -2,8 +2,8 @@
 
 The terms are those of an eager training step in PyTorch: weights, gradients and states of what is trained, activations
 kept for the backward pass, and the output layer with its loss. Bytes a token and layer come from traces of one step on
-meta tensors (`benchmarks/memory_trace.py`), and equal them within a per cent. Three moments can be the peak: the loss,
-the backward pass of a layer, and the optimiser's step.
+meta tensors (`python -m benchmarks.memory_trace`), and equal them within half a per cent. Four moments can be the
+peak: the loss, the first and the last layer of the backward pass, and the optimiser's step.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ class Kind(NamedTuple):
     norms: int = 2  # inputs that are normed; two norms of one input count once
     norm: int = 4  # of a norm's input: in fp32 for RMS norms, in 16 bits for layer norms
     scale: int = 2  # more of it where the norm's weight is trained
-    qk_norm: bool = False  # of queries and keys too
+    qk_norm: int = 0  # as scale, where queries and keys are normed too
     act: tuple[int, int] = (2, 6)  # of the MLP's width: plain, gated
-    masks: bool = False  # of dropout after attention and MLP
+    down: int = 2  # of the MLP's width where its last matrix reads it for its own gradient
+    more: int = 0  # of the width: masks of dropout after attention and MLP, or the gate of a shared expert
+    logit: int = 0  # of a logit, more than others: a soft cap keeps its own, T5 takes the loss in 16 bits
     fused: bool = False  # values are a view of queries, keys and values, which all stay
     copies: bool = False  # what attention gives is copied before its output layer
     scores: int = 0  # of a score, where no fused kernel can be used
@@ -38,30 +40,32 @@ class Kind(NamedTuple):
 
 LAYER_NORM = Kind(norm=2, scale=0)
 KINDS = {
-    "apertus": Kind(qk_norm=True, act=(7, 0), copies=True),
+    "apertus": Kind(qk_norm=2, act=(7, 0), down=4),
     "bloom": LAYER_NORM._replace(scores=6),
-    "falcon": LAYER_NORM._replace(norms=1),
+    "falcon": LAYER_NORM._replace(norms=1),  # but in the first, whose heads all have keys of their own
     "gemma": Kind(scale=4),
-    "gemma2": Kind(norms=4, scale=4, scores=8),
-    "gemma3": Kind(norms=4, scale=4, qk_norm=True),
-    "gemma3_text": Kind(norms=4, scale=4, qk_norm=True),
-    "gpt2": LAYER_NORM._replace(act=(8, 0), masks=True),  # its GELU is written out in Python
-    "gpt_bigcode": LAYER_NORM._replace(masks=True),
+    "gemma2": Kind(norms=4, scale=4, scores=8, logit=2),
+    "gemma3": Kind(norms=4, scale=4, qk_norm=4),
+    "gemma3_text": Kind(norms=4, scale=4, qk_norm=4),
+    "gpt2": LAYER_NORM._replace(act=(8, 0), more=2),  # its GELU is written out in Python
+    "gpt_bigcode": LAYER_NORM._replace(more=2),
     "gpt_neox": LAYER_NORM._replace(norms=1, fused=True, copies=True),
     "mpt": LAYER_NORM._replace(scores=6),
-    "mt5": Kind(norm=6, act=(3, 13), masks=True),
+    "mt5": Kind(norm=6, act=(3, 13), more=2, logit=-6),
     "olmo": Kind(scale=0),
-    "olmo2": Kind(scale=4, qk_norm=True),
-    "olmo3": Kind(scale=4, qk_norm=True),
-    "olmoe": Kind(qk_norm=True),
-    "opt": LAYER_NORM._replace(masks=True),
+    "olmo2": Kind(scale=4, qk_norm=4),
+    "olmo3": Kind(scale=4, qk_norm=4),
+    "olmoe": Kind(qk_norm=2),
+    "opt": LAYER_NORM._replace(more=2, down=0),  # ReLU keeps what it gives
     "phi": LAYER_NORM._replace(act=(8, 0), copies=True),
     "phi3": Kind(fused=True, copies=True),
-    "qwen3": Kind(qk_norm=True),
-    "qwen3_moe": Kind(qk_norm=True),
+    "qwen2_moe": Kind(more=2),
+    "qwen3": Kind(qk_norm=2),
+    "qwen3_moe": Kind(qk_norm=2),
+    "seed_oss": Kind(more=2),
     "stablelm": LAYER_NORM._replace(copies=True),
     "starcoder2": LAYER_NORM,
-    "t5": Kind(norm=6, act=(3, 13), masks=True),
+    "t5": Kind(norm=6, act=(3, 13), more=2, logit=-6),
 }
 FUSED = {"bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "phi3"}  # queries, keys and values by one matrix
 
@@ -92,16 +96,17 @@ def moments(job: Job) -> dict[str, Parts]:
     head = head_bytes(job) * tokens * (COMPILED if job.compile and job.loss == "plain" else 1.0)
     layers = shape.layers + shape.encoder_layers
     if job.checkpointing == "full":
-        kept_all = 0.0 if job.offload else kept * layers
-        during = kept_all + layer
+        kept_all, again = 0.0 if job.offload else kept * layers, layer
     else:
-        share = 0.6 if job.checkpointing == "selective" else 1.0
-        kept_all = layers * layer * share
-        during = kept_all * 0.5
+        kept_all, again = layers * layer * (0.6 if job.checkpointing == "selective" else 1.0), 0.0
+    of_head = 0.0  # the gradient of the output matrix, the first that there is
+    if job.method == "full" and not job.in_backward:
+        of_head = shape.vocab * shape.width * per["gradient"] / job.shards
     context, slack = CONTEXT[job.memory_kind], SLACK[job.memory_kind]
     raw = {
         "loss": (weights, states, kept_all, head),
-        "backward": (weights, states + gradients, during, 0.0),
+        "first of backward": (weights, states + of_head, kept_all + again, 0.0),
+        "last of backward": (weights, states + gradients, (kept if again else 0.0) + layer, 0.0),
         "step": (weights, states + gradients + scratch, 0.0, 0.0),
     }
     return {name: Parts(w * slack + context, s * slack, a * slack, h * slack) for name, (w, s, a, h) in raw.items()}
@@ -139,13 +144,16 @@ def layer_bytes(job: Job) -> float:
     shape, kind, full = job.shape, _kind(job), job.method == "full"
     width, q, kv = shape.width, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     ffn, routed, crossed = _active_ffn(shape), _routed(shape), _crossed(shape)
-    casts = job.dropout or adapter_bytes(job) == 4  # else the input is kept as it is, once for all that read it
+    # Under autocast each matrix reads a 16-bit copy of its own; else one input is kept, once for all that read it.
+    copied = 2 if job.upcast or job.master else adapter_bytes(job)
+    casts = not full and (job.dropout or adapter_bytes(job) == 4)
     read: frozenset[str] = ALL_LINEAR if full else frozenset() if casts else job.targets
+    own = 2 * width if full and job.master else 0
 
     per_norm = kind.norm + (kind.scale if full else 0)
     kept = ((1 if shape.parallel else kind.norms) + crossed) * per_norm * width
-    kept += (4 + (kind.scale if full else 0)) * (q + kv) if kind.qk_norm else 0
-    kept += (2 + crossed) * width if kind.masks else 0
+    kept += (4 + (kind.qk_norm if full else 0)) * (q + kv) if kind.qk_norm else 0
+    kept += kind.more * (1 + crossed / 2) * width
 
     scores = kind.scores or (6 if job.attention == "eager" else 0)
     if scores:  # keys and values of every query head; what comes out is not kept
@@ -155,14 +163,17 @@ def layer_bytes(job: Job) -> float:
     attention += 2 * (q + kv) if kind.fused else 0
     attention += 2 * q if "o" in read and (scores or kind.copies) else 0
     attention += 2 * width if read & {"q", "k", "v"} else 0
+    attention += 0 if shape.family in FUSED else 2 * own
     kept += (1 + crossed) * attention
 
     kept += kind.act[shape.gated] * ffn + 2 * routed * width
     if "mlp" in read:
-        kept += 2 * ffn + 2 * routed * width + (0 if shape.parallel and "q" in read else 2 * width)
+        kept += kind.down * ffn + 2 * routed * width
+        kept += 0 if shape.parallel and "q" in read and not own else 2 * width
+        kept += own if shape.gated and shape.family not in FUSED else 0
     if not full:
-        kept += (adapter_bytes(job) + job.dropout) * _adapter_inputs(job, ffn) if casts else 0
-        kept += adapter_bytes(job) * job.rank * sum(count for count, _ in _adapted(job, ffn))
+        kept += (copied + job.dropout) * _adapter_inputs(job, ffn) if casts else 0
+        kept += copied * job.rank * sum(count for count, _ in _adapted(job, ffn))
     if job.dtype == "fp32":
         kept *= 2
     return kept
@@ -174,9 +185,17 @@ def stream_bytes(job: Job) -> float:
 
 
 def head_bytes(job: Job) -> float:
-    """Bytes that the logits and the loss hold of a token at most."""
+    """Bytes that the logits and the loss hold of a token at most, and the last norm.
+
+    A plain loss holds three copies of the logits in fp32 when its gradient is taken: the softmax, what comes in and
+    what goes out.
+    """
+    shape, kind, full = job.shape, _kind(job), job.method == "full"
     of = {"plain": {"litgpt": 6.0, "unsloth": 8.0}.get(style(job.framework), 12.0), "fused": 8.0, "chunked": 6.5}
-    return of[job.loss] * job.shape.vocab + 10 * job.shape.width
+    logit = of[job.loss] + (kind.logit if job.loss == "plain" else 0)
+    # Where no gradient comes to the embedding, the first norm keeps nothing, which makes up for the last.
+    norm = kind.norm + kind.scale + 2 if full else kind.norm if job.checkpointing == "full" else 0
+    return logit * shape.vocab + norm * shape.width
 
 
 def adapter_bytes(job: Job) -> int:
@@ -215,9 +234,27 @@ def _bytes_trained(job: Job) -> dict[str, float]:
 def _kind(job: Job) -> Kind:
     """How the framework's code writes the architecture; torchtune and LitGPT write all on one pattern."""
     kind = KINDS.get(job.shape.family, Kind())
-    if _own_code(job):
-        scale = 4 if kind.norm == 4 else kind.scale  # RMS norms scale in fp32
-        return kind._replace(scale=scale, act=(2, 6), masks=False, fused=False, copies=False)
+    if job.shape.family == "falcon" and job.shape.kv_heads == job.shape.heads:
+        kind = kind._replace(norms=2)
+    if _own_code(job):  # RMS norms that scale in fp32, no dropout, queries, keys and values apart
+        plain, scale = Kind(), 4 if kind.norm == 4 else kind.scale
+        logit = kind.logit if style(job.framework) == "litgpt" else 0  # torchtune caps the hidden state instead
+        kind = kind._replace(
+            scale=scale,
+            qk_norm=kind.qk_norm and 4,
+            act=plain.act,
+            down=plain.down,
+            more=0,
+            logit=logit,
+            fused=False,
+            copies=False,
+        )
+    if job.upcast or job.master:  # autocast: the stream in fp32, matrices in 16 bits
+        kind = kind._replace(norm=4, scale=4 if kind.scale else 0)
+    if job.upcast:  # 4-bit layers give fp32, of which attention takes copies in 16 bits
+        kind = kind._replace(act=(2 * kind.act[0], 2 * kind.act[1]), fused=False)
+    if job.dtype == "fp32":  # which norms need not copy; everything else is twice as large
+        kind = kind._replace(norm=2, scale=min(kind.scale, 2))
     return kind
 
 
@@ -226,13 +263,15 @@ def _own_code(job: Job) -> bool:
 
 
 def _widened(job: Job) -> float:
-    """Share of the layers in which keys and values are repeated for every query head.
+    """Share of the layers in which keys and values are repeated for every query head; those of one head never are.
 
     transformers does so where a mask keeps it from grouped heads: of padding, or of a window that is shorter.
     """
     shape = job.shape
     padded = job.micro_batch > 1 and not job.packed and job.mean_len is not None and job.mean_len < job.seq_len
-    if _own_code(job) or padded or (shape.family == "falcon" and shape.kv_heads > 1):
+    if shape.kv_heads == 1:
+        return 0.0
+    if _own_code(job) or padded or shape.family == "falcon":
         return 1.0
     return shape.window_layers / shape.layers if shape.window and job.seq_len >= shape.window else 0.0
 
