@@ -99,7 +99,7 @@ class Job(Frozen):
 
 
 def of_row(row: Mapping[str, Any]) -> Job:
-    """The job of a row of a table of measurements (docs/estimates.md says its columns).
+    """The job of a row of a table of measurements (the columns are those of data/evidence.jsonl).
 
     Raises NotFoundError, whose words are the reason, where the model's shape is not known or a size is missing.
     """
