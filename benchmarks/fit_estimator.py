@@ -25,18 +25,13 @@ from chiplog.errors import ChiplogError
 from chiplog.estimate import evidence, forecast
 from chiplog.estimate.effects import Sizes
 from chiplog.estimate.forecast import LEVELS, PARTS, Fit, Measured, Quantity
+from chiplog.estimate.table import Row, as_row, read_table
 
 START = {"part": 0.3, "level": 0.4, "whole": 0.02, "noise": 0.02, "rough": 0.2}
 DATA_ONLY = {"memory": (0.1, 0.1, 1.0, 1.0)}  # the length of the data moves what grows with it
 LARGEST = 0.5  # an effect's standard deviation: more would be no correction of the physics
 PRIOR = 0.03  # weight of staying near the start
 ROUNDS = 600
-KEPT = [  # columns that decide something
-    "source", "suite", "model", "n_params", "method", "lora_rank", "lora_targets", "dtype", "quant", "micro_batch",
-    "grad_accum", "seq_len", "n_gpus", "gpu", "gpu_mem_gb", "peak_mem_gb", "mem_kind", "mem_scope", "tokens_per_s",
-    "tokens_scope", "steps", "s_per_step", "samples", "epochs", "runtime_s", "oom", "act_ckpt", "compile", "packed",
-    "attn", "optimizer", "sharding", "framework", "quality", "notes",
-]  # fmt: skip
 
 
 class Problem:
@@ -130,7 +125,7 @@ class Problem:
 
 def main() -> None:
     source = Path(sys.argv[1])
-    rows = evidence.read_table(source)
+    rows = [as_row(values, Row) for values in read_table(source)]
     runs = []
     for row in rows:
         try:
@@ -139,7 +134,7 @@ def main() -> None:
             continue
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     head = {"from": source.name, "sha256": digest, "rows": len(rows), "by": "benchmarks/fit_estimator.py"}
-    kept = [{key: row[key] for key in KEPT if row.get(key) is not None} for row in rows]
+    kept = [row.model_dump(exclude_defaults=True) for row in rows]
     evidence.SHIPPED.write_text("\n".join(json.dumps(line) for line in [head, *kept]) + "\n")
     fit = {"from": head, **{quantity: Problem(quantity, runs).fit() for quantity in ("memory", "pass")}}
     forecast.FIT.write_text(json.dumps(fit, indent=1) + "\n")

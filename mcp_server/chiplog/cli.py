@@ -106,7 +106,7 @@ def backtest(
 ) -> None:  # fmt: skip
     """Foretells each measured run of a table from the others, and says how far that lies from what was measured."""
     from chiplog.estimate import backtest as back
-    from chiplog.estimate.evidence import read_table
+    from chiplog.estimate.table import read_table
 
     given = {"rows": read_table(measurements), "protocol": protocol, "sweeps": read_table(sweeps) if sweeps else None}
     found = _with_progress(back.backtest, **given)

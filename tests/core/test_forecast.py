@@ -17,8 +17,9 @@ from chiplog.estimate.backtest import backtest, batches
 from chiplog.estimate.batch import largest_batch, micro_batches
 from chiplog.estimate.effects import Effects, Observation, Sizes
 from chiplog.estimate.gpus import gpu
-from chiplog.estimate.job import Job, of_row
+from chiplog.estimate.job import Job
 from chiplog.estimate.shapes import find
+from chiplog.estimate.table import Row, as_row, job_of
 
 GIB = 2**30
 SIZES = Sizes(parts=((0.3, 0.3), (0.2, 0.2)), whole=(0.1, 0.1))
@@ -189,7 +190,7 @@ def test_a_back_test_counts_every_row_and_knows_nothing_of_what_it_is_asked():
 
 
 def test_cold_evidence_leaves_out_what_the_table_itself_is_from():
-    shipped = [one for one in evidence.shipped() if one["suite"] == "fms-a100_80gb_granite"]
+    shipped = [one.model_dump() for one in evidence.shipped() if one.suite == "fms-a100_80gb_granite"]
     own = backtest(shipped, "cold")["memory"]
     renamed = backtest([{**one, "source": "elsewhere", "suite": "renamed"} for one in shipped], "cold")["memory"]
     assert renamed["mape"] < own["mape"]  # of another source, the shipped rows are evidence
@@ -216,7 +217,7 @@ def test_the_effective_batch_is_kept(batch: int, largest: int):
 
 def test_bad_input_is_named():
     with pytest.raises(NotFoundError, match="unknown architecture"):
-        of_row(row(model="nobody-knows-7b"))
+        job_of(as_row(row(model="nobody-knows-7b"), Row))
     with pytest.raises(RecordError, match="cold, history"):
         backtest([row()], "warm")  # pyright: ignore[reportArgumentType]
     with pytest.raises(PlanError, match="fp8"):
@@ -245,3 +246,31 @@ def test_a_run_that_ran_out_of_memory_counts_in_the_order_of_its_table():
     for protocol in ("cold", "history"):
         found = backtest(rows, protocol)
         assert found["oom"]["n"] == 4 and found["oom"]["n_oom"] == 2 and found["memory"]["n"] == 2
+
+
+# What a table may hold in place of a number: each is named, and the other rows are counted all the same.
+ODD = {
+    "micro_batch": [0.5, -1, "two", []], "seq_len": [0, "4k", math.inf], "lora_rank": [-4, "x"], "n_gpus": [0, "many"],
+    "peak_mem_gb": [math.nan, -3, "5GB"], "tokens_per_s": [-1, "fast", 0], "grad_accum": [0], "runtime_s": [-1],
+    "gpu_mem_gb": ["big"], "steps": ["x"], "oom": ["perhaps"], "packed": [7],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("column", "value"), [(column, value) for column, values in ODD.items() for value in values])
+def test_a_row_that_cannot_be_read_is_counted_with_its_column(column: str, value: Any):
+    found = backtest([row(), row(**{column: value})], "history")
+    assert found["memory"]["n"] == 1 and list(found["uncovered"].values()) == [1]
+    assert column in next(iter(found["uncovered"]))
+
+
+@pytest.mark.parametrize(
+    "odd", [{"notes": 5}, {"gpu": 7}, {"sharding": "TP0"}, {"suite": None}, {"lora_rank": 0}, {"quality": 3}]
+)
+def test_words_may_be_anything(odd: dict[str, Any]):
+    found = backtest([row(**odd)], "cold")
+    assert found["memory"]["n"] == 1 and not found["uncovered"]
+
+
+def test_a_sweep_that_cannot_be_read_is_an_error():
+    with pytest.raises(RecordError, match="memory_mib"):
+        batches([{"bench": "b", "gpu": "g", "batch_size": 1, "memory_mib": "much"}])

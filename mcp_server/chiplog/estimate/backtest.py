@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from chiplog.errors import ChiplogError, RecordError
 from chiplog.estimate import forecast
 from chiplog.estimate.batch import largest_batch
-from chiplog.estimate.evidence import Row, measured, passes, shipped
+from chiplog.estimate.evidence import measured, passes, shipped
 from chiplog.estimate.forecast import Forecast, Measured, Quantity
 from chiplog.estimate.gpus import gpu
+from chiplog.estimate.table import Row, Sweep, as_row
 from chiplog.schema import Progress
 
 Protocol = Literal["cold", "history"]
+Values = Mapping[str, Any]  # a row as it was read
 TUNED = ("full", "lora", "qlora")  # methods of which peaks on one card are counted apart
 
 
@@ -38,17 +40,17 @@ class Foretold(NamedTuple):
 
 
 def backtest(
-    rows: Sequence[Row], protocol: Protocol, sweeps: Sequence[Row] | None = None, progress: Progress | None = None
+    rows: Sequence[Values], protocol: Protocol, sweeps: Sequence[Values] | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
     """The figures of a table of measurements, as `chiplog backtest --json` prints them.
 
-    Raises RecordError for a protocol that is none, or a table of which no row is covered.
+    A row that is not covered is counted by reason. Raises RecordError for a protocol that is none, or a sweep.
     """
     if protocol not in get_args(Protocol):
         raise RecordError(f"there is no protocol {protocol!r}: choose from {', '.join(get_args(Protocol))}")
     runs, uncovered = _covered(rows)
-    sources = {row.get("source") for row in rows}
-    background = [run for run, _ in _covered([row for row in shipped() if row.get("source") not in sources])[0]]
+    sources = {str(values.get("source")) for values in rows}
+    background = [run for run, _ in _measured([row for row in shipped() if row.source not in sources])[0]]
     peaks = list(_foretold("memory", runs, background, protocol, progress))
     steps = list(_foretold("pass", runs, background, protocol, progress))
     is_tuned = [_on_one_card(row) for row, _, _ in peaks]
@@ -56,7 +58,7 @@ def backtest(
     return {
         "protocol": protocol,
         "memory": _figures([_peak(*one) for one in memory]),
-        "tokens_per_s": _figures([_rate(*one) for one in steps if one[0].get("tokens_per_s")]),
+        "tokens_per_s": _figures([_rate(*one) for one in steps if one[0].tokens_per_s]),
         "runtime": _figures([run for one in steps if (run := _runtime(*one))]),
         "oom": _oom(runs, background, protocol),
         "batch": sweeps and batches(sweeps),
@@ -66,7 +68,20 @@ def backtest(
     }
 
 
-def _covered(rows: Sequence[Row]) -> tuple[list[tuple[Measured, Row]], Counter[str]]:
+def _covered(rows: Sequence[Values]) -> tuple[list[tuple[Measured, Row]], Counter[str]]:
+    """The rows that are covered, each as a measured run, and how many are not, by reason."""
+    typed: list[Row] = []
+    reasons: Counter[str] = Counter()
+    for values in rows:
+        try:
+            typed.append(as_row(values, Row))
+        except RecordError as error:
+            reasons[str(error)] += 1
+    covered, more = _measured(typed)
+    return covered, reasons + more
+
+
+def _measured(rows: Sequence[Row]) -> tuple[list[tuple[Measured, Row]], Counter[str]]:
     covered: list[tuple[Measured, Row]] = []
     reasons: Counter[str] = Counter()
     for row in rows:
@@ -99,7 +114,7 @@ def _foretold(
 
 
 def _on_one_card(row: Row) -> bool:
-    return row.get("n_gpus") == 1 and row.get("method") in TUNED
+    return row.n_gpus == 1 and row.method in TUNED
 
 
 def _peak(row: Row, run: Measured, told: Forecast) -> Foretold:
@@ -115,9 +130,9 @@ def _rate(row: Row, run: Measured, told: Forecast) -> Foretold:
 def _runtime(row: Row, run: Measured, told: Forecast) -> Foretold | None:
     """Seconds of the run: as many passes as it made."""
     done = passes(row, run.job)
-    if not done or not row.get("runtime_s"):
+    if not done or not row.runtime_s:
         return None
-    return Foretold(row, row["runtime_s"], told.value * done, told.low * done, told.high * done)
+    return Foretold(row, row.runtime_s, told.value * done, told.low * done, told.high * done)
 
 
 def _oom(runs: Sequence[tuple[Measured, Row]], background: Sequence[Measured], protocol: Protocol) -> dict[str, Any]:
@@ -132,11 +147,11 @@ def _oom(runs: Sequence[tuple[Measured, Row]], background: Sequence[Measured], p
         for run, row in inside:
             first = before + (seen if protocol == "history" else 0)
             seen += forecast.tells("memory", run)
-            if row.get("oom") is None or not run.job.gpu or (row["oom"] is False and not run.peak_bytes):
+            if row.oom is None or not run.job.gpu or (row.oom is False and not run.peak_bytes):
                 continue
             job = run.job.model_copy(update={"memory_kind": "reserved"})
             told = forecast.forecast("memory", job, table, known, first=first, leave_out=table)
-            says, ran_out = bool(told.value > gpu(run.job.gpu).memory_bytes), bool(row["oom"])
+            says, ran_out = bool(told.value > gpu(run.job.gpu).memory_bytes), row.oom
             hits += says and ran_out
             missed += not says and ran_out
             false += says and not ran_out
@@ -148,15 +163,15 @@ def _oom(runs: Sequence[tuple[Measured, Row]], background: Sequence[Measured], p
     }  # fmt: skip
 
 
-def batches(rows: Sequence[Row]) -> dict[str, Any]:
+def batches(rows: Sequence[Values]) -> dict[str, Any]:
     """In each group of one benchmark and card: all batches but the largest known, the largest that fits asked for.
 
     What fits is what the largest batch on record held.
     """
-    groups: dict[tuple[Any, Any], list[tuple[int, float]]] = defaultdict(list)
-    for row in rows:
-        if row.get("batch_size") and row.get("memory_mib"):
-            groups[row.get("bench"), row.get("gpu")].append((int(row["batch_size"]), float(row["memory_mib"])))
+    groups: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+    for row in (as_row(values, Sweep) for values in rows):
+        if row.batch_size and row.memory_mib:
+            groups[row.bench, row.gpu].append((round(row.batch_size), row.memory_mib))
     shares = []
     for points in groups.values():
         largest = max(batch for batch, _ in points)

@@ -7,13 +7,11 @@ named in `unsure`; a missing field is never a feature.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from chiplog.errors import NotFoundError
-from chiplog.estimate.shapes import Shape, find
+from chiplog.estimate.shapes import Shape
 from chiplog.schema import Frozen
 
 Method = Literal["full", "lora", "qlora", "adapter"]
@@ -76,7 +74,7 @@ class Job(Frozen):
     def ways(self, kind: Literal["TP", "PP", "CP"]) -> int:
         """Cards over which tensors, layers or the sequence are divided, as `TP4 PP8` says."""
         found = re.search(rf"\b{kind}(\d+)", self.sharding)
-        return int(found[1]) if found else 1
+        return max(1, int(found[1])) if found else 1
 
     @property
     def divided(self) -> int:
@@ -98,143 +96,7 @@ class Job(Frozen):
         return (*kept, self.loss, self.compile, self.optimizer, self.packed, self.sharding, self.data)
 
 
-def of_row(row: Mapping[str, Any]) -> Job:
-    """The job of a row of a table of measurements (the columns are those of data/evidence.jsonl).
-
-    Raises NotFoundError, whose words are the reason, where the model's shape is not known or a size is missing.
-    """
-    given = {key: value for key, value in row.items() if value not in (None, "")}
-    shape = find(str(given.get("model", "")))
-    if shape is None:
-        raise NotFoundError(f"unknown architecture: {given.get('model')}")
-    words = _words(given)
-    unsure = [key for key in ("micro_batch", "seq_len") if key not in given]
-    method = _method(str(given.get("method", "")), words)
-    if {"micro_batch", "seq_len"} <= set(unsure):
-        raise NotFoundError("neither batch nor length is stated")
-    if "act_ckpt" not in given:
-        unsure.append("act_ckpt")
-    packed = given.get("packed") is True
-    framework = str(given.get("framework", "unknown"))
-    four_bit = method == "qlora" or "4bit" in str(given.get("quant", "")) or "nf4" in str(given.get("quant", ""))
-    eight_bit = "8bit" in str(given.get("quant", "")) or "int8" in str(given.get("quant", ""))
-    plain_peft = style(framework) == "transformers" and "axolotl" not in framework.lower()
-    upcasts = four_bit and plain_peft and not re.search(r"accelerated|gptq|awq", words + str(given.get("quant")))
-    micro_batch = max(1, round(given.get("micro_batch", 2)))
-    longest, mean = _lengths(max(1, round(given.get("seq_len", 512))), micro_batch, packed, words)
-    return Job(
-        framework=framework, model=str(given["model"]).lower(), shape=shape, method=method,
-        rank=int(given.get("lora_rank") or 16), targets=_targets(given, method, framework),
-        dtype=_dtype(str(given.get("dtype", "bf16"))),
-        master=_keeps_fp32(str(given.get("dtype", "")), method == "full" and plain_peft),
-        weight_bits=4 if four_bit else 8 if eight_bit else 16, upcast=upcasts,
-        micro_batch=micro_batch, grad_accum=max(1, round(given.get("grad_accum", 1))),
-        seq_len=longest, mean_len=mean, packed=packed,
-        checkpointing=_checkpointing(given.get("act_ckpt"), framework, method),
-        offload=bool(re.search(r"offload(?:ing)?=true|\+ activation offload", words)),
-        loss=_loss(words, framework), compile=given.get("compile") is True or "compile" in words,
-        attention="eager" if re.search(r"\beager\b", str(given.get("attn", ""))) or framework == "HF" else "flash",
-        optimizer=_optimizer(str(given.get("optimizer", ""))),
-        in_backward=bool(re.search(r"optimizer_in_bwd=true|optimizer in bwd", words)),
-        dropout=style(framework) in ("transformers", "litgpt"), gpu=given.get("gpu"), gpus=int(given.get("n_gpus", 1)),
-        sharding=str(given.get("sharding", "")), memory_kind=_memory_kind(str(given.get("mem_kind", "allocated"))),
-        data=_data(given), unsure=tuple(unsure),
-    )  # fmt: skip
-
-
 def style(framework: str) -> str:
     """Whose model code a framework runs: torchtune, litgpt, unsloth or, for all others, transformers."""
     name = framework.lower()
     return next((known for known in ("torchtune", "litgpt", "unsloth") if known in name), "transformers")
-
-
-def _words(row: Mapping[str, Any]) -> str:
-    """What a row says in words, lower case."""
-    return " ".join(str(row.get(key, "")) for key in ("notes", "optimizer", "sharding")).lower()
-
-
-def _method(text: str, words: str) -> Method:
-    if "full" in text:
-        return "full"
-    return "lora" if text == "lora" else "qlora" if text == "qlora" else "adapter"
-
-
-_TARGETS: tuple[tuple[Target, str], ...] = (
-    ("q", r"q_proj|query|c_attn|\bq\b|\|q\|"), ("k", r"k_proj|key|c_attn|\bk\b|\|k\|"),
-    ("v", r"v_proj|value|c_attn|\bv\b|\|v\|"), ("o", r"o_proj|output_proj|projection|c_proj|\bo\b|\|o\)"),
-    ("mlp", r"up_proj|gate_proj|down_proj|mlp|fc\d|w1|\bup\b|\|up"), ("head", r"(?<!_)head(?!_)"),
-)  # fmt: skip
-
-
-def _targets(row: Mapping[str, Any], method: Method, framework: str) -> frozenset[Target]:
-    if method == "full":
-        return ALL_LINEAR
-    text = str(row.get("lora_targets", "")).lower()
-    if not text:  # what the program takes by itself
-        return frozenset({"q", "v"}) if style(framework) == "transformers" else ALL_LINEAR
-    if "all" in text:
-        return ALL_LINEAR
-    found: set[Target] = {name for name, form in _TARGETS if re.search(form, text.split("+ trainable")[0])}
-    if "trainable" in text:
-        found.add("embedding")
-    return frozenset(found)
-
-
-def _dtype(text: str) -> Literal["bf16", "fp16", "fp32", "fp8"]:
-    text = text.lower()
-    if "8" in text and ("fp8" in text or "float8" in text):
-        return "fp8"
-    if "bf16" in text or "bfloat16" in text:
-        return "bf16"
-    return "fp16" if "16" in text else "fp32" if "32" in text else "bf16"
-
-
-# Tokens of a mean and of about the longest sample of public instruction data.
-LENGTHS = {
-    "alpaca": (110, 1000), "chip2": (60, 500), "oig": (60, 500), "dolly": (200, 4000), "metamath": (210, 2000),
-    "oasst": (350, 4000), "open assistant": (350, 4000), "orca": (400, 4000),
-}  # fmt: skip
-
-
-def _lengths(limit: int, micro_batch: int, packed: bool, words: str) -> tuple[int, float | None]:
-    """Tokens of the longest sample, of at most `limit`, and of a mean one, as far as a row names its data."""
-    stated = re.search(r"mean tokens/step (\d+)", words)
-    mean, longest = next((lengths for name, lengths in LENGTHS.items() if name in words), (None, limit))
-    if packed or mean is None:
-        return limit, None
-    return min(limit, longest), min(limit, int(stated[1]) / micro_batch if stated else mean)
-
-
-def _keeps_fp32(dtype: str, trains_all: bool) -> bool:
-    """Whether weights stay in fp32: autocast, which is what the flag `bf16` of a trainer of all weights asks for."""
-    return "amp" in dtype or "mixed" in dtype or (trains_all and dtype in ("bf16", "fp16"))
-
-
-def _checkpointing(value: object, framework: str, method: Method) -> Checkpointing:
-    if value is None:
-        return "none" if style(framework) == "litgpt" else "full"
-    return "full" if value is True or value == "full" else "selective" if value else "none"
-
-
-def _loss(words: str, framework: str) -> Literal["plain", "fused", "chunked"]:
-    if re.search(r"chunked ce=true|chunked cross|liger|cut cross", words):
-        return "chunked"
-    fused = re.search(r"\bfoak\b|-foak|fast-kernels|fused cross", words) or style(framework) == "unsloth"
-    return "fused" if fused else "plain"
-
-
-def _optimizer(text: str) -> Literal["adamw", "adamw8bit", "paged", "sgd"]:
-    text = text.lower()
-    return "paged" if "paged" in text else "adamw8bit" if "8bit" in text else "sgd" if "sgd" in text else "adamw"
-
-
-def _memory_kind(text: str) -> MemoryKind:
-    text = text.lower()
-    if "alloc" in text or "active" in text:
-        return "allocated"
-    return "reserved" if "reserved" in text or text == "peak" else "card"
-
-
-def _data(row: Mapping[str, Any]) -> str:
-    """What the run trained on, as far as a row tells: the first words of its notes, where its length is but a limit."""
-    return re.split(r"[;,(]", str(row.get("notes", "")))[0][:24].lower()
