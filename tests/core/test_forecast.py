@@ -179,14 +179,44 @@ def test_a_back_test_counts_every_row_and_knows_nothing_of_what_it_is_asked():
     assert cold["memory"]["n"] == history["memory"]["n"] == 4 and cold["runtime"]["n"] == 4
     assert sum(cold["uncovered"].values()) == 2 and any("nobody-knows-7b" in reason for reason in cold["uncovered"])
     assert history["memory"]["mape"] < cold["memory"]["mape"]
-    changed = backtest(
-        [{**one, "peak_mem_gb": 2 * one["peak_mem_gb"]} if one is rows[3] else one for one in rows], "history"
-    )
-    told = [history["by_suite"]["ours"]["memory"]["mape"], changed["by_suite"]["ours"]["memory"]["mape"]]
-    assert told[0] != told[1]  # of the last row the truth changed, of the others nothing
-    assert backtest(rows[:3], "history")["memory"]["mape"] == pytest.approx(
-        backtest([*rows[:3], {**rows[3], "peak_mem_gb": None}], "history")["memory"]["mape"]
-    )
+
+
+def test_what_is_foretold_of_a_row_does_not_depend_on_its_truth(monkeypatch: pytest.MonkeyPatch):
+    """Nor on rows behind it; of those before it, it does."""
+    rows = [row(micro_batch=b, peak_mem_gb=4 + b) for b in (1, 2, 4, 8)]
+
+    def told(rows: list[dict[str, Any]]) -> list[tuple[float, float, float]]:
+        seen: list[tuple[float, float, float]] = []
+        ask = forecast.forecast
+
+        def note(*args: Any, **given: Any) -> forecast.Forecast:
+            answer = ask(*args, **given)
+            if args[0] == "memory" and args[1].memory_kind == "allocated":
+                seen.append(answer[:3])
+            return answer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(forecast, "forecast", note)
+            backtest(rows, "history")
+        return seen
+
+    honest = told(rows)
+    last = told([*rows[:3], {**rows[3], "peak_mem_gb": 1200}])
+    first = told([{**rows[0], "peak_mem_gb": 500}, *rows[1:]])
+    assert len(honest) == 4 and last == honest
+    assert first[0] == honest[0] and all(a[0] > 1.5 * b[0] for a, b in zip(first[1:], honest[1:], strict=True))
+
+
+def test_a_run_that_ran_out_of_memory_raises_what_is_foretold_behind_it():
+    ran_out = row(micro_batch=1, seq_len=64, peak_mem_gb=None, tokens_per_s=None, runtime_s=None, oom=True)
+    after = row(micro_batch=1, seq_len=64, peak_mem_gb=90)
+    errors = [backtest(rows, "history")["memory"]["mape"] for rows in ([after], [ran_out, after])]
+    assert errors[1] < errors[0]
+
+
+def test_a_card_that_cannot_compute_in_a_type_is_a_reason_and_no_end():
+    found = backtest([row(), row(suite="other", dtype="fp8")], "cold")
+    assert found["memory"]["n"] == 1 and "fp8" in next(iter(found["uncovered"]))
 
 
 def test_cold_evidence_leaves_out_what_the_table_itself_is_from():
@@ -194,6 +224,9 @@ def test_cold_evidence_leaves_out_what_the_table_itself_is_from():
     own = backtest(shipped, "cold")["memory"]
     renamed = backtest([{**one, "source": "elsewhere", "suite": "renamed"} for one in shipped], "cold")["memory"]
     assert renamed["mape"] < own["mape"]  # of another source, the shipped rows are evidence
+    for name in ("source", "suite"):  # either tells that they are the same
+        kept = backtest([{**one, name: "elsewhere"} for one in shipped], "cold")["memory"]
+        assert kept["mape"] == pytest.approx(own["mape"], rel=0.05)
 
 
 @pytest.mark.parametrize(("known", "limit", "batch"), [

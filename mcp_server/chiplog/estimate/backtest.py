@@ -1,6 +1,7 @@
 """How good the estimates are: each row of a table is foretold without it, and compared with what was measured.
 
-`cold`: nothing of the row's own table (its suite) is known, nor of what is shipped any row whose source the file has.
+`cold`: nothing of the row's own table (its suite) is known, nor of what is shipped any row whose source or table the
+file has.
 `history`: the rows before it in its table are known too.
 """
 
@@ -49,8 +50,9 @@ def backtest(
     if protocol not in get_args(Protocol):
         raise RecordError(f"there is no protocol {protocol!r}: choose from {', '.join(get_args(Protocol))}")
     runs, uncovered = _covered(rows)
-    sources = {str(values.get("source")) for values in rows}
-    background = [run for run, _ in _measured([row for row in shipped() if row.source not in sources])[0]]
+    sources, tables = ({str(values.get(name)) for values in rows} for name in ("source", "suite"))
+    others = [row for row in shipped() if row.source not in sources and row.suite not in tables]
+    background = [run for run, _ in _measured(others)[0]]
     peaks = list(_foretold("memory", runs, background, protocol, progress))
     steps = list(_foretold("pass", runs, background, protocol, progress))
     is_tuned = [_on_one_card(row) for row, _, _ in peaks]
@@ -61,7 +63,7 @@ def backtest(
         "tokens_per_s": _figures([_rate(*one) for one in steps if one[0].tokens_per_s]),
         "runtime": _figures([run for one in steps if (run := _runtime(*one))]),
         "oom": _oom(runs, background, protocol),
-        "batch": sweeps and batches(sweeps),
+        "batch": batches(sweeps) if sweeps is not None else None,
         "memory_other": _figures([_peak(*one) for one, tuned in zip(peaks, is_tuned, strict=True) if not tuned]),
         "by_suite": _by_suite(memory, steps),
         "uncovered": dict(uncovered.most_common()),
@@ -147,7 +149,7 @@ def _oom(runs: Sequence[tuple[Measured, Row]], background: Sequence[Measured], p
         for run, row in inside:
             first = before + (seen if protocol == "history" else 0)
             seen += forecast.tells("memory", run)
-            if row.oom is None or not run.job.gpu or (row.oom is False and not run.peak_bytes):
+            if row.oom is None or not run.job.gpu:
                 continue
             job = run.job.model_copy(update={"memory_kind": "reserved"})
             told = forecast.forecast("memory", job, table, known, first=first, leave_out=table)
@@ -208,7 +210,8 @@ def _by_suite(memory: Sequence[Any], steps: Sequence[Any]) -> dict[str, dict[str
     for one in memory:
         tables[one[1].place]["memory"].append(_peak(*one))
     for one in steps:
-        tables[one[1].place]["tokens_per_s"].append(_rate(*one))
+        if one[0].tokens_per_s:
+            tables[one[1].place]["tokens_per_s"].append(_rate(*one))
     return {
         name: {quantity: _figures(told) for quantity, told in both.items() if told} for name, both in tables.items()
     }

@@ -63,6 +63,7 @@ def _pass_s(row: Row, job: Job) -> float | None:
     rate, scope = row.tokens_per_s, row.tokens_scope.lower()
     if not job.gpu:
         return None
+    gpu(job.gpu).peak(job.dtype)  # that it can compute in this type
     if rate and "unmasked" not in scope:
         each = rate / job.gpus if scope.startswith("total") and "=per_gpu" not in scope else rate
         return job.mean_tokens / (each * job.divided)

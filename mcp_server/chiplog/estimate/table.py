@@ -18,10 +18,10 @@ from chiplog.estimate.job import ALL_LINEAR, Checkpointing, Job, MemoryKind, Met
 from chiplog.estimate.shapes import find
 from chiplog.schema import plain_errors
 
-LARGEST = 1e15  # of any count or amount in a table
+LEAST, LARGEST = 1e-9, 1e15  # of any amount in a table
 Words = Annotated[str, BeforeValidator(lambda value: "" if value is None else str(value))]
 Count = Annotated[float, Field(ge=1, le=LARGEST)] | None
-Amount = Annotated[float, Field(gt=0, le=LARGEST)] | None
+Amount = Annotated[float, Field(ge=LEAST, le=LARGEST)] | None
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
