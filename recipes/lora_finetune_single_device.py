@@ -194,6 +194,7 @@ class Finetuning:
             **grad_norm,
             "tokens": sum(len(sample.ids) for sample in batch),
             "padded_tokens": sum(part.tokens.numel() for part in parts),
+            "longest_pass_tokens": max(part.tokens.numel() for part in parts),
             "label_tokens": label_tokens,
             "samples": len(batch),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import struct
 from pathlib import Path
@@ -88,4 +89,5 @@ def write_safetensors(file: Path, shapes: dict[str, tuple[int, int]]) -> None:
         begin, end = end, end + 4 * rows * columns
         header[name] = {"dtype": "F32", "shape": [rows, columns], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(file, 8 + len(text) + end)  # zeros that take no room

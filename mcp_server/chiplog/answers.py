@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from chiplog.calibration import Calibration
 from chiplog.checks.dataset import DatasetReport
 from chiplog.checks.model import ModelReport
 from chiplog.estimate import RunEstimate
+from chiplog.estimate.case import CaseEstimate
 from chiplog.ledger.scan import Scanned
 from chiplog.plan import Value
-from chiplog.planning import Totals
 from chiplog.record import Evidence, Record, State
 from chiplog.running import RunStatus
 from chiplog.schema import Frozen
+from chiplog.sizing import Totals
 from chiplog.studies import Study
 from chiplog.summary import Comparison, Row
 
@@ -60,6 +62,13 @@ class PlanAnswer(Answer):
     rows: list[PlanRow] = Field(description="One for each run.")
     totals: Totals = Field(description="What all runs need together.")
     warnings: list[str] = Field(description="What was found and does not stop the plan.")
+
+
+class EstimateAnswer(Answer):
+    experiment: str | None = Field(description="Name of the experiment; null for a case.")
+    rows: list[PlanRow] = Field(description="One for each run of the experiment.")
+    totals: Totals | None = Field(description="What all its runs need together.")
+    case: CaseEstimate | None = Field(description="What the case would need.")
 
 
 class SetupAnswer(Answer):
@@ -111,6 +120,10 @@ class DiagnosisAnswer(Answer):
     cause: str | None = Field(description="Why; null for a run that completed well.")
     change: str | None = Field(description="What to change.")
     evidence: list[Evidence] = Field(description="The lines that say so.")
+
+
+class CalibrationAnswer(Answer):
+    report: Calibration = Field(description="How good the predictions were.")
 
 
 class ForgetAnswer(Answer):

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import typer
 import yaml
-from pydantic import ValidationError, validate_call
+from pydantic import Field, ValidationError, validate_call
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,8 +27,9 @@ from rich.table import Table
 
 from chiplog.answers import Answer
 from chiplog.errors import ChiplogError, ConfirmationNeeded, in_words
+from chiplog.estimate.case import Case
 from chiplog.schema import plain_errors
-from chiplog.tools import TOOLS, experiment_status, submit_experiment
+from chiplog.tools import TOOLS, calibration_report, estimate_resources, experiment_status, submit_experiment
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -97,23 +98,51 @@ def parse_log(
 
 @app.command()
 def backtest(
-    measurements: Annotated[Path, typer.Argument(help="A JSON list of measured runs.")],
-    protocol: Annotated[str, typer.Option(help="cold: a table's own rows are not known; history: the earlier are.")]
-    = "cold",
-    sweeps: Annotated[Path | None, typer.Option(help="A JSON list of batch sizes with the memory that they held.")]
+    measurements: Annotated[Path | None, typer.Argument(help="A JSON list of measured runs; none: the ledger.")] = None,
+    protocol: Annotated[str | None, typer.Option(
+        help="Of a table. cold, unless given: its own rows are not known; history: the earlier are."
+    )] = None,
+    sweeps: Annotated[Path | None, typer.Option(help="Of a table: a JSON list of batches and the memory they held.")]
     = None,
     json: Annotated[bool, typer.Option("--json", help="Answer in JSON.")] = False,
 ) -> None:  # fmt: skip
-    """Foretells each measured run of a table from the others, and says how far that lies from what was measured."""
+    """Says how good predictions were: of the ledger's own runs, or of each measured run of a table from the others."""
+    if measurements is None:
+        if protocol or sweeps:
+            raise ChiplogError("--protocol and --sweeps are for a table: name its file too, or leave them out")
+        return _show(calibration_report(limit=1000), json)
+
     from chiplog.estimate import backtest as back
     from chiplog.estimate.table import read_table
 
-    given = {"rows": read_table(measurements), "protocol": protocol, "sweeps": read_table(sweeps) if sweeps else None}
-    found = _with_progress(back.backtest, **given)
+    given = {"rows": read_table(measurements), "sweeps": read_table(sweeps) if sweeps else None}
+    found = _with_progress(back.backtest, **given, protocol=protocol or "cold")
     if json:
         print(dumps(found))
     else:
         _print_text(back.in_words(found))
+
+
+def _of_case(model: type[Case]) -> Callable[..., Answer]:
+    """`chiplog estimate`: estimate_resources for one case, its fields as options."""
+
+    def estimate(**given: Any) -> Answer:
+        return estimate_resources(case={name: value for name, value in given.items() if value is not None})
+
+    kinds = {
+        name: Annotated[field.annotation, Field(description=field.description)]
+        for name, field in model.model_fields.items()
+    }
+    parameters = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, annotation=kinds[name],
+            default=inspect.Parameter.empty if field.is_required() else field.default,
+        )
+        for name, field in model.model_fields.items()
+    ]  # fmt: skip
+    estimate.__doc__, estimate.__annotations__ = model.__doc__, {**kinds, "return": Answer}
+    estimate.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    return estimate
 
 
 def _command(function: Callable[..., Any]) -> Callable[..., None]:
@@ -281,7 +310,11 @@ def _print_table(rows: list[list[str]]) -> None:
 
 
 for _tool in TOOLS:
+    if _tool.function is calibration_report:  # it is `chiplog backtest`
+        continue
     app.command(name=_tool.function.__name__.replace("_", "-"))(_command(_tool.function))
+
+app.command(name="estimate")(_command(_of_case(Case)))
 
 if __name__ == "__main__":
     main()

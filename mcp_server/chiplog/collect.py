@@ -136,6 +136,7 @@ def _record(
                 "elapsed_s": elapsed,
                 "cpus": run.resources.cpus,
                 "gpus": run.resources.gpus,
+                "time_limit_s": run.resources.time_limit_s,
                 "resumed": usage.resumed or submission.attempt > 1 or bool(job and job.restarts),
             }
         ),

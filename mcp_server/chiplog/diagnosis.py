@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from chiplog.estimate.batch import micro_batches
 from chiplog.record import Record, State
 from chiplog.text import clock, duration, size
 
@@ -17,11 +18,14 @@ class Advice(NamedTuple):
     change: str
 
 
-def diagnose(record: Record) -> Advice | None:
-    """The cause and what to change; null for a run that completed and shows nothing to mend."""
+def diagnose(record: Record, fits: int | None = None) -> Advice | None:
+    """The cause and what to change; null for a run that completed and shows nothing to mend.
+
+    `fits` is the largest micro-batch that the card is estimated to hold, if that is known.
+    """
     for rule in RULES:
         if advice := rule(record):
-            return advice
+            return _with_what_fits(advice, record, fits)
     if record.state is State.COMPLETED:
         return None
     return Advice(record.reason or "the log does not say why", "look at the end of the log, or submit it again")
@@ -39,16 +43,35 @@ def _out_of_memory(record: Record) -> Advice | None:
     return Advice(f"the GPU's memory{capacity} ran out{held}{asked}", _smaller_batch(record))
 
 
+def _with_what_fits(advice: Advice, record: Record, fits: int | None) -> Advice:
+    if record.state is not State.OUT_OF_MEMORY or fits is None or not (stated := batch_of(record)):
+        return advice
+    micro, accum = stated
+    return advice._replace(
+        change=f"micro_batch_size {fits} with grad_accum {accum * micro // fits} in place of {micro} and {accum}: the "
+        f"effective batch stays {micro * accum} a device; 95 % of such runs are estimated to fit"
+    )
+
+
+def batch_of(record: Record) -> tuple[int, int] | None:
+    """Micro-batch and accumulation on each device; null where the log does not say."""
+    batch, accum = record.config.get("batch_size"), record.config.get("grad_accum")
+    micro, devices = record.config.get("micro_batch_size"), record.usage.gpus or 1
+    whole = all(value is None or (isinstance(value, int) and value > 0) for value in (batch, accum, micro))
+    if not whole or (batch is None and micro is None):
+        return None
+    micro = micro or max(1, (batch or 1) // ((accum or 1) * devices))
+    return micro, accum or max(1, (batch or micro) // (micro * devices))
+
+
 def _smaller_batch(record: Record) -> str:
     """Half the micro-batch and twice the accumulation: the same effective batch."""
-    batch, accum = record.config.get("batch_size"), record.config.get("grad_accum") or 1
-    micro = record.config.get("micro_batch_size")
-    if not micro and isinstance(batch, int) and isinstance(accum, int):
-        micro = batch // (accum * (record.usage.gpus or 1))
-    if isinstance(micro, int) and isinstance(accum, int) and micro > 1:
-        half = next(n for n in range(micro // 2, 0, -1) if micro % n == 0)
+    stated = batch_of(record)
+    micro, accum = stated or (None, 1)
+    if micro and micro > 1:
+        half, passes = micro_batches(micro, micro // 2)
         return (
-            f"micro_batch_size {half} with grad_accum {accum * (micro // half)} in place of {micro} and {accum}: the "
+            f"micro_batch_size {half} with grad_accum {accum * passes} in place of {micro} and {accum}: the "
             f"effective batch stays {micro * accum} a device; what fits is not measured here, halve again if need be"
         )
     if micro == 1:

@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from chiplog.answers import DiagnosisAnswer, ExportAnswer, ForgetAnswer, RunAnswer, RunsAnswer, ScanAnswer
+from chiplog.answers import (
+    CalibrationAnswer,
+    DiagnosisAnswer,
+    ExportAnswer,
+    ForgetAnswer,
+    RunAnswer,
+    RunsAnswer,
+    ScanAnswer,
+)
+from chiplog.calibration import against_actual, calibration, in_words
 from chiplog.diagnosis import diagnose
 from chiplog.errors import ConfirmationNeeded, NotFoundError, RecordError
 from chiplog.ledger import Ledger
@@ -19,6 +28,7 @@ from chiplog.ledger.scan import scan
 from chiplog.record import Record, State, read_records, write_records
 from chiplog.schema import Progress
 from chiplog.settings import Settings, load_settings
+from chiplog.sizing import fitting_batch
 from chiplog.tables import markdown
 from chiplog.text import duration, size
 
@@ -92,6 +102,7 @@ def show_run(key: Key) -> RunAnswer:
     """Shows one run with the lines of its log that its figures come from."""
     record = _find(key)
     lines = [f"{key}: {record.state}" + (f" ({record.reason})" if record.reason else "")]
+    lines += [against_actual(record)] if record.predicted else []
     lines += [
         f"- {entry.of}: {Path(entry.file).name}, byte {entry.offset}: {entry.line[:160]}"
         for entry in record.evidence[:SHOWN]
@@ -102,7 +113,7 @@ def show_run(key: Key) -> RunAnswer:
 def diagnose_run(key: Key) -> DiagnosisAnswer:
     """Says why a run ended and what to change, with the evidence."""
     record = _find(key)
-    advice = diagnose(record)
+    advice = diagnose(record, fitting_batch(record, Ledger(), load_settings()))
     evidence = [entry for entry in record.evidence if entry.of in ("state", "oom", "steps", "loss_last")]
     lines = [f"{record.state}: {advice.cause}." if advice else "It completed, and nothing is to be mended."]
     if advice:
@@ -114,6 +125,19 @@ def diagnose_run(key: Key) -> DiagnosisAnswer:
         cause=advice.cause if advice else None,
         change=advice.change if advice else None,
         evidence=evidence,
+    )
+
+
+def calibration_report(
+    limit: Annotated[int, Field(ge=1, le=1000, description="Rows of a table.")] = 50,
+) -> CalibrationAnswer:
+    """Says how good past predictions were: error, coverage and drift, and hours asked for against hours used."""
+    report = calibration(Ledger().records())
+    known = bool(report.time or report.memory)
+    return CalibrationAnswer(
+        summary=in_words(report, limit),
+        next=[] if known else ["plan_experiment, then submit_experiment"],
+        report=report.model_copy(update={"time": report.time[:limit], "memory": report.memory[:limit]}),
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -14,22 +12,27 @@ from pydantic import Field, ValidationError
 
 from chiplog.bundle import study_folder, study_names
 from chiplog.checks import Check, Report, warning
-from chiplog.checks.dataset import DatasetReport, check_dataset
+from chiplog.checks.dataset import DatasetReport
 from chiplog.checks.lookup import resolve_dataset, resolve_model
 from chiplog.checks.model import ModelReport, check_model
-from chiplog.engines.local import available_gpus, gpu_name
+from chiplog.engines.local import available_gpus
 from chiplog.errors import NotFoundError, PlanError
-from chiplog.estimate import NAMED, Estimate, RunEstimate, estimate_run, workload
-from chiplog.estimate.tokens import Steps
-from chiplog.estimate.workload import training_steps
 from chiplog.ledger import Ledger
-from chiplog.machine import available_cpus
 from chiplog.plan import Experiment, Plan, Run, Value, expand, parse_plan
 from chiplog.recipes import choose_recipe, load_recipe, manual
-from chiplog.record import Record
 from chiplog.render import code_files, find_gpu
 from chiplog.schema import Frozen, plain_errors
 from chiplog.settings import Settings
+from chiplog.sizing import (
+    DatasetReports,
+    PlannedRun,
+    Sizing,
+    Totals,
+    check_room,
+    make_totals,
+    refuse_over_budget,
+    stop_on,
+)
 from chiplog.studies import study_plan
 
 
@@ -55,28 +58,6 @@ class Request(Frozen):
     gpu: str | None = Field(default=None, description="Name of the GPU in chiplog.toml.")
     cpus: int | None = Field(default=None, description="CPU cores of each run.")
     time_limit_s: int | None = Field(default=None, description="Seconds after which a run is ended.")
-
-
-class PlannedRun(Frozen):
-    """One row of the plan's table."""
-
-    run: Run = Field(description="The run.")
-    steps: int = Field(description="Optimiser steps that it will take; 0 for a control.")
-    trained: Steps | None = Field(description="How its recipe makes them of the samples; null for a control.")
-    estimate: RunEstimate = Field(description="What it will need.")
-
-
-class Totals(Frozen):
-    """What all runs will need together; runs without evidence are counted, not guessed."""
-
-    runs: int = Field(description="Jobs in all.")
-    controls: int = Field(description="Of these, evaluations of a base model.")
-    unknown: int = Field(description="Runs whose time nothing tells yet.")
-    in_sequence_s: Estimate | None = Field(description="Seconds one after another; null if a run is unknown.")
-    in_parallel_s: float | None = Field(
-        description="Seconds with as many at once as this machine has CPUs for; null for GPU runs."
-    )
-    gpu_hours: float | None = Field(description="GPU hours; null if a run is unknown.")
 
 
 class Planned(Frozen):
@@ -115,23 +96,20 @@ def make_plan(request: Request, settings: Settings, ledger: Ledger, progress=Non
         _check_split(run, datasets.of(run))
     hashes = {run.dataset: datasets.of(run).sha256 for run in runs}
     plan = plan.model_copy(update={"dataset_sha256": {key: hashes[key] for key in plan.datasets if key in hashes}})
-    records = ledger.records()
-    rows = [plan_run(run, datasets.of(run), records, settings) for run in runs]
+    sizing = Sizing(datasets, ledger, settings)
+    rows = [sizing.row(run) for run in runs]
     for row in rows:
         _check_steps(row, datasets.of(row.run))
+        sizing.refuse_too_large(row)
+    refuse_over_budget(plan, rows, settings)
     if settings.slurm:
         plan = _with_time_limits(plan, rows)
         limited = {run.name: run for run in expand(plan, manual)}
         rows = [row.model_copy(update={"run": limited[row.run.name]}) for row in rows]
-    totals = make_totals(rows)
-    budget = plan.gpu_hours or settings.budget.gpu_hours
-    if budget and totals.gpu_hours and totals.gpu_hours > budget:
-        raise PlanError(
-            f"the plan needs about {totals.gpu_hours:.1f} GPU hours and the budget is {budget:g}: "
-            "take fewer values, fewer seeds or fewer epochs, or raise [budget] gpu_hours"
-        )
+    totals = make_totals(rows, settings)
     reports: list[Report] = [*models.values(), *datasets.found.values()]
-    found = [check for report in reports for check in report.problems] + _check_warm_up(rows) + _check_own_rows(rows)
+    found = [check for report in reports for check in report.problems]
+    found += _check_warm_up(rows) + _check_own_rows(rows) + check_room(rows, totals)
     warnings = list({(check.subject, check.found): check for check in found}.values())
     return Planned(plan=plan, rows=rows, totals=totals, warnings=warnings)
 
@@ -199,32 +177,6 @@ def find_dataset(name: str, settings: Settings, study: str | None = None) -> Pat
 def _short(path: str) -> str:
     stem = Path(path).name.split(".")[0]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "data"
-
-
-class DatasetReports:
-    """What was found of each data set, with the tokenizer and the prompts of the runs that read it."""
-
-    def __init__(self, progress=None) -> None:
-        self.progress = progress
-        self.found: dict[tuple[str, ...], DatasetReport] = {}
-
-    def of(self, run: Run) -> DatasetReport:
-        """Raises PlanError if the data set cannot be used so."""
-        config = run.config
-        prompts = {name: config[name] for name in ("system_prompt", "prompt")}
-        key = (config["dataset"], config["model"], *(str(text) for text in prompts.values()))
-        if key not in self.found:
-            report = check_dataset(Path(key[0]), model=Path(key[1]), **prompts, progress=self.progress)
-            stop_on(report, f"data set {run.dataset}", key[0])
-            self.found[key] = report
-        return self.found[key]
-
-
-def stop_on(report: Report, what: str, path: str) -> None:
-    """Raises PlanError with every check that failed."""
-    if not report.ok:
-        lines = [f"  {check.subject}: {check.found}. {check.mend}" for check in report.problems if not check.ok]
-        raise PlanError(f"the {what} ({path}) cannot be used:\n" + "\n".join(lines))
 
 
 def _check_recipe(experiment: Experiment, models: Mapping[str, ModelReport]) -> None:
@@ -317,78 +269,12 @@ def _check_warm_up(rows: Sequence[PlannedRun]) -> list[Check]:
     return [warning("warmup_steps", found, "Lower it, or train for more epochs")]
 
 
-def plan_run(run: Run, report: DatasetReport, records: Sequence[Record], settings: Settings) -> PlannedRun:
-    """A run with its estimate, from the records of the device that it will run on."""
-    gpu = find_gpu(run, settings)
-    # Of a GPU that no file names, the kind is what this machine has.
-    kind = gpu.name.split("-")[0] if gpu else gpu_name() if run.resources.gpus else ""
-
-    def same_device(device: str | None) -> bool:
-        if not run.resources.gpus:
-            return device == "cpu"
-        return bool(device and kind and device != "cpu" and kind.lower() in device.lower())
-
-    trained = None
-    if run.kind != "control":
-        train = report.splits["train"]
-        assert train.tokens, "a report without failed checks has counted the tokens"
-        trained = training_steps(run.config, train.tokens.lengths, train.rows, train.tokens.max)
-    work = workload(run, trained, report.splits[run.config["eval_split"]].rows)
-    usable = [record for record in records if same_device(record.usage.device)]
-    return PlannedRun(run=run, steps=work.steps, trained=trained, estimate=estimate_run(run, work, usable))
-
-
 def _with_time_limits(plan: Plan, rows: Sequence[PlannedRun]) -> Plan:
-    """The upper end of each estimate and a half more, in full minutes, for runs whose plan has no limit of its own.
-
-    No evidence: the partition's own limit.
-    """
+    """The estimated limits, for runs whose plan has none of its own. No evidence: the partition's own limit."""
     limits = {
-        row.run.name: 60 * math.ceil(row.estimate.elapsed.high * 1.5 / 60)
+        row.run.name: row.estimate.time_limit_s
         for row in rows
-        if row.estimate.elapsed and row.run.resources.time_limit_s is None
+        if row.estimate.time_limit_s and row.run.resources.time_limit_s is None
     }
     kept = [e.model_copy(update={"time_limits_s": {**limits, **e.time_limits_s}}) for e in plan.experiments]
     return plan.model_copy(update={"experiments": kept})
-
-
-def make_totals(rows: Sequence[PlannedRun]) -> Totals:
-    """Sums over the runs. The ends of the interval add up too, which is wider than it need be."""
-    times = [(row.run, row.estimate.elapsed) for row in rows]
-    known = [time for _, time in times if time]
-    complete = len(known) == len(rows)
-    jobs = [(time.value, run.resources) for run, time in times if time]
-    fits_here = complete and all(asked.cpus <= available_cpus() and not asked.gpus for _, asked in jobs)
-    together = None
-    names = sorted({name for time in known for name in time.evidence})
-    if complete and known:
-        together = Estimate(
-            value=sum(time.value for time in known),
-            low=sum(time.low for time in known),
-            high=sum(time.high for time in known),
-            coverage=None,
-            basis="scaled" if any(time.basis == "scaled" for time in known) else "same-configuration",
-            evidence=names[:NAMED],
-            n_evidence=len(names),
-        )
-    return Totals(
-        runs=len(rows),
-        controls=sum(row.run.kind == "control" for row in rows),
-        unknown=len(rows) - len(known),
-        in_sequence_s=together,
-        in_parallel_s=_parallel([(seconds, asked.cpus) for seconds, asked in jobs]) if fits_here else None,
-        gpu_hours=sum(seconds * asked.gpus for seconds, asked in jobs) / 3600 if complete else None,
-    )
-
-
-def _parallel(jobs: Sequence[tuple[float, int]]) -> float:
-    """Seconds until the last job ends if each starts, in order, as soon as its CPUs are free."""
-    free = [0.0] * available_cpus()
-    last = 0.0
-    for seconds, cpus in jobs:
-        taken = [heapq.heappop(free) for _ in range(cpus)]
-        end = max(taken) + seconds
-        for _ in taken:
-            heapq.heappush(free, end)
-        last = max(last, end)
-    return last

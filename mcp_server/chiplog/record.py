@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal, NamedTuple, Self, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
@@ -52,6 +52,9 @@ class Usage(Frozen):
     device: str | None = Field(default=None, description="cpu, or the GPU's name.")
     cpus: int | None = Field(default=None, description="CPU cores that it asked for.")
     gpus: int | None = Field(default=None, description="GPUs that it asked for.")
+    time_limit_s: int | None = Field(
+        default=None, ge=1, description="Seconds after which it was to be ended; null: no limit, or not known."
+    )
     resumed: bool = Field(default=False, description="Whether the job did not do the whole run: its times are parts.")
     elapsed_s: float | None = Field(default=None, description="Seconds from start to end of the job.")
     setup_s: float | None = Field(default=None, description="Seconds from the start of training until the first step.")
@@ -67,6 +70,8 @@ class Usage(Frozen):
     resumed_from: int | None = Field(default=None, description="Step that an earlier attempt had saved; 0: none.")
     epoch: float | None = Field(default=None, description="Epochs done, as logged.")
     tokens: int | None = Field(default=None, description="Tokens trained on, padding left out.")
+    padded_tokens: int | None = Field(default=None, description="Tokens computed on in training, padding included.")
+    longest_pass_tokens: int | None = Field(default=None, description="Tokens of the longest forward pass, padded.")
     steps_per_s: float | None = Field(default=None, description="Median over the steps after the first tenth.")
     mean_steps_per_s: float | None = Field(default=None, description="Steps of this run by its seconds of training.")
     samples_per_s: float | None = Field(default=None, description="Samples per second of training, whole job.")
@@ -122,7 +127,31 @@ class Prediction(Frozen):
 
     elapsed_s: tuple[float, float, float] | None = Field(default=None, description="Value, low, high in seconds.")
     peak_mem_bytes: tuple[float, float, float] | None = Field(default=None, description="Value, low, high in bytes.")
-    basis: str = Field(description="same-configuration, scaled, physics or none.")
+    mem_kind: str | None = Field(default=None, description="What the memory figure counts, such as host_rss.")
+    basis: str = Field(description="What the time rests on: same-configuration, scaled, physics or none.")
+    mem_basis: str | None = Field(default=None, description="What the memory rests on, in the same words.")
+
+
+class Outcome(NamedTuple):
+    """A figure that was foretold, and what it was."""
+
+    value: float  # as foretold, in seconds or bytes
+    low: float
+    high: float
+    actual: float  # as measured; where the run was cut short, what it had reached
+    cut_short: bool  # by its time limit or for want of memory: the figure would be at least `actual`
+
+    @property
+    def error(self) -> float | None:
+        """Foretold by actual, less 1: 0.1 foretold a tenth too much. Null if the run was cut short."""
+        return None if self.cut_short else self.value / self.actual - 1
+
+    @property
+    def held(self) -> bool | None:
+        """Whether the figure lies in its interval; null if the run was cut short before it could leave it."""
+        if self.cut_short:
+            return False if self.actual > self.high else None
+        return self.low <= self.actual <= self.high
 
 
 class Record(Frozen):
@@ -155,6 +184,25 @@ class Record(Frozen):
     ended: str | None = Field(default=None, description="When the job ended, ISO 8601: of ours in UTC.")
     logs: list[str] = Field(default=[], description="Files that this was read from.")
     evidence: list[Evidence] = Field(default=[], description="The lines that its figures come from.")
+
+    @property
+    def time_outcome(self) -> Outcome | None:
+        """The seconds foretold, and those it took. Null if either is not known, or it did only a part of the run."""
+        told = self.predicted.elapsed_s if self.predicted and not self.usage.resumed else None
+        return self._outcome(told, self.usage.elapsed_s)
+
+    @property
+    def mem_outcome(self) -> Outcome | None:
+        """The peak foretold in bytes, and the one measured. Null if either is not known, or they differ in kind."""
+        same = self.predicted and self.predicted.mem_kind and self.predicted.mem_kind == self.usage.mem_kind
+        told = self.predicted.peak_mem_bytes if self.predicted and same else None
+        return self._outcome(told, self.usage.peak_mem_bytes)
+
+    def _outcome(self, told: tuple[float, float, float] | None, actual: float | None) -> Outcome | None:
+        cut_short = self.state in (State.TIMEOUT, State.OUT_OF_MEMORY)
+        if not told or told[0] <= 0 or not actual or not (cut_short or self.state is State.COMPLETED):
+            return None
+        return Outcome(*told, actual, cut_short)
 
 
 def read_records(file: Path) -> list[Record]:

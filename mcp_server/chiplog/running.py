@@ -19,10 +19,10 @@ from chiplog.files import write_atomic
 from chiplog.folder import ExperimentFolder, Submission
 from chiplog.ledger.metrics import Start, Step, of_job, read_events
 from chiplog.plan import Run, read_config
-from chiplog.planning import PlannedRun
 from chiplog.record import Prediction, State
 from chiplog.render import WRITING, refuse_links
 from chiplog.schema import Frozen
+from chiplog.sizing import PlannedRun
 from chiplog.trainer_files import load_trainer_file
 
 POLL_S = 0.5
@@ -150,7 +150,9 @@ def _prediction(estimate: RunEstimate) -> Prediction:
     return Prediction(
         elapsed_s=(elapsed.value, elapsed.low, elapsed.high) if elapsed else None,
         peak_mem_bytes=(peak.value, peak.low, peak.high) if peak else None,
+        mem_kind=estimate.mem_kind,
         basis=estimate.basis,
+        mem_basis=peak.basis if peak else None,
     )
 
 

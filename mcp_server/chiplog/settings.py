@@ -67,12 +67,15 @@ class Gpu(Frozen):
     )
     constraint: Word | None = Field(default=None, description="Slurm feature to ask for.")
     count: int | None = Field(default=None, ge=1, description="How many there are; null: not said.")
+    price_per_hour: float | None = Field(default=None, ge=0, description="Price of an hour of one, in your currency.")
 
 
 class Budget(Frozen):
     """What a plan may use."""
 
     gpu_hours: float | None = Field(default=None, gt=0, description="GPU hours in one plan.")
+    cost: float | None = Field(default=None, gt=0, description="Price of one plan, as price_per_hour counts it.")
+    jobs_at_once: int | None = Field(default=None, ge=1, description="Jobs that run at once; null: not limited.")
 
 
 class Settings(Frozen):

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 
 from chiplog.compare import Interval
+from chiplog.estimate import Estimate
+from chiplog.estimate.case import CaseEstimate
 from chiplog.plan import Value, columns
-from chiplog.planning import PlannedRun, Totals
 from chiplog.record import State
+from chiplog.sizing import PlannedRun, Totals
 from chiplog.summary import Row
 from chiplog.text import clock, duration, percent, size
 
@@ -37,6 +39,66 @@ def plan_table(rows: Sequence[PlannedRun]) -> str:
     )
 
 
+def case_words(found: CaseEstimate, card: str) -> str:
+    """What one job would need: figures, terms, what would change them and what would fit."""
+    case, told, why = found.case, found.estimate, found.explanation
+    rows: list[tuple[str, str]] = [(f"{term.name}", _figure(term.elapsed, duration)) for term in told.terms]
+    rows += [
+        (f"time in all, {found.steps:,} steps", _figure(told.elapsed, duration)),
+        ("time limit, exceeded by 2 %", clock(told.time_limit_s) if told.time_limit_s else "–"),
+        ("tokens/s of a GPU", f"{found.tokens_per_s:,.0f}"),
+        ("peak allocated", _figure(told.peak_mem, size)),
+        ("peak reserved", _figure(told.reserved_mem, size)),
+        (f"memory of {card}", size(told.capacity_bytes or 0)),
+        ("chance to run out of it", percent(told.out_of_memory or 0.0) + " %"),
+        ("micro-batch x passes that fit", f"{told.micro_batch_size or '–'} x {told.grad_accum or '–'}"),
+        ("GPU hours", f"{told.gpu_hours:.2f}" if told.gpu_hours is not None else "–"),
+        ("cost", f"{told.cost:.2f}" if told.cost is not None else "no price_per_hour in chiplog.toml"),
+        ("host memory to ask for", size(told.host_mem_bytes or 0)),
+        ("disk", size(told.disk_bytes or 0)),
+    ]
+    held = ", ".join(f"{name} {size(part)}" for name, part in why.memory_bytes.items())
+    taken = ", ".join(f"{name} {part / sum(why.pass_s.values()):.0%}" for name, part in why.pass_s.items())
+    changes = [[w.change, size(w.reserved_bytes), f"{w.step_s:.3g} s"] for w in why.what_if]
+    lines = [
+        f"{case.method} of {case.model}, batch {case.batch_size}, {case.seq_len} tokens, {case.gpus} x {card}",
+        "",
+        markdown(["figure", "value (90 % interval), basis"], rows),
+        "",
+        f"Memory at its peak, the {why.moment}: {held}; {why.memory_factor:.2f} times the bare physics, by past runs.",
+        f"A step of {why.step_s:.3g} s: {taken}; {why.pass_factor:.2f} times the bare physics.",
+        "",
+        markdown(["with", "peak reserved", "a step"], changes),
+    ]
+    if found.fits:
+        fits = found.fits
+        lines += [
+            "",
+            "The largest of which 95 % would fit, all else as it is: "
+            f"micro-batch {fits.micro_batch or 'none'}, sequence {fits.seq_len or 'none'}, rank {fits.rank or 'none'}, "
+            f"model {fits.model or 'none'}. The smallest GPU: {fits.gpu or 'none'}.",
+        ]
+    if found.steps_in_budget is not None:
+        lines.append(f"{found.steps_in_budget:,} steps fit into {case.budget_gpu_hours:g} GPU hours.")
+    evidence = list(dict.fromkeys([*_names(told.peak_mem), *_names(told.elapsed)]))
+    return "\n".join([*lines, *(f"note: {note}" for note in told.notes), f"Evidence: {listed(evidence, 6)}."])
+
+
+def _figure(number: Estimate | None, words: Callable[[float], str]) -> str:
+    if number is None:
+        return NO_EVIDENCE
+    return f"{span((number.value, number.low, number.high), words)}, {number.basis}"
+
+
+def _names(number: Estimate | None) -> list[str]:
+    return number.evidence if number else []
+
+
+def note_words(rows: Sequence[PlannedRun]) -> list[str]:
+    """What the estimates leave out, each once."""
+    return [f"note: {note}" for note in dict.fromkeys(note for row in rows for note in row.estimate.notes)]
+
+
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
@@ -50,10 +112,12 @@ def totals_words(totals: Totals) -> str:
         return f"{head}; no evidence for the time of {totals.unknown}, so no total."
     together = totals.in_sequence_s
     assert together is not None
-    here = f", {duration(totals.in_parallel_s)} on this machine" if totals.in_parallel_s is not None else ""
+    here = f", {duration(totals.in_parallel_s)} side by side" if totals.in_parallel_s is not None else ""
     in_sequence = span((together.value, together.low, together.high), duration)
     gpu = f", {totals.gpu_hours:.2f} GPU hours" if totals.gpu_hours else ""
-    return f"{head}: {in_sequence} one after another{here}{gpu}."
+    cost = f", cost {totals.cost:.2f}" if totals.cost else ""
+    disk = f", {size(totals.disk_bytes)} of disk" if totals.disk_bytes else ""
+    return f"{head}: {in_sequence} one after another{here}{gpu}{cost}{disk}."
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:

@@ -16,6 +16,7 @@ from chiplog import collect as collecting
 from chiplog import planning, running
 from chiplog.answers import (
     CancelAnswer,
+    EstimateAnswer,
     PlanAnswer,
     PlanRow,
     RecordsAnswer,
@@ -24,11 +25,15 @@ from chiplog.answers import (
     SubmitAnswer,
     SummaryAnswer,
 )
-from chiplog.errors import ChiplogError, ConfirmationNeeded, in_words
+from chiplog.calibration import against_actual
+from chiplog.errors import ChiplogError, ConfirmationNeeded, PlanError, in_words
+from chiplog.estimate.case import NEEDED, Case, make_case
+from chiplog.estimate.gpus import gpu, gpus
 from chiplog.folder import ExperimentFolder, find_experiment
 from chiplog.inputs import check_dataset, check_model, check_words, create_dataset, list_studies
 from chiplog.ledger import Ledger
 from chiplog.past_runs import (
+    calibration_report,
     diagnose_run,
     export_runs,
     forget_run,
@@ -38,15 +43,26 @@ from chiplog.past_runs import (
     show_run,
 )
 from chiplog.plan import Run, Value, dump_plan, expand
-from chiplog.planning import PlannedRun, Request
+from chiplog.planning import Request
 from chiplog.recipes import manual
 from chiplog.record import State
 from chiplog.render import refuse_credentials, render, write_experiment
 from chiplog.report import write_summary
 from chiplog.schema import Progress
 from chiplog.settings import load_settings
+from chiplog.sizing import DatasetReports, PlannedRun, Sizing, card_of, make_totals
 from chiplog.summary import summarize
-from chiplog.tables import bullets, cut_note, listed, plan_table, probe_words, span, summary_table, totals_words
+from chiplog.tables import (
+    bullets,
+    case_words,
+    cut_note,
+    listed,
+    note_words,
+    plan_table,
+    probe_words,
+    summary_table,
+    totals_words,
+)
 from chiplog.text import duration
 
 Name = Annotated[str, Field(description="Name of the experiment (its date may be left out), or its folder.")]
@@ -104,7 +120,8 @@ def plan_experiment(
     lines = [planned.plan.question, "", table, cut_note(len(planned.rows), limit), totals_words(totals)]
     if totals.controls:
         lines.append("A control is the base model, evaluated without fine-tuning; it has no training job.")
-    lines += [f"warning: {check_words(check)}" for check in planned.warnings] + probe_words(planned.rows)
+    lines += [f"warning: {check_words(check)}" for check in planned.warnings]
+    lines += note_words(planned.rows) + probe_words(planned.rows)
     return PlanAnswer(
         summary="\n".join(line for line in lines if line is not None),
         next=[f"show the table to the user, then setup_experiment_dirs(experiment={planned.plan.name!r})"],
@@ -169,7 +186,7 @@ def submit_experiment(experiment: Name, runs: Runs = None, confirm: Confirm = Fa
         rows = _planned(chosen)
         if not confirm:
             names = listed([run.name for run in chosen])
-            words = totals_words(planning.make_totals(rows))
+            words = totals_words(make_totals(rows, settings))
             raise ConfirmationNeeded(f"Submit {len(chosen)} runs to this machine ({names})? {words}")
         done = running.submit(folder, rows, "local")
     return SubmitAnswer(
@@ -233,11 +250,7 @@ def collect_records(experiment: Name, limit: Limit = 50) -> RecordsAnswer:
     records = collecting.collect(folder, Ledger())
     last = list({record.run: record for record in records}.values())
     lines = [f"{folder.path.name}: {len(records)} records."]
-    for record in last[:limit]:
-        told, took = record.predicted and record.predicted.elapsed_s, record.usage.elapsed_s
-        took_words = duration(took) if record.state is State.COMPLETED else record.state
-        off = f", {100 * (told[0] / took - 1):+.0f} %" if told and took and record.state is State.COMPLETED else ""
-        lines.append(f"{record.run}: predicted {span(told, duration)}, actual {took_words}{off}")
+    lines += [f"{record.run}: {against_actual(record)}" for record in last[:limit]]
     return RecordsAnswer(
         summary="\n".join(line for line in [*lines, cut_note(len(last), limit)] if line),
         next=[f"summarize_experiment(experiment={folder.path.name!r})"],
@@ -269,30 +282,64 @@ def summarize_experiment(experiment: Name, limit: Limit = 50) -> SummaryAnswer:
     )
 
 
-def estimate_resources(experiment: Name, limit: Limit = 50) -> PlanAnswer:
-    """Estimates the time and memory of a planned experiment from past runs, with intervals and their evidence."""
+def estimate_resources(
+    experiment: Annotated[str | None, Field(description="Name of a planned experiment, or its folder.")] = None,
+    case: Annotated[
+        dict[str, Value] | None,
+        Field(
+            description="One job that need not be planned nor its model be there: model, gpu, batch_size and seq_len; "
+            f"and if wanted {', '.join(name for name in Case.model_fields if name not in NEEDED)}."
+        ),
+    ] = None,
+    limit: Limit = 50,
+) -> EstimateAnswer:
+    """Estimates time and memory from past runs, with intervals and evidence: of a planned experiment, or of one case.
+
+    Of a case it also says why, what would change it, and what would fit: batch, length, rank, model, GPU, budget.
+    """
+    if (experiment is None) == (case is None):
+        raise PlanError(
+            "name a planned experiment, or give a case with model, gpu, batch_size and seq_len: one of both"
+        )
+    return _of_experiment(experiment, limit) if experiment is not None else _of_case(make_case(case or {}))
+
+
+def _of_experiment(name: str, limit: int) -> EstimateAnswer:
     settings = load_settings()
-    folder = find_experiment(experiment, settings)
+    folder = find_experiment(name, settings)
     rows = _planned(folder.runs() if folder.is_set_up else expand(folder.plan, manual))
-    totals, table = planning.make_totals(rows), plan_table(rows[:limit])
+    totals, table = make_totals(rows, settings), plan_table(rows[:limit])
     evidence = sorted({name for row in rows if row.estimate.elapsed for name in row.estimate.elapsed.evidence})
     lines = [table, cut_note(len(rows), limit), totals_words(totals)]
     lines += [f"Evidence: {', '.join(evidence[:LISTED])}."] if evidence else []
-    lines += probe_words(rows)
-    return PlanAnswer(
+    lines += note_words(rows) + probe_words(rows)
+    return EstimateAnswer(
         summary="\n".join(line for line in lines if line),
-        plan_file=None,
         experiment=folder.path.name,
         rows=[_plan_row(row) for row in rows[:limit]],
         totals=totals,
-        warnings=[],
+        case=None,
+    )
+
+
+def _of_case(case: Case) -> EstimateAnswer:
+    from chiplog.estimate.questions import estimate_case  # numpy and scipy take a while to import
+
+    settings = load_settings()
+    gpu(case.gpu)
+    place = Sizing(DatasetReports(), Ledger(), settings).place(case.gpu)
+    assert place, "a card of the catalogue has its place"
+    found = estimate_case(case, place, [card for g in settings.gpus if (card := card_of(g.name))] or [*gpus().values()])
+    then = ["plan_experiment plans it; a run of max_steps 20 on that GPU narrows the intervals"]
+    return EstimateAnswer(
+        summary=case_words(found, place.card.name), next=then, experiment=None, rows=[], totals=None, case=found
     )
 
 
 def _planned(runs: Sequence[Run]) -> list[PlannedRun]:
     """Runs of a plan that stands, with estimates as of now."""
-    settings, records, datasets = load_settings(), Ledger().records(), planning.DatasetReports()
-    return [planning.plan_run(run, datasets.of(run), records, settings) for run in runs]
+    sizing = Sizing(DatasetReports(), Ledger(), load_settings())
+    return [sizing.row(run) for run in runs]
 
 
 def _plan_row(row: PlannedRun) -> PlanRow:
@@ -343,6 +390,7 @@ TOOLS = [
     Tool(search_runs, reads_only=True),
     Tool(show_run, reads_only=True),
     Tool(diagnose_run, reads_only=True),
+    Tool(calibration_report, reads_only=True),
     Tool(forget_run, destroys=True),
     Tool(export_runs, destroys=True),
     Tool(import_runs),

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from chiplog.estimate import Workload, estimate_run
+from chiplog.estimate import Workload
+from chiplog.estimate.estimator import estimate_run
 from chiplog.ledger.metrics import Start, Step, of_job, train_usage
 from chiplog.plan import Resources, Run
 from chiplog.record import Record, State, Usage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -13,13 +14,13 @@ from hypothesis import strategies as st
 
 from chiplog.errors import NotFoundError, PlanError, RecordError
 from chiplog.estimate import evidence, forecast, memory, speed
-from chiplog.estimate.backtest import backtest, batches
+from chiplog.estimate.backtest import Protocol, backtest, batches, covered, foretold
 from chiplog.estimate.batch import largest_batch, micro_batches
 from chiplog.estimate.effects import Effects, Observation, Sizes
 from chiplog.estimate.gpus import gpu
 from chiplog.estimate.job import Job
 from chiplog.estimate.shapes import find
-from chiplog.estimate.table import Row, as_row, job_of
+from chiplog.estimate.table import Row, Sweep, as_row, job_of
 
 GIB = 2**30
 SIZES = Sizes(parts=((0.3, 0.3), (0.2, 0.2)), whole=(0.1, 0.1))
@@ -220,7 +221,7 @@ def test_a_card_that_cannot_compute_in_a_type_is_a_reason_and_no_end():
 
 
 def test_cold_evidence_leaves_out_what_the_table_itself_is_from():
-    shipped = [one.model_dump() for one in evidence.shipped() if one.suite == "fms-a100_80gb_granite"]
+    shipped = [one.model_dump() for one in evidence.shipped() if one.suite == "qwen-profile"]
     own = backtest(shipped, "cold")["memory"]
     renamed = backtest([{**one, "source": "elsewhere", "suite": "renamed"} for one in shipped], "cold")["memory"]
     assert renamed["mape"] < own["mape"]  # of another source, the shipped rows are evidence
@@ -239,7 +240,11 @@ def test_the_largest_batch(known: list[tuple[int, float]], limit: float, batch: 
 
 def test_sweeps_are_asked_for_their_largest_batch():
     rows = [{"bench": "b", "gpu": "g", "batch_size": b, "memory_mib": 1000 + 100 * b} for b in (1, 8, 16, 24)]
-    assert batches(rows) == {"groups": 1, "within_limit": 1.0, "share_of_best": pytest.approx(2 / 3)}
+    assert batches([as_row(values, Sweep) for values in rows]) == {
+        "groups": 1,
+        "within_limit": 1.0,
+        "share_of_best": pytest.approx(2 / 3),
+    }
 
 
 @given(batch=st.integers(1, 512), largest=st.integers(1, 512))
@@ -304,6 +309,145 @@ def test_words_may_be_anything(odd: dict[str, Any]):
     assert found["memory"]["n"] == 1 and not found["uncovered"]
 
 
-def test_a_sweep_that_cannot_be_read_is_an_error():
-    with pytest.raises(RecordError, match="memory_mib"):
-        batches([{"bench": "b", "gpu": "g", "batch_size": 1, "memory_mib": "much"}])
+def test_a_sweep_that_cannot_be_read_is_counted():
+    sweeps = [{"bench": "b", "gpu": "g", "batch_size": b, "memory_mib": 1000 + 100 * b} for b in (1, 8, 16)]
+    found = backtest([row()], "cold", [*sweeps, {**sweeps[0], "memory_mib": "much"}])
+    assert found["batch"]["groups"] == 1
+    assert [n for reason, n in found["uncovered"].items() if "memory_mib" in reason] == [1]
+
+
+@pytest.mark.parametrize("quantity", ["memory", "pass"])
+def test_intervals_hold_on_made_runs(quantity: forecast.Quantity):
+    """Runs that differ from the physics by effects as large as those fitted: nine in ten lie within, whether evidence
+    is near or far, and of an interval for three in ten far fewer do."""
+    dice, fit = random.Random(7), forecast.fitted(quantity)
+
+    @functools.cache
+    def effect(level: int, key: Any) -> list[float]:
+        return [dice.gauss(0, size) for size in (*fit.sizes.parts[level], fit.sizes.whole[level])]
+
+    def measured(one: Job, place: str) -> forecast.Measured:
+        value, shares = forecast.computed(quantity, one)
+        every = [effect(level, key) for level, key in enumerate(forecast.keys(quantity, one, place)) if key is not None]
+        log = sum(sum(e * share for e, share in zip(of, (*shares, 1.0), strict=True)) for of in every)
+        amount = value * math.exp(log + dice.gauss(0, fit.noise))
+        peak, seconds = (amount, None) if quantity == "memory" else (None, amount)
+        return forecast.Measured(one, place, place, peak_bytes=peak, pass_s=seconds)
+
+    programs, models = ("peft", "torchtune", "litgpt", "unsloth"), ("llama-3.2-1b", "llama-3-8b", "qwen2.5-7b")
+    cards = ("a100-80gb-sxm", "h100-80gb-sxm")
+    places = [(f"place {n}", programs[n % 4], models[n % 3], cards[n % 2]) for n in range(24)]
+    runs = {(place, program, model, card): [
+        measured(job(model, framework=program, gpu=card, micro_batch=b, rank=8), place) for b in (1, 2, 4, 8)
+    ] for place, program, model, card in places}  # fmt: skip
+    hits: dict[bool, list[bool]] = {True: [], False: []}
+    few: list[bool] = []
+    for here, own in runs.items():
+        foreign = [them for there, them in runs.items() if not set(here) & set(there)]
+        others, run, place = [one for them in foreign for one in them], own[3], here[0]
+        for past in (others, [*others, *own[:3]]):
+            known, actual = forecast.effects(quantity, past), run.peak_bytes or run.pass_s or 0
+            told = forecast.forecast(quantity, run.job, place, known)
+            hits[told.near].append(told.low <= actual <= told.high)
+            told = forecast.forecast(quantity, run.job, place, known, coverage=0.3)
+            few.append(told.low <= actual <= told.high)
+    assert all(len(some) == len(runs) and sum(some) / len(some) >= 0.85 for some in hits.values())
+    assert 0.1 < sum(few) / len(few) < 0.7
+
+
+@pytest.mark.parametrize("protocol", ["cold", "history"])
+def test_intervals_hold_on_what_is_shipped(protocol: Protocol):
+    """As many as they should, of runs that the forecast calls near to evidence and of those that it calls far."""
+    runs, _ = covered(evidence.shipped())
+    within: dict[bool, list[bool]] = {True: [], False: []}
+    for told in foretold("memory", runs, [], protocol):
+        if told.figure and told.run.peak_bytes:
+            within[told.figure.near].append(told.figure.low <= told.run.peak_bytes <= told.figure.high)
+    every = [*within[True], *within[False]]
+    assert 0.86 <= sum(every) / len(every) <= 0.97
+    assert all(0.8 <= sum(some) / len(some) <= 0.99 for some in within.values() if len(some) > 40)
+
+
+@pytest.mark.parametrize(("text", "gpus", "divided", "shared"), [
+    ("FSDP", 8, (8, 8, 8), 1), ("fsdp full_shard", 8, (8, 8, 8), 1), ("DeepSpeed ZeRO-3", 4, (4, 4, 4), 1),
+    ("zero2", 4, (1, 4, 4), 1), ("SHARD_GRAD_OP", 8, (1, 8, 8), 1), ("ZeRO stage 1", 8, (1, 1, 8), 1),
+    ("DDP", 8, (1, 1, 1), 1), ("none", 8, (1, 1, 1), 1), ("", 8, (1, 1, 1), 1), ("TP4 PP8", 64, (32, 32, 32), 32),
+    ("tp=2", 8, (2, 2, 2), 2), ("TP2 distributed optimizer", 8, (2, 2, 8), 2), ("FSDP2", 8, (8, 8, 8), 1),
+    ("FSDP4 CP2 TP8 PP8", 512, (512, 512, 512), 128), ("HYBRID_SHARD", 32, (8, 8, 8), 1), ("TP0", 1, (1, 1, 1), 1),
+])  # fmt: skip
+def test_sharding_divides_what_it_says(text: str, gpus: int, divided: tuple[int, ...], shared: int):
+    one = job(sharding=text, gpus=gpus)
+    assert one.spread[:3] == divided and one.spread.sample == shared and one.copies == gpus // shared
+
+
+def test_each_stage_of_zero_holds_less_on_a_card():
+    stages = [job(method="full", sharding=text, gpus=8) for text in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")]
+    held = [memory.moments(one)["step"].total for one in stages]
+    assert held == sorted(held, reverse=True) and len(set(held)) == 4
+    assert memory.peak(stages[0]) == memory.peak(job(method="full"))
+
+
+@pytest.mark.parametrize(("sharding", "passes"), [("DDP", 100), ("ZeRO-1", 100), ("FSDP", 100), ("TP4", 400)])
+def test_cards_share_the_samples_but_not_those_that_share_one(sharding: str, passes: float):
+    given = row(n_gpus=4, sharding=sharding, steps=None, samples=800, epochs=1, micro_batch=2)
+    table_row = as_row(given, Row)
+    assert evidence.passes(table_row, job_of(table_row)) == passes
+
+
+def test_scores_are_kept_where_the_model_code_has_no_kernel():
+    """transformers' own MPT, unless flash attention is stated; never a program's with code of its own."""
+
+    def held(framework: str, attn: str | None) -> float:
+        given = row(model="mpt-7b", method="full", seq_len=8192, framework=framework, attn=attn)
+        return memory.layer_bytes(job_of(as_row(given, Row)))
+
+    flash = held("HF Trainer", "flash_attention_2")
+    assert held("HF Trainer", None) > 5 * flash
+    assert held("llm-foundry/Composer", None) == held("llm-foundry/Composer", "flash_attention_2") < 1.5 * flash
+
+
+def test_shards_in_fp32_are_gathered_in_16_bits():
+    """FSDP's mixed precision is no autocast: nothing between layers is in fp32."""
+    alone, sharded = (job(framework="peft", method="full", master=True, sharding=how, gpus=8) for how in ("", "FSDP"))
+    plain = job(framework="peft", method="full", sharding="FSDP", gpus=8)
+    assert alone.autocast and not sharded.autocast
+    assert memory.layer_bytes(sharded) == memory.layer_bytes(plain) < memory.layer_bytes(alone)
+    assert memory.peak(sharded).weights > memory.peak(plain).weights
+
+
+@pytest.mark.parametrize(("given", "field", "value"), [
+    ({"method": "LoRA"}, "method", "lora"), ({"method": "QLoRA"}, "weight_bits", 4),
+    ({"quant": "NF4"}, "weight_bits", 4), ({"lora_targets": "?"}, "unsure", ("act_ckpt", "lora_targets")),
+    ({"dtype": "BF16"}, "dtype", "bf16"), ({"dtype": "Float8"}, "dtype", "fp8"), ({"method": "DoRA"}, "dora", True),
+    ({"notes": "compile=False; liger=False"}, "compile", False), ({"notes": "+ Compile"}, "compile", True),
+    ({"notes": "compile=False; liger=False"}, "loss", "plain"), ({"notes": "Liger kernel"}, "loss", "chunked"),
+    ({"lora_targets": "lm_head"}, "targets", {"head"}), ({"lora_targets": "Q_PROJ"}, "targets", {"q"}),
+    ({"lora_targets": "self_attn"}, "targets", {"q", "k", "v", "o"}),
+    ({"notes": "mean tokens/step 300", "packed": False}, "mean_len", 150),
+    ({"act_ckpt": "False"}, "checkpointing", "none"), ({"act_ckpt": "Full"}, "checkpointing", "full"),
+    ({"notes": "8xA100, Alpaca", "packed": False}, "data", "alpaca"), ({"notes": "some free text"}, "data", ""),
+])  # fmt: skip
+def test_what_a_row_says_in_words(given: dict[str, Any], field: str, value: Any):
+    assert getattr(job_of(as_row(row(**given), Row)), field) == value
+
+
+def test_no_method_is_a_reason_and_not_a_guess():
+    with pytest.raises(NotFoundError, match="the method is not stated"):
+        job_of(as_row(row(method=None), Row))
+
+
+def test_what_was_not_stated_widens_an_interval():
+    sure, unsure = (forecast.forecast("memory", job(unsure=named), "lab", forecast.effects("memory", []))
+                    for named in ((), ("act_ckpt",)))  # fmt: skip
+    assert sure.value == unsure.value and sure.spread < unsure.spread
+
+
+def test_offloading_leaves_two_layers_of_activations():
+    kept, offloaded = (memory.moments(job(micro_batch=16, offload=off))["loss"].layers for off in (False, True))
+    assert offloaded == pytest.approx(kept / 8)
+
+
+def test_magnitudes_of_dora_are_trained_too():
+    plain, dora = job(targets={"q"}, rank=8), job(targets={"q"}, rank=8, dora=True)
+    assert memory.trained_params(dora) - memory.trained_params(plain) == 16 * 2048
+    assert memory.layer_bytes(dora) > memory.layer_bytes(plain)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chiplog import planning
+from chiplog import sizing
 from chiplog.engines import local
 from chiplog.errors import PlanError
+from chiplog.estimate.history import TIME_SPREAD
 from chiplog.ledger import Ledger
 from chiplog.planning import Planned, make_plan, make_request
 from chiplog.record import Record, State, Usage
@@ -148,25 +150,28 @@ def test_runs_of_another_gpu_are_no_evidence(lab: Path):
 def test_of_a_gpu_that_no_file_names_the_evidence_is_this_machines(lab: Path, monkeypatch: pytest.MonkeyPatch):
     Ledger().put([done(lab, "S", "finetune", "NVIDIA A100-SXM4-80GB", 30.0, gpus=1)])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    for name, seconds in (("NVIDIA H200", None), ("NVIDIA A100-SXM4-80GB", 30.0)):
+    for name, basis in (("NVIDIA H200", "physics"), ("NVIDIA A100-SXM4-80GB", "same-configuration"), ("Cerebras", "")):
         monkeypatch.setattr(local, "_nvidia_smi", lambda name=name: [name])
         estimate = plan(gpus=1).rows[0].estimate.elapsed
-        assert (estimate and estimate.value) == (seconds and pytest.approx(seconds))
+        assert (estimate.basis if estimate else "") == basis
+        assert ("before/S" in estimate.evidence if estimate else False) == (basis == "same-configuration")
 
 
-def test_on_a_cluster_a_run_gets_the_upper_end_and_a_half_as_its_limit_unless_the_plan_has_one(lab: Path):
+def test_on_a_cluster_a_run_gets_the_limit_that_2_percent_would_exceed_unless_the_plan_has_one(lab: Path):
     (lab / "chiplog.toml").write_text("[slurm]\n")
     Ledger().put([done(lab, "S", "finetune", "cpu", 600.0)])
     fine, base = plan().rows
     assert fine.estimate.elapsed and base.estimate.elapsed is None
     limit = fine.run.resources.time_limit_s
-    assert limit and limit % 60 == 0 and 0 <= limit - 1.5 * fine.estimate.elapsed.high < 60
+    # One run and four that the spread before it counts as: Student's t of 4 degrees, the spread of one more.
+    spread = TIME_SPREAD * math.sqrt(1 + 1 / 1)
+    assert limit and limit % 60 == 0 and 0 <= limit - 600 * math.exp(2.99853 * spread) < 60
     assert base.run.resources.time_limit_s is None
     assert {row.run.resources.time_limit_s for row in plan(time_limit_s=7200).rows} == {7200}
 
 
 def test_totals_add_up_and_runs_share_the_cpus(lab: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(planning, "available_cpus", lambda: 2)
+    monkeypatch.setattr(sizing, "available_cpus", lambda: 2)
     Ledger().put([done(lab, "S", "finetune", "cpu", 100.0), done(lab, "S_base", "control", "cpu", 30.0)])
     three = plan(seeds=[0, 1, 2])  # seeds change no time: each is the same configuration
     assert [row.estimate.elapsed and round(row.estimate.elapsed.value) for row in three.rows] == [100, 100, 100, 30]

@@ -19,9 +19,10 @@ from chiplog.checks.row_index import RowIndex
 from chiplog.checks.samples import Lengths, read_samples
 from chiplog.estimate.tokens import Quantiles, TokenStats, count_packs, expected_longest, steps, token_stats
 from chiplog.ledger import Ledger
-from chiplog.planning import PlannedRun, make_plan, make_request
+from chiplog.planning import make_plan, make_request
 from chiplog.record import Record, State, Usage
 from chiplog.settings import load_settings
+from chiplog.sizing import PlannedRun
 from tests.conftest import make_words
 
 USUAL: dict[str, Any] = {"micro_batch_size": None, "epochs": 1, "max_seq_len": 2048, "packed": False}
@@ -178,6 +179,7 @@ def test_seconds_of_packed_steps_are_no_evidence_for_padded_ones(lab: Path):
     used = Usage(device="cpu", cpus=1, gpus=0, steps=109, tokens=4_000 * 55, **times)
     record = Record(
         key="local:1", experiment="before", run="S", kind="finetune", recipe=run.recipe, state=State.COMPLETED,
+        model=run.config["model"],
         config=run.config | {"epochs": 1, "packed": True}, usage=used,
     )  # fmt: skip
     Ledger().put([record])

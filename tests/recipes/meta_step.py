@@ -56,6 +56,7 @@ class Held(NamedTuple):
     kept: int  # what the forward pass leaves
     head: int  # most from there until the gradient of the last norm is known
     peak: int  # most in the whole step, weights and states included
+    trained: int  # weights that require a gradient
 
 
 class Sizes(NamedTuple):
@@ -64,6 +65,7 @@ class Sizes(NamedTuple):
     layer: float  # bytes a token and layer
     head: float  # bytes a token
     peak: float  # bytes
+    trained: int  # parameters
 
 
 class Live(TorchDispatchMode):
@@ -159,7 +161,9 @@ def job_of(framework: str, model: str, layers: int = 0, **fields: Any) -> Job:
 
 def computed(job: Job) -> Sizes:
     layer = memory.layer_bytes(job) if job.checkpointing == "none" else memory.stream_bytes(job)
-    return Sizes(layer, memory.head_bytes(job), memory.peak(job).total - memory.CONTEXT["allocated"])
+    return Sizes(
+        layer, memory.head_bytes(job), memory.peak(job).total - memory.CONTEXT["allocated"], memory.trained_params(job)
+    )
 
 
 def traced(job: Job) -> Sizes:
@@ -170,7 +174,7 @@ def traced(job: Job) -> Sizes:
     layer = (three_twice.kept - two_twice.kept - three.kept + two.kept) / job.tokens / added
     head = (two_twice.head - two.head) / job.tokens - 2 * added * layer
     whole = three if job.shape.layers == 3 else step(job, job.shape.layers)
-    return Sizes(layer, head, whole.peak)
+    return Sizes(layer, head, whole.peak, whole.trained)
 
 
 def step(job: Job, layers: int) -> Held:
@@ -200,7 +204,8 @@ def step(job: Job, layers: int) -> Held:
         loss.backward()
         if not tune:
             optimizer.step()
-        return Held(start, kept, head[0] - start, live.peak)
+        n_trained = sum(weight.numel() for weight in trained)
+        return Held(start, kept, head[0] - start, live.peak, n_trained)
 
 
 def _config(model: str, layers: int) -> dict[str, Any]:
@@ -213,7 +218,7 @@ def _transformers(job: Job, config: dict[str, Any]) -> Any:
     ids = {"pad_token_id": 0 if seq2seq else None, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
     settings = {**ids, "use_cache": False, **config}
     del settings["model_type"]
-    eager = job.attention == "eager" or memory.KINDS.get(family, memory.Kind()).scores
+    eager = memory.score_bytes(job)
     maker = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
     model: Any = maker.from_config(
         transformers.AutoConfig.for_model(family, **settings),

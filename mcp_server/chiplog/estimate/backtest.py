@@ -7,9 +7,9 @@ file has.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 from chiplog.errors import ChiplogError, RecordError
@@ -18,12 +18,21 @@ from chiplog.estimate.batch import largest_batch
 from chiplog.estimate.evidence import measured, passes, shipped
 from chiplog.estimate.forecast import Forecast, Measured, Quantity
 from chiplog.estimate.gpus import gpu
-from chiplog.estimate.table import Row, Sweep, as_row
+from chiplog.estimate.table import Kind, Row, Sweep, as_row
 from chiplog.schema import Progress
 
 Protocol = Literal["cold", "history"]
 Values = Mapping[str, Any]  # a row as it was read
 TUNED = ("full", "lora", "qlora")  # methods of which peaks on one card are counted apart
+
+
+class Told(NamedTuple):
+    """A run with what is foretold of it."""
+
+    row: Row
+    run: Measured
+    figure: Forecast | None  # of what was measured
+    held: Forecast | None  # of what it reserves, where it is known whether it ran out of its card's memory
 
 
 class Foretold(NamedTuple):
@@ -45,133 +54,129 @@ def backtest(
 ) -> dict[str, Any]:
     """The figures of a table of measurements, as `chiplog backtest --json` prints them.
 
-    A row that is not covered is counted by reason. Raises RecordError for a protocol that is none, or a sweep.
+    A row that is not covered is counted by reason. Raises RecordError for a protocol that is none.
     """
     if protocol not in get_args(Protocol):
         raise RecordError(f"there is no protocol {protocol!r}: choose from {', '.join(get_args(Protocol))}")
-    runs, uncovered = _covered(rows)
+    typed, uncovered = _typed(rows, Row)
+    runs, reasons = covered(typed)
+    tried, odd = _typed(sweeps or (), Sweep)
+    uncovered += reasons + Counter({f"of the sweeps: {reason}": n for reason, n in odd.items()})
     sources, tables = ({str(values.get(name)) for values in rows} for name in ("source", "suite"))
     others = [row for row in shipped() if row.source not in sources and row.suite not in tables]
-    background = [run for run, _ in _measured(others)[0]]
-    peaks = list(_foretold("memory", runs, background, protocol, progress))
-    steps = list(_foretold("pass", runs, background, protocol, progress))
-    is_tuned = [_on_one_card(row) for row, _, _ in peaks]
-    memory = [one for one, tuned in zip(peaks, is_tuned, strict=True) if tuned]
+    background = [run for run, _ in covered(others)[0]]
+    peaks = list(foretold("memory", runs, background, protocol, progress))
+    steps = list(foretold("pass", runs, background, protocol, progress))
+    memory = [one for told in peaks if (one := _peak(told)) and _on_one_card(told.row)]
+    other = [one for told in peaks if (one := _peak(told)) and not _on_one_card(told.row)]
+    rates = [one for told in steps if (one := _rate(told))]
     return {
         "protocol": protocol,
-        "memory": _figures([_peak(*one) for one in memory]),
-        "tokens_per_s": _figures([_rate(*one) for one in steps if one[0].tokens_per_s]),
-        "runtime": _figures([run for one in steps if (run := _runtime(*one))]),
-        "oom": _oom(runs, background, protocol),
-        "batch": batches(sweeps) if sweeps is not None else None,
-        "memory_other": _figures([_peak(*one) for one, tuned in zip(peaks, is_tuned, strict=True) if not tuned]),
-        "by_suite": _by_suite(memory, steps),
+        "memory": _figures(memory),
+        "tokens_per_s": _figures(rates),
+        "runtime": _figures([one for told in steps if (one := _runtime(told))]),
+        "oom": _oom(peaks),
+        "batch": batches(tried) if sweeps is not None else None,
+        "memory_other": _figures(other),
+        "by_suite": _by_suite(memory, rates),
         "uncovered": dict(uncovered.most_common()),
     }
 
 
-def _covered(rows: Sequence[Values]) -> tuple[list[tuple[Measured, Row]], Counter[str]]:
-    """The rows that are covered, each as a measured run, and how many are not, by reason."""
-    typed: list[Row] = []
+def _typed(rows: Sequence[Values], kind: type[Kind]) -> tuple[list[Kind], Counter[str]]:
+    """The rows that can be read, and how many cannot, by reason."""
+    typed: list[Kind] = []
     reasons: Counter[str] = Counter()
     for values in rows:
         try:
-            typed.append(as_row(values, Row))
+            typed.append(as_row(values, kind))
         except RecordError as error:
             reasons[str(error)] += 1
-    covered, more = _measured(typed)
-    return covered, reasons + more
+    return typed, reasons
 
 
-def _measured(rows: Sequence[Row]) -> tuple[list[tuple[Measured, Row]], Counter[str]]:
-    covered: list[tuple[Measured, Row]] = []
+def covered(rows: Sequence[Row]) -> tuple[list[tuple[Measured, Row]], Counter[str]]:
+    """The rows that are covered, each as a measured run, and how many are not, by reason."""
+    runs: list[tuple[Measured, Row]] = []
     reasons: Counter[str] = Counter()
     for row in rows:
         try:
-            covered.append((measured(row), row))
+            runs.append((measured(row), row))
         except ChiplogError as error:
             reasons[str(error)] += 1
-    return covered, reasons
+    return runs, reasons
 
 
-def _foretold(
+def foretold(
     quantity: Quantity, runs: Sequence[tuple[Measured, Row]], background: Sequence[Measured], protocol: Protocol,
-    progress: Progress | None,
-) -> Iterator[tuple[Row, Measured, Forecast]]:  # fmt: skip
-    """Each run that has the figure, with its forecast."""
+    progress: Progress | None = None,
+) -> Iterator[Told]:  # fmt: skip
+    """Each run that has the figure, or of which it is known whether it ran out of memory, with its forecast."""
     tables = list(dict.fromkeys(run.place for run, _ in runs))
     for number, table in enumerate(tables):
         inside = [(run, row) for run, row in runs if run.place == table]
-        has = [(run, row) for run, row in inside if forecast.tells(quantity, run)]
         others = [run for run, _ in runs if run.place != table]
-        known = forecast.effects(quantity, [*background, *others], [run for run, _ in has])
-        n_before = len(known.observations) - len(has)
-        for position, (run, row) in enumerate(has):
-            if quantity == "memory" and not run.peak_bytes:
-                continue
-            first = n_before + (position if protocol == "history" else 0)
-            yield row, run, forecast.forecast(quantity, run.job, run.place, known, first=first, leave_out=table)
+        known = forecast.effects(quantity, [*background, *others], [run for run, _ in inside])
+        first = len(known.observations) - sum(forecast.tells(quantity, run) for run, _ in inside)
+        for run, row in inside:
+            ask = partial(forecast.forecast, quantity, place=table, known=known, first=first, leave_out=table)
+            has = run.peak_bytes if quantity == "memory" else run.pass_s
+            ends = quantity == "memory" and row.oom is not None and run.job.gpu
+            reserving = run.job.model_copy(update={"memory_kind": "reserved"})
+            if has or ends:
+                yield Told(row, run, ask(run.job) if has else None, ask(reserving) if ends else None)
+            first += protocol == "history" and forecast.tells(quantity, run)
         if progress:
             progress(number + 1, len(tables), f"tables, {quantity}")
 
 
 def _on_one_card(row: Row) -> bool:
-    return row.n_gpus == 1 and row.method in TUNED
+    return row.n_gpus == 1 and row.method.lower() in TUNED
 
 
-def _peak(row: Row, run: Measured, told: Forecast) -> Foretold:
-    return Foretold(row, run.peak_bytes or math.nan, told.value, told.low, told.high)
+def _peak(told: Told) -> Foretold | None:
+    figure, peak = told.figure, told.run.peak_bytes
+    return Foretold(told.row, peak, figure.value, figure.low, figure.high) if figure and peak else None
 
 
-def _rate(row: Row, run: Measured, told: Forecast) -> Foretold:
+def _rate(told: Told) -> Foretold | None:
     """Tokens a second of a card: the faster pass is the larger rate."""
-    tokens = run.job.mean_tokens / run.job.divided
-    return Foretold(row, tokens / (run.pass_s or math.nan), tokens / told.value, tokens / told.high, tokens / told.low)
-
-
-def _runtime(row: Row, run: Measured, told: Forecast) -> Foretold | None:
-    """Seconds of the run: as many passes as it made."""
-    done = passes(row, run.job)
-    if not done or not row.runtime_s:
+    figure, run = told.figure, told.run
+    if not (figure and run.pass_s and told.row.tokens_per_s):
         return None
-    return Foretold(row, row.runtime_s, told.value * done, told.low * done, told.high * done)
+    tokens = run.job.mean_tokens / run.job.spread.sample
+    return Foretold(told.row, tokens / run.pass_s, tokens / figure.value, tokens / figure.high, tokens / figure.low)
 
 
-def _oom(runs: Sequence[tuple[Measured, Row]], background: Sequence[Measured], protocol: Protocol) -> dict[str, Any]:
+def _runtime(told: Told) -> Foretold | None:
+    """Seconds of the run: as many passes as it made."""
+    figure, elapsed_s, done = told.figure, told.row.runtime_s, passes(told.row, told.run.job)
+    if not (figure and done and elapsed_s):
+        return None
+    return Foretold(told.row, elapsed_s, figure.value * done, figure.low * done, figure.high * done)
+
+
+def _oom(peaks: Sequence[Told]) -> dict[str, Any]:
     """Of runs whose card is known: how many that ran out of memory were foretold to, and how many foretold did."""
-    hits = missed = false = fitted = 0
-    for table in dict.fromkeys(run.place for run, _ in runs):
-        inside = [(run, row) for run, row in runs if run.place == table]
-        others = [run for run, _ in runs if run.place != table]
-        known = forecast.effects("memory", [*background, *others], [run for run, _ in inside])
-        before = len(known.observations) - sum(forecast.tells("memory", run) for run, _ in inside)
-        seen = 0
-        for run, row in inside:
-            first = before + (seen if protocol == "history" else 0)
-            seen += forecast.tells("memory", run)
-            if row.oom is None or not run.job.gpu:
-                continue
-            job = run.job.model_copy(update={"memory_kind": "reserved"})
-            told = forecast.forecast("memory", job, table, known, first=first, leave_out=table)
-            says, ran_out = bool(told.value > gpu(run.job.gpu).memory_bytes), row.oom
-            hits += says and ran_out
-            missed += not says and ran_out
-            false += says and not ran_out
-            fitted += not (says or ran_out)
+    asked = [
+        (told.held.value > gpu(told.run.job.gpu or "").memory_bytes, bool(told.row.oom)) for told in peaks if told.held
+    ]
+    hits, said, ran_out = (
+        sum(of) for of in ([a and b for a, b in asked], [a for a, _ in asked], [b for _, b in asked])
+    )
     return {
-        "n": hits + missed + false + fitted, "n_oom": hits + missed,
-        "recall": hits / (hits + missed) if hits + missed else None,
-        "precision": hits / (hits + false) if hits + false else None,
+        "n": len(asked), "n_oom": ran_out,
+        "recall": hits / ran_out if ran_out else None, "precision": hits / said if said else None,
     }  # fmt: skip
 
 
-def batches(rows: Sequence[Values]) -> dict[str, Any]:
+def batches(rows: Sequence[Sweep]) -> dict[str, Any]:
     """In each group of one benchmark and card: all batches but the largest known, the largest that fits asked for.
 
     What fits is what the largest batch on record held.
     """
     groups: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
-    for row in (as_row(values, Sweep) for values in rows):
+    for row in rows:
         if row.batch_size and row.memory_mib:
             groups[row.bench, row.gpu].append((round(row.batch_size), row.memory_mib))
     shares = []
@@ -205,16 +210,12 @@ def _figures(told: Sequence[Foretold]) -> dict[str, float | int | None]:
     }
 
 
-def _by_suite(memory: Sequence[Any], steps: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    tables: dict[str, dict[str, list[Foretold]]] = defaultdict(lambda: {"memory": [], "tokens_per_s": []})
-    for one in memory:
-        tables[one[1].place]["memory"].append(_peak(*one))
-    for one in steps:
-        if one[0].tokens_per_s:
-            tables[one[1].place]["tokens_per_s"].append(_rate(*one))
-    return {
-        name: {quantity: _figures(told) for quantity, told in both.items() if told} for name, both in tables.items()
-    }
+def _by_suite(memory: Sequence[Foretold], rates: Sequence[Foretold]) -> dict[str, dict[str, Any]]:
+    tables: dict[str, dict[str, list[Foretold]]] = defaultdict(lambda: defaultdict(list))
+    for quantity, told in (("memory", memory), ("tokens_per_s", rates)):
+        for one in told:
+            tables[one.row.suite][quantity].append(one)
+    return {name: {quantity: _figures(told) for quantity, told in both.items()} for name, both in tables.items()}
 
 
 def in_words(found: dict[str, Any]) -> str:

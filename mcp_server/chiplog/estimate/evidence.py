@@ -54,7 +54,7 @@ def passes(row: Row, job: Job) -> float | None:
     if row.steps:
         return row.steps * job.grad_accum
     if row.samples and row.epochs:
-        return row.samples * row.epochs / job.micro_batch / (job.gpus if job.sharding else 1)
+        return row.samples * row.epochs / job.micro_batch / job.copies
     return None
 
 
@@ -66,7 +66,7 @@ def _pass_s(row: Row, job: Job) -> float | None:
     gpu(job.gpu).peak(job.dtype)  # that it can compute in this type
     if rate and "unmasked" not in scope:
         each = rate / job.gpus if scope.startswith("total") and "=per_gpu" not in scope else rate
-        return job.mean_tokens / (each * job.divided)
+        return job.mean_tokens / (each * job.spread.sample)
     if row.s_per_step:
         return row.s_per_step / job.grad_accum
     done = passes(row, job)

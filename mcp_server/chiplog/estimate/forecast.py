@@ -1,7 +1,9 @@
 """A job's memory and the time of its passes: the physics, shifted by what past runs say of it, with an interval.
 
-How wide an interval is follows from how sure the shift is, times what forecasts of runs that were left out have shown
-that this must be multiplied by (conformal prediction: Vovk et al. 2005; by groups, since runs of one table are alike).
+An interval's ends are the shift's standard deviation, times quantiles of what this made of runs that were left out: the
+errors that it then made, in such deviations, apart for runs of which evidence was near and those of which it was far.
+As in conformal prediction (Vovk et al. 2005) no shape of errors is assumed; that it holds for a new table is measured
+(backtest.py) and no theorem, since runs of one table are alike.
 """
 
 from __future__ import annotations
@@ -57,6 +59,11 @@ class Fit(NamedTuple):
     noise: float
     rough: float
     scores: dict[str, dict[str, list[float]]]  # of left-out runs, (log measured - forecast) / spread, near and far
+    unsure: float = 0.0  # of a run of which something that decides much was not stated
+
+    def unexplained(self, job: Job, rough: bool = False) -> float:
+        """Standard deviation of what no level explains of a job."""
+        return math.hypot(self.noise, self.rough if rough else 0.0, self.unsure if job.unsure else 0.0)
 
 
 @cache
@@ -64,7 +71,7 @@ def fitted(quantity: Quantity) -> Fit:
     """The fit that is shipped."""
     values = json.loads(FIT.read_text(encoding="utf-8"))[quantity]
     sizes = Sizes(tuple(map(tuple, values["parts"])), tuple(values["whole"]))
-    return Fit(sizes, values["noise"], values["rough"], values["scores"])
+    return Fit(sizes, values["noise"], values["rough"], values["scores"], values["unsure"])
 
 
 LEVELS: dict[Quantity, tuple[str, ...]] = {
@@ -75,7 +82,7 @@ PARTS: dict[Quantity, tuple[str, ...]] = {"memory": memory.PARTS, "pass": speed.
 
 
 def keys(quantity: Quantity, job: Job, place: str) -> tuple[Hashable, ...]:
-    """What a job has in common with others, a key a level; none of them holds its batch, length or rank."""
+    """What a job has in common with others, a key a level; no key holds its batch, length or rank."""
     framework = (job.framework, job.gpus > 1) if quantity == "memory" else job.framework
     every: dict[str, Hashable] = {
         "style": style(job.framework), "framework": framework, "method": (framework, job.method),
@@ -112,7 +119,7 @@ def observe(
         parts = shifted_peak(run.job, shift)
         shares = tuple(float(part) / sum(parts) for part in parts)
         value = sum(parts) / math.exp(float(shift.mean[:-1] @ shares))
-    noise = math.hypot(fit.noise, fit.rough if run.rough else 0.0)
+    noise = fit.unexplained(run.job, run.rough)
     return Observation(keys(quantity, run.job, run.place), shares, math.log(measured / value), noise, run.source)
 
 
@@ -124,12 +131,12 @@ def effects(quantity: Quantity, runs: Iterable[Measured], then: Iterable[Measure
     """
     runs, sizes = list(runs), fitted(quantity).sizes
     before = [one for run in runs if (one := observe(quantity, run))]
-    plain = Effects(before, sizes)
+    plain, beyond = Effects(before, sizes), []
     if quantity == "memory":
         before = [one for run in runs if (one := observe(quantity, run, about=plain))]
-        before += [_beyond(run, plain) for run in runs if run.above_bytes]
+        beyond = [_beyond(run, plain) for run in runs if run.above_bytes]  # outliers by nature, and weighed as such
     after = [observe(quantity, run, about=plain) or _beyond(run, plain) for run in then if tells(quantity, run)]
-    return Effects([*before, *after], sizes, settled=len(before))
+    return Effects([*before, *beyond, *after], sizes, settled=len(before))
 
 
 def tells(quantity: Quantity, run: Measured) -> bool:
@@ -145,7 +152,7 @@ def _beyond(run: Measured, known: Effects) -> Observation:
     """
     fit, (value, shares) = fitted("memory"), computed("memory", run.job)
     shift = known.shift(keys("memory", run.job, run.place))
-    mean, spread = float(shift.mean @ [*shares, 1.0]), shift.spread(shares, fit.noise)
+    mean, spread = float(shift.mean @ [*shares, 1.0]), shift.spread(shares, fit.unexplained(run.job))
     limit = (math.log((run.above_bytes or value) / value) - mean) / spread
     hazard = _hazard(limit)
     ratio = 1 - hazard * (hazard - limit)  # of the variance that is left
@@ -181,7 +188,7 @@ def forecast(
         value, shares = computed(quantity, job)
         value *= math.exp(float(shift.mean @ [*shares, 1.0]))
     fit = fitted(quantity)
-    spread = shift.spread(shares, fit.noise)
+    spread = shift.spread(shares, fit.unexplained(job))
     near = bool(len(shift.related)) and float(shift.related.max()) >= NEAR
     low, high = (value * math.exp(score * spread) for score in scores(fit, near, coverage, leave_out))
     order = np.argsort(-shift.related, kind="stable")[:8] if len(shift.related) else []

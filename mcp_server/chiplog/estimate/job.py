@@ -1,13 +1,15 @@
 """What a training job asks of its GPUs: the noun to which plans, logs and public tables are all brought.
 
-It holds what decides memory and time, and nothing of who ran it. What is not known has the field's usual value and is
-named in `unsure`; a missing field is never a feature.
+It holds what decides memory and time, and nothing of who ran it. A field that was not stated has its usual value; of
+those that decide much, `unsure` names the ones that were not.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Literal
+from functools import cache
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -19,6 +21,80 @@ Target = Literal["q", "k", "v", "o", "mlp", "head", "embedding"]
 Checkpointing = Literal["none", "selective", "full"]
 MemoryKind = Literal["allocated", "reserved", "card"]
 ALL_LINEAR: frozenset[Target] = frozenset({"q", "k", "v", "o", "mlp"})
+NODE = 8  # cards that are linked closely
+# Programs with model code of their own, and attention in one kernel, by a word of their names.
+OWN_CODE = (
+    "torchtitan", "foundry", "composer", "mosaic", "nemo", "megatron", "nanotron", "neox", "olmo-core", "levanter",
+    "maxtext", "fairseq", "metaseq", "nanogpt", "nanochat", "xtuner v1", "veomni",
+)  # fmt: skip
+
+
+class Spread(NamedTuple):
+    """How a model is spread: over how many cards each thing is divided."""
+
+    weights: int = 1
+    gradients: int = 1
+    states: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    gathers: bool = False  # whether a layer's weights are gathered before it computes
+
+    @property
+    def sample(self) -> int:
+        """Cards that share one sample."""
+        return self.tensor * self.pipeline * self.context
+
+
+@cache
+def spread(sharding: str, gpus: int) -> Spread:
+    """How `gpus` cards share a job, as people write it: FSDP, ZeRO-2, TP4 PP8, DDP.
+
+    Nothing said, and plain data parallelism, divide nothing. DeepSpeed without a stage is taken as stage 3 where it is
+    all that is said. Degrees that make more than there are cards are left out.
+    """
+    text = sharding.lower()
+    degrees = [_degree(form, text, gpus) for form in WAYS]
+    tensor, pipeline, context = degrees if math.prod(degrees) <= gpus else (1, 1, 1)
+    within, rest = tensor * pipeline, gpus // (tensor * pipeline)  # cards along the sequence hold shards of their own
+    over, level = _shards(text, rest, context), _level(text)
+    weights, gradients, states = (within * (over if level >= least else 1) for least in (3, 2, 1))
+    return Spread(weights, gradients, states, tensor, pipeline, context, gathers=level == 3 and over > 1)
+
+
+WAYS = (r"(?<![a-z])tp|tensor[ _-]parallel\w*", r"(?<![a-z])pp|pipeline[ _-]parallel\w*",
+        r"(?<![a-z])cp|context[ _-]parallel\w*")  # fmt: skip
+
+
+def _level(text: str) -> int:
+    """What data parallelism divides, as ZeRO counts it: 1 states, 2 gradients too, 3 weights too; 0 nothing."""
+    if stage := re.search(r"(?:zero|stage|(?<![a-z])z)[ _-]*([0-3])", text):
+        return int(stage[1])
+    if re.search(r"no_shard|ddp(?![a-z])", text):
+        return 0
+    if re.search(r"fsdp|shard|zero|deepspeed", text):
+        return 2 if "grad_op" in text else 3
+    return 1 if re.search(r"dist\w*[ _-]*opt", text) else 0
+
+
+def _shards(text: str, rest: int, context: int) -> int:
+    """Cards over which data parallelism divides: all, or as many as `hybrid` and FSDP's number say.
+
+    FSDP1 and FSDP2 are also the names of its versions.
+    """
+    if re.search(r"hybrid|hsdp", text):
+        return min(rest, NODE)
+    stated = re.search(r"fsdp[ _=:-]*(\d+)", text)
+    degree = int(stated[1]) * context if stated and int(stated[1]) > 2 else rest
+    return degree if rest % degree == 0 else rest
+
+
+def _degree(form: str, text: str, gpus: int) -> int:
+    """Cards that a word divides something over: the number behind it, or all where the word is all that is said."""
+    found = re.search(rf"(?:{form})(?:[ _-]*size)?[ _=:-]*(\d+)?", text)
+    if not found:
+        return 1
+    return max(1, int(found[1])) if found[1] else gpus if found[0].strip() == text.strip() else 1
 
 
 class Job(Frozen):
@@ -29,6 +105,7 @@ class Job(Frozen):
     shape: Shape = Field(description="Its shape.")
     method: Method = Field(description="What is trained; adapter is any small method other than LoRA.")
     rank: int = Field(default=16, gt=0, description="LoRA rank.")
+    dora: bool = Field(default=False, description="Whether adapters train magnitudes beside directions (DoRA).")
     targets: frozenset[Target] = Field(default=ALL_LINEAR, description="What has adapters or is trained beside them.")
     dtype: Literal["bf16", "fp16", "fp32", "fp8"] = Field(default="bf16", description="What is computed in.")
     master: bool = Field(default=False, description="Whether weights are kept in fp32 and computed in another type.")
@@ -44,7 +121,10 @@ class Job(Frozen):
     checkpointing: Checkpointing = Field(default="none", description="Activations computed anew in the backward pass.")
     offload: bool = Field(default=False, description="Whether activations wait on the host.")
     loss: Literal["plain", "fused", "chunked"] = Field(default="plain", description="How the loss is computed.")
-    attention: Literal["flash", "eager"] = Field(default="flash", description="Whether scores are kept.")
+    attention: Literal["usual", "flash", "eager"] = Field(
+        default="usual", description="Whether scores are kept: eager does, usual where the model's code has no kernel."
+    )
+    expert_loop: bool = Field(default=False, description="Whether experts are run one after another.")
     compile: bool = Field(default=False, description="Whether the model is compiled.")
     optimizer: Literal["adamw", "adamw8bit", "paged", "sgd"] = Field(default="adamw", description="Optimiser.")
     in_backward: bool = Field(default=False, description="Whether it steps within the backward pass.")
@@ -67,36 +147,33 @@ class Job(Frozen):
         return self.micro_batch * (self.seq_len if self.mean_len is None else self.mean_len)
 
     @property
-    def shards(self) -> int:
-        """Cards over which weights, gradients and states are divided."""
-        return self.gpus if self.sharding else 1
-
-    def ways(self, kind: Literal["TP", "PP", "CP"]) -> int:
-        """Cards over which tensors, layers or the sequence are divided, as `TP4 PP8` says."""
-        found = re.search(rf"\b{kind}(\d+)", self.sharding)
-        return max(1, int(found[1])) if found else 1
+    def spread(self) -> Spread:
+        """Over how many cards each thing is divided."""
+        return spread(self.sharding, self.gpus)
 
     @property
-    def divided(self) -> int:
-        """Cards that share one sample."""
-        return self.ways("TP") * self.ways("PP") * self.ways("CP")
+    def copies(self) -> int:
+        """Passes that run at once, each on samples of its own."""
+        return self.gpus // self.spread.sample
+
+    @property
+    def autocast(self) -> bool:
+        """Whether fp32 weights are cast where a layer reads them, so that what lies between layers is in fp32.
+
+        Where states are divided, and in programs with code of their own, a layer's weights are in 16 bits already.
+        """
+        return self.master and self.spread.states == 1 and style(self.framework) != "own"
 
     @property
     def recipe(self) -> tuple[object, ...]:
-        """Everything but batch, length and rank: runs of one recipe differ in these alone."""
-        kept = (
-            self.framework,
-            self.model,
-            self.method,
-            self.targets,
-            self.weight_bits,
-            self.upcast,
-            self.checkpointing,
-        )
-        return (*kept, self.loss, self.compile, self.optimizer, self.packed, self.sharding, self.data)
+        """What runs of one recipe have in common; batch, length, rank, type and card are no part of it."""
+        kept = (self.framework, self.model, self.method, self.dora, self.targets, self.weight_bits, self.upcast)
+        how = (self.checkpointing, self.loss, self.compile, self.optimizer, self.packed, self.sharding, self.data)
+        return (*kept, *how)
 
 
 def style(framework: str) -> str:
-    """Whose model code a framework runs: torchtune, litgpt, unsloth or, for all others, transformers."""
+    """Whose model code a framework runs: torchtune, litgpt, unsloth, own (a pretraining program's) or transformers."""
     name = framework.lower()
-    return next((known for known in ("torchtune", "litgpt", "unsloth") if known in name), "transformers")
+    known = next((known for known in ("torchtune", "litgpt", "unsloth") if known in name), None)
+    return known or ("own" if any(word in name for word in OWN_CODE) else "transformers")

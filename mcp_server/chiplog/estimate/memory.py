@@ -2,13 +2,14 @@
 
 The terms are those of an eager training step in PyTorch: weights, gradients and states of what is trained, activations
 kept for the backward pass, and the output layer with its loss. Bytes a token and layer come from traces of one step on
-meta tensors (`python -m benchmarks.memory_trace`), and equal them within half a per cent. Four moments can be the
-peak: the loss, the first and the last layer of the backward pass, and the optimiser's step.
+meta tensors (`python -m benchmarks.memory_trace`), and equal them within a tenth of a per cent, but where experts are
+chosen: the router is left out. Four moments can be the peak: the loss, the first and the last layer of the backward
+pass, and the optimiser's step.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from chiplog.estimate.job import ALL_LINEAR, Job, style
 from chiplog.estimate.shapes import Shape
@@ -18,6 +19,9 @@ GIB = 2**30
 CONTEXT = {"allocated": 0.05 * GIB, "reserved": 0.4 * GIB, "card": 0.9 * GIB}
 SLACK = {"allocated": 1.0, "reserved": 1.05, "card": 1.06}
 COMPILED = 0.75  # of the activations of eager code
+# Of the activations: every second product of matrices, what attention gives and the layer's input, as torchtitan keeps.
+SELECTIVE = 0.3
+ROPE = 131072  # positions of which torchtune keeps sines and cosines in fp32 for Llama 3
 FOUR_BIT = 0.54  # bytes a weight in blocks of 64, the scales quantised too
 PARTS = ("weights", "states", "layers", "head")
 
@@ -85,23 +89,23 @@ class Parts(NamedTuple):
 
 def moments(job: Job) -> dict[str, Parts]:
     """Bytes on one card at each moment that can be the peak."""
-    shape, tokens = job.shape, job.tokens / job.divided
+    shape, spread, tokens = job.shape, job.spread, job.tokens / job.spread.sample
     trained, per = trained_params(job), _bytes_trained(job)
-    weights = (_weights(job) + _adapters(job, trained)) / job.shards
-    states = trained * per["states"] / job.shards
-    gradients = 0.0 if job.in_backward else trained * per["gradient"] / job.shards
-    scratch = trained * per["scratch"] / job.shards
+    weights = (_weights(job) + _adapters(job, trained)) / spread.weights + _gathered(job) + _rope(job)
+    states = trained * per["states"] / spread.states
+    gradients = 0.0 if job.in_backward else trained * per["gradient"] / spread.gradients
+    scratch = trained * per["scratch"] / spread.states
     layer = layer_bytes(job) * tokens * (COMPILED if job.compile else 1.0)
     kept = stream_bytes(job) * tokens
-    head = head_bytes(job) * tokens * (COMPILED if job.compile and job.loss == "plain" else 1.0)
+    head = head_bytes(job) * tokens
     layers = shape.layers + shape.encoder_layers
-    if job.checkpointing == "full":
-        kept_all, again = 0.0 if job.offload else kept * layers, layer
-    else:
-        kept_all, again = layers * layer * (0.6 if job.checkpointing == "selective" else 1.0), 0.0
+    kept_all = layers * {"none": layer, "selective": SELECTIVE * layer, "full": kept}[job.checkpointing]
+    if job.offload:  # all but what is on its way to the host and back
+        kept_all = min(kept_all, 2 * (layer if job.checkpointing == "none" else kept))
+    again = layer if job.checkpointing != "none" else 0.0
     of_head = 0.0  # the gradient of the output matrix, the first that there is
     if job.method == "full" and not job.in_backward:
-        of_head = shape.vocab * shape.width * per["gradient"] / job.shards
+        of_head = shape.vocab * shape.width * per["gradient"] / spread.gradients
     context, slack = CONTEXT[job.memory_kind], SLACK[job.memory_kind]
     raw = {
         "loss": (weights, states, kept_all, head),
@@ -122,20 +126,10 @@ def trained_params(job: Job) -> int:
     shape = job.shape
     if job.method == "full":
         return shape.n_params
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    width, rank = shape.width, job.rank
-    a_layer = 0
-    for name, out in (("q", q), ("k", kv), ("v", kv)):
-        a_layer += rank * (width + out) if name in job.targets else 0
-    a_layer += rank * (q + width) if "o" in job.targets else 0
-    total = a_layer * (shape.layers + shape.encoder_layers)
-    if "mlp" in job.targets:
-        matrices = 3 if shape.gated else 2
-        dense = shape.layers + shape.encoder_layers - shape.mixture_layers
-        total += dense * matrices * rank * (width + shape.ffn)
-        total += shape.mixture_layers * matrices * rank * shape.experts * (width + shape.expert_ffn)
+    each = sum(a.held * (job.rank * (a.ins + a.outs) + job.dora * a.outs) for a in adapted(job))
+    total = round(each * (shape.layers + shape.encoder_layers))
     if "head" in job.targets:
-        total += rank * (width + shape.vocab)
+        total += job.rank * (shape.width + shape.vocab) + job.dora * shape.vocab
     return total + (shape.n_embedding + shape.n_head if "embedding" in job.targets else 0)
 
 
@@ -145,18 +139,17 @@ def layer_bytes(job: Job) -> float:
     width, q, kv = shape.width, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     ffn, routed, crossed = _active_ffn(shape), _routed(shape), _crossed(shape)
     # Under autocast each matrix reads a 16-bit copy of its own; else one input is kept, once for all that read it.
-    copied = 2 if job.upcast or job.master else adapter_bytes(job)
+    copied = 2 if job.upcast or job.autocast else adapter_bytes(job)
     casts = not full and (job.dropout or adapter_bytes(job) == 4)
     read: frozenset[str] = ALL_LINEAR if full else frozenset() if casts else job.targets
-    own = 2 * width if full and job.master else 0
+    own = 2 * width if full and job.autocast else 0
 
     per_norm = kind.norm + (kind.scale if full else 0)
     kept = ((1 if shape.parallel else kind.norms) + crossed) * per_norm * width
     kept += (4 + (kind.qk_norm if full else 0)) * (q + kv) if kind.qk_norm else 0
     kept += kind.more * (1 + crossed / 2) * width
 
-    scores = kind.scores or (6 if job.attention == "eager" else 0)
-    if scores:  # keys and values of every query head; what comes out is not kept
+    if scores := score_bytes(job):  # keys and values of every query head; what comes out is not kept
         attention = 6 * q + scores * shape.heads * job.seq_len
     else:
         attention = 4 * q + 4 * (kv + _widened(job) * (q - kv)) + 4 * shape.heads
@@ -172,16 +165,25 @@ def layer_bytes(job: Job) -> float:
         kept += 0 if shape.parallel and "q" in read and not own else 2 * width
         kept += own if shape.gated and shape.family not in FUSED else 0
     if not full:
-        kept += (copied + job.dropout) * _adapter_inputs(job, ffn) if casts else 0
-        kept += copied * job.rank * sum(count for count, _ in _adapted(job, ffn))
+        adapters = adapted(job)
+        kept += (copied + job.dropout) * sum(a.used * a.ins for a in adapters) if casts else 0
+        kept += copied * job.rank * sum(a.used for a in adapters)
+        # What magnitudes scale: what the layer gives, and what its adapter does.
+        kept += job.dora * (2 + copied) * sum(a.used * a.outs for a in adapters)
     if job.dtype == "fp32":
         kept *= 2
     return kept
 
 
+def score_bytes(job: Job) -> int:
+    """Bytes that attention keeps of the score of two tokens in a head; none in one kernel."""
+    usual = _kind(job).scores
+    return {"usual": usual, "flash": 0, "eager": usual or 6}[job.attention]
+
+
 def stream_bytes(job: Job) -> float:
     """Bytes of a token's hidden state between two layers."""
-    return (4 if job.upcast or job.master or job.dtype == "fp32" else 2) * job.shape.width
+    return (4 if job.upcast or job.autocast or job.dtype == "fp32" else 2) * job.shape.width
 
 
 def head_bytes(job: Job) -> float:
@@ -191,11 +193,22 @@ def head_bytes(job: Job) -> float:
     what goes out.
     """
     shape, kind, full = job.shape, _kind(job), job.method == "full"
-    of = {"plain": {"litgpt": 6.0, "unsloth": 8.0}.get(style(job.framework), 12.0), "fused": 8.0, "chunked": 6.5}
-    logit = of[job.loss] + (kind.logit if job.loss == "plain" else 0)
-    # Where no gradient comes to the embedding, the first norm keeps nothing, which makes up for the last.
-    norm = kind.norm + kind.scale + 2 if full else kind.norm if job.checkpointing == "full" else 0
-    return logit * shape.vocab + norm * shape.width
+    code = style(job.framework)
+    if job.loss == "plain":
+        logit = {"litgpt": 6.0, "unsloth": 8.0}.get(code, 12.0) + kind.logit
+        logit *= COMPILED if job.compile and code != "own" else 1  # programs of their own compile layers alone
+    elif job.loss == "fused":
+        logit = 4.0 if code == "own" else 8.0  # FlashAttention's kernel: logits and their gradient in 16 bits
+    else:
+        logit = 4.0 if job.compile else 6.5  # of chunks; compiled, no fp32 copies of them
+    if full:
+        beside = (kind.norm + kind.scale + 2) * shape.width
+    elif job.checkpointing == "full":
+        beside = kind.norm * shape.width
+    else:
+        # No gradient comes to the embedding: the first norm keeps nothing, which makes up for the last, nor a mask.
+        beside = -job.dropout * sum(a.used * a.ins for a in adapted(job) if a.reads == "normed")
+    return logit * shape.vocab + beside
 
 
 def adapter_bytes(job: Job) -> int:
@@ -211,8 +224,30 @@ def _weights(job: Job) -> float:
     if shape.tied and style(job.framework) == "litgpt":  # it keeps an output matrix of its own
         outer += shape.vocab * shape.width
     if job.weight_bits == 16:
-        return (inner + outer) * (4 if job.master or job.dtype == "fp32" else 2)
+        return (inner + outer) * (4 if job.dtype == "fp32" or (job.master and not _apart(job)) else 2)
     return inner * (FOUR_BIT if job.weight_bits == 4 else 1.0) + outer * (4 if job.upcast else 2)
+
+
+def _apart(job: Job) -> bool:
+    """Whether the optimiser keeps the fp32 weights beside those in 16 bits that layers read."""
+    return job.method == "full" and job.master and not (job.autocast or job.spread.gathers)
+
+
+def _rope(job: Job) -> float:
+    """Bytes of torchtune's table of rotary positions."""
+    llama_3 = job.shape.family == "llama" and job.shape.vocab == 128_256
+    return 4.0 * ROPE * job.shape.head_dim if style(job.framework) == "torchtune" and llama_3 else 0.0
+
+
+def _gathered(job: Job) -> float:
+    """Bytes of weights that are gathered on every card: of two layers, and of what is outside of layers, in 16 bits."""
+    shape, spread = job.shape, job.spread
+    if not spread.gathers:
+        return 0.0
+    outer = shape.n_embedding + shape.n_head
+    share = 2 / (shape.layers + shape.encoder_layers)
+    wide = (FOUR_BIT if job.weight_bits == 4 else 1) if job.weight_bits < 16 else 4 if job.dtype == "fp32" else 2
+    return ((shape.n_params - outer) * share * wide + 2 * outer) / spread.tensor
 
 
 def _adapters(job: Job, trained: int) -> float:
@@ -226,8 +261,8 @@ def _bytes_trained(job: Job) -> dict[str, float]:
     """Bytes a trained parameter: its gradient, the optimiser's states, and scratch while it steps."""
     full = job.method == "full"
     size = (4 if job.master or job.dtype == "fp32" else 2) if full else adapter_bytes(job)
-    states = {"adamw": 2 * size, "adamw8bit": 2, "paged": 0, "sgd": 0}[job.optimizer]
-    at_once = style(job.framework) != "torchtune" and job.optimizer == "adamw" and not job.in_backward
+    states = {"adamw": 2 * size, "adamw8bit": 2, "paged": 0, "sgd": 0}[job.optimizer] + (4 if _apart(job) else 0)
+    at_once = style(job.framework) not in ("torchtune", "own") and job.optimizer == "adamw" and not job.in_backward
     return {"gradient": size, "states": states, "scratch": size if at_once else 0}
 
 
@@ -248,8 +283,9 @@ def _kind(job: Job) -> Kind:
             logit=logit,
             fused=False,
             copies=False,
+            scores=0,
         )
-    if job.upcast or job.master:  # autocast: the stream in fp32, matrices in 16 bits
+    if job.upcast or job.autocast:  # the stream in fp32, matrices in 16 bits
         kind = kind._replace(norm=4, scale=4 if kind.scale else 0)
     if job.upcast:  # 4-bit layers give fp32, of which attention takes copies in 16 bits
         kind = kind._replace(act=(2 * kind.act[0], 2 * kind.act[1]), fused=False)
@@ -259,7 +295,7 @@ def _kind(job: Job) -> Kind:
 
 
 def _own_code(job: Job) -> bool:
-    return style(job.framework) in ("torchtune", "litgpt")
+    return style(job.framework) in ("torchtune", "litgpt", "own")
 
 
 def _widened(job: Job) -> float:
@@ -292,20 +328,39 @@ def _active_ffn(shape: Shape) -> float:
     return _routed(shape) * shape.expert_ffn + mixtures * shape.shared_ffn + (1 - mixtures) * shape.ffn
 
 
-def _adapted(job: Job, ffn: float) -> list[tuple[float, float]]:
-    """The adapters of a mean layer: how many, and the width of their inputs."""
-    shape, fused = job.shape, job.shape.family in FUSED and not _own_code(job)
-    attentions, mlps = 1 + _crossed(shape), _routed(shape) + 1 - shape.mixture_layers / shape.layers
-    qkv = len(job.targets & {"q", "k", "v"})
-    found = [(attentions * (min(qkv, 1) if fused else qkv), float(shape.width))]
+class Adapter(NamedTuple):
+    """Like adapters of a mean layer."""
+
+    held: float  # how many there are
+    used: float  # how many of them a token goes through
+    ins: int
+    outs: int
+    reads: Literal["normed", "other"] = "other"  # of the first layer's norm, which keeps no gradient
+
+
+def adapted(job: Job) -> list[Adapter]:
+    """The adapters of a mean layer, but for the output layer's.
+
+    transformers keeps a layer's experts in one tensor, which PEFT's adapters of linear layers pass over.
+    """
+    shape, own = job.shape, _own_code(job)
+    fused = shape.family in FUSED and not own
+    width, q, kv = shape.width, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    every = 1 + _crossed(shape)
+    outs = [out for name, out in (("q", q), ("k", kv), ("v", kv)) if name in job.targets]
+    if fused and outs:
+        outs = [q + 2 * kv]
+    found = [Adapter(every, every, width, out, "normed") for out in outs]
     if "o" in job.targets:
-        found.append((attentions, shape.heads * shape.head_dim))
+        found.append(Adapter(every, every, q, width))
     if "mlp" in job.targets:
-        found.append((mlps * (2 if shape.gated and not fused else 1), shape.width))
-        found.append((mlps, ffn / mlps))
+        mixtures = shape.mixture_layers / shape.layers
+        mlps = [(1 - mixtures, 1 - mixtures, shape.ffn), (mixtures, mixtures, shape.shared_ffn)]
+        if own:
+            mlps.append((mixtures * shape.experts, mixtures * shape.experts_per_token, shape.expert_ffn))
+        ups, joined = (1, 1 + shape.gated) if fused else (1 + shape.gated, 1)
+        for held, used, ffn in mlps:
+            if held and ffn:
+                found.append(Adapter(held * ups, used * ups, width, joined * ffn))
+                found.append(Adapter(held, used, ffn, width))
     return found
-
-
-def _adapter_inputs(job: Job, ffn: float) -> float:
-    """Widths of what goes into the layers that have adapters, added up."""
-    return sum(count * width for count, width in _adapted(job, ffn))

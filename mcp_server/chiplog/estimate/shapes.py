@@ -81,13 +81,19 @@ def catalogue() -> dict[str, Shape]:
 
 def find(name: str) -> Shape | None:
     """The shape of a published model by its name as people write it; None for one that is not in the catalogue."""
+    key = known_as(name)
+    return None if key is None else catalogue()[key]
+
+
+def known_as(name: str) -> str | None:
+    """The entry of the catalogue that a name as people write it means; None for none."""
     path, known = re.sub(r"^models--", "", name.strip().rstrip("/").lower()).replace("--", "/"), _names()
     for written in ("/".join(path.split("/")[-2:]), path.rsplit("/", 1)[-1]):
         bare = written
         while bare:
             for reading in (bare, UNDERSCORE.sub(".", bare)):
                 if (plain := _plain(reading)) in known:
-                    return catalogue()[known[plain]]
+                    return known[plain]
             bare = SUFFIX.sub("", bare) if SUFFIX.search(bare) else ""
     return None
 

@@ -8,18 +8,17 @@ Korthikanti et al. 2022, appendix A).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from chiplog.estimate.gpus import Gpu, gpu
-from chiplog.estimate.job import Job, style
-from chiplog.estimate.memory import trained_params
+from chiplog.estimate.job import NODE, Job, style
+from chiplog.estimate.memory import score_bytes, trained_params
 
 MATMUL, ATTENTION = 0.5, 0.3  # shares of the peak that matrices and attention reach
 LAUNCH_S = 1.5e-3  # seconds of launches of one layer's kernels, forward and backward
+EXPERT = 1 / 3  # of a layer's launches, for each expert that is run alone: a dozen kernels, one of which waits
 SHARP = 2.0  # how sharply the longer of launching and computing decides
-NODE = 8  # cards that are linked closely
 LINK, NETWORK = 200e9, 40e9  # bytes/s that a card exchanges within a node and beyond it
 PARTS = ("matrices", "attention", "launches", "exchange", "traffic")
 
@@ -63,12 +62,16 @@ def one_pass(job: Job) -> Pass:
     matrices = 2.0 * inner * (3 if full else 2) + 2.0 * inner * again
     length = job.mean_tokens / job.micro_batch
     scores = 2.0 * length * shape.heads * shape.head_dim * shape.layers  # half of the square is masked
-    attention = scores * (3.5 + again) * (3 if job.attention == "eager" else 1)
+    attention = scores * (3.5 + again) * (3 if score_bytes(job) else 1)
     layers = shape.layers + shape.encoder_layers
-    own = 1.0 if style(job.framework) in ("torchtune", "litgpt") or full else 1.6  # adapters as modules of their own
+    own = (
+        1.0 if style(job.framework) in ("torchtune", "litgpt", "own") or full else 1.6
+    )  # adapters as modules of their own
+    if job.expert_loop:
+        layers += shape.mixture_layers * shape.experts * EXPERT
     launches = LAUNCH_S * layers * (1 + again / 2) * own * (0.6 if job.compile else 1.0)
     reached = MATMUL * (0.8 if job.dtype == "fp8" else 1.0)
-    divided, stages = job.divided, job.ways("PP")
+    divided, stages = job.spread.sample, job.spread.pipeline
     waits = 1 + (stages - 1) / (2 * NODE)  # stages of a pipeline that wait for the first and the last batches
     return Pass(
         matrices=waits * job.mean_tokens * matrices / card.peak(job.dtype) / reached / divided,
@@ -82,7 +85,7 @@ def one_pass(job: Job) -> Pass:
 def _reading(job: Job, card: Gpu, again: float) -> float:
     """Seconds of reading the weights once a pass."""
     held = job.shape.n_active * job.weight_bits / 8 * (2 if job.master else 1)
-    return held * (2 + again) / card.bandwidth_bytes_s / job.divided
+    return held * (2 + again) / card.bandwidth_bytes_s / job.spread.sample
 
 
 def _of_scores(job: Job) -> str:
@@ -94,13 +97,15 @@ def _exchange(job: Job) -> float:
     """Seconds of gathering shards of weights and spreading gradients, a pass."""
     if job.gpus == 1:
         return 0.0
-    shape = job.shape
-    sent = shape.n_params * 2.0 / (job.ways("TP") * job.ways("PP"))
-    whole = re.search(r"fsdp|zero-?3|shard", job.sharding, re.IGNORECASE)
-    rounds = (3.0 if job.method == "full" else 2.0) if whole else 2.0 / job.grad_accum if job.method == "full" else 0.0
+    shape, spread = job.shape, job.spread
+    sent = shape.n_params * 2.0 / (spread.tensor * spread.pipeline)
+    if spread.gathers:
+        rounds = 3.0 if job.method == "full" else 2.0
+    else:
+        rounds = 2.0 / job.grad_accum if job.method == "full" else 0.0
     seconds = sent * rounds / (LINK if job.gpus <= NODE else NETWORK)
-    if (ways := job.ways("TP")) > 1:  # hidden states, four times a layer in each direction
-        hidden = job.mean_tokens * shape.width * 2.0 * shape.layers / job.ways("PP")
+    if (ways := spread.tensor) > 1:  # hidden states, four times a layer in each direction
+        hidden = job.mean_tokens * shape.width * 2.0 * shape.layers / spread.pipeline
         seconds += 8 * hidden * (ways - 1) / ways / ways / LINK
     return seconds
 
@@ -108,5 +113,5 @@ def _exchange(job: Job) -> float:
 def _traffic(job: Job, card: Gpu, again: float) -> float:
     """Seconds of what waits for memory: unpacking weights of few bits, and the optimiser."""
     unpacked = job.shape.n_params * 3.0 * (2 + again) if job.weight_bits < 16 else 0.0
-    stepped = trained_params(job) / job.shards * 16.0 / job.grad_accum
+    stepped = trained_params(job) / job.spread.states * 16.0 / job.grad_accum
     return (unpacked + stepped) / card.bandwidth_bytes_s

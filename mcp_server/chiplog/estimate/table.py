@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from chiplog.errors import NotFoundError, RecordError
-from chiplog.estimate.job import ALL_LINEAR, Checkpointing, Job, MemoryKind, Method, Target, style
+from chiplog.estimate.job import ALL_LINEAR, Checkpointing, Job, MemoryKind, Method, Target, spread, style
 from chiplog.estimate.shapes import find
 from chiplog.schema import plain_errors
 
@@ -102,73 +102,103 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 def job_of(row: Row) -> Job:
     """The job that a row describes.
 
-    Raises NotFoundError, whose words are the reason, where the model's shape is not known or a size is missing.
+    Raises NotFoundError, whose words are the reason, where the model's shape is not known, or the method or a size is
+    missing.
     """
     shape = find(row.model)
     if shape is None:
         raise NotFoundError(f"unknown architecture: {row.model}")
-    words = f"{row.notes} {row.optimizer} {row.sharding}".lower()
     unsure = [name for name in ("micro_batch", "seq_len", "act_ckpt") if getattr(row, name) is None]
-    method = _method(row.method)
     if {"micro_batch", "seq_len"} <= set(unsure):
         raise NotFoundError("neither batch nor length is stated")
-    packed, framework = row.packed is True, row.framework or "unknown"
-    four_bit = method == "qlora" or "4bit" in row.quant or "nf4" in row.quant
-    eight_bit = "8bit" in row.quant or "int8" in row.quant
-    plain_peft = style(framework) == "transformers" and "axolotl" not in framework.lower()
-    upcasts = four_bit and plain_peft and not re.search(r"accelerated|gptq|awq", words + row.quant)
-    micro_batch = round(row.micro_batch or 2)
-    longest, mean = _lengths(round(row.seq_len or 512), micro_batch, packed, words)
+    method, framework = _method(row), row.framework or "unknown"
+    code = style(framework)
+    targets = _targets(row.lora_targets.lower(), method)
+    if not targets:
+        unsure.append("lora_targets")
+        targets = USUAL_TARGETS if code == "transformers" else ALL_LINEAR
+    words, dtype = f"{row.notes} {row.optimizer} {row.sharding}".lower(), row.dtype.lower()
+    plain_peft = code == "transformers" and "axolotl" not in framework.lower()
+    bits = 4 if method == "qlora" else _bits(row.quant.lower())
+    by_hand = re.search(r"accelerated|gptq|awq", f"{words} {row.quant.lower()}")
+    packed, micro_batch = row.packed is True, round(row.micro_batch or 2)
+    alone = re.search(r"single[- ](?:gpu|device)", words)
+    gpus = 1 if alone else round(row.n_gpus or 1)
+    data = _data(words)
+    longest, mean = _lengths(round(row.seq_len or 512), micro_batch, packed, words, data)
     return Job(
-        framework=framework, model=row.model.lower(), shape=shape, method=method,
-        rank=round(row.lora_rank or 16) or 1, targets=_targets(row.lora_targets.lower(), method, framework),
-        dtype=_dtype(row.dtype),
-        master=_keeps_fp32(row.dtype, method == "full" and plain_peft),
-        weight_bits=4 if four_bit else 8 if eight_bit else 16, upcast=upcasts,
+        framework=framework, model=row.model.lower(), shape=shape,
+        method=method, dora=_says("q?dora", f"{row.method} {words}"), rank=round(row.lora_rank or 16) or 1,
+        targets=targets, dtype=_dtype(dtype), master=method == "full" and _keeps_fp32(dtype, plain_peft, code == "own"),
+        weight_bits=bits, upcast=bits == 4 and plain_peft and not by_hand,
         micro_batch=micro_batch, grad_accum=round(row.grad_accum or 1),
         seq_len=longest, mean_len=mean, packed=packed,
         checkpointing=_checkpointing(row.act_ckpt, framework),
-        offload=bool(re.search(r"offload(?:ing)?=true|\+ activation offload", words)),
-        loss=_loss(words, framework), compile=row.compile is True or "compile" in words,
-        attention="eager" if re.search(r"\beager\b", row.attn) or framework == "HF" else "flash",
-        optimizer=_optimizer(row.optimizer),
-        in_backward=bool(re.search(r"optimizer_in_bwd=true|optimizer in bwd", words)),
-        dropout=style(framework) in ("transformers", "litgpt"), gpu=row.gpu or None, gpus=round(row.n_gpus or 1),
-        sharding=row.sharding, memory_kind=_memory_kind(row.mem_kind or "allocated"),
-        data=re.split(r"[;,(]", row.notes)[0][:24].lower(), unsure=tuple(unsure),
+        offload=_says(r"activation[_ ]offload(?:ing)?|offload_activations", words),
+        loss=_loss(words, framework), attention=_attention(f"{row.attn} {framework}".lower()),
+        expert_loop=code == "transformers" and not re.search(r"scattermoe|megablocks|grouped|sonicmoe", words),
+        compile=row.compile is True or _says(r"(?:torch[._])?compiled?", words),
+        optimizer=_optimizer(row.optimizer.lower()),
+        in_backward=_says(r"optimizer_in_bwd|optimizer in (?:bwd|backward)|optimizer step into backward", words),
+        dropout=code in ("transformers", "litgpt"), gpu=row.gpu or None, gpus=gpus,
+        sharding=_sharding(row.sharding, framework, gpus),
+        memory_kind=_memory_kind(row.mem_kind.lower() or "allocated"), data=data or "", unsure=tuple(unsure),
     )  # fmt: skip
 
 
-def _method(text: str) -> Method:
-    if "full" in text:
+def _says(form: str, words: str) -> bool:
+    """Whether words name a setting, but for those that switch it off: `compile=False`, `no compile`."""
+    switched = rf"(?<![a-z])(no[t ]? ?|without )?(?:{form})(?![a-z])(?:\s*[=:]\s*(\w+))?"
+    found = re.findall(switched, words.lower())
+    return any(not off and value not in OFF for off, value in found)
+
+
+OFF = ("false", "no", "none", "off", "0")
+
+
+def _method(row: Row) -> Method:
+    text = re.sub(r"[^a-z0-9]", "", row.method.lower())
+    if not text:
+        raise NotFoundError("the method is not stated")
+    if "full" in text or text in ("sft", "pretrain", "pretraining"):
         return "full"
-    return "lora" if text == "lora" else "qlora" if text == "qlora" else "adapter"
+    if text in ("qlora", "qdora", "lora4bit", "qalora"):
+        return "qlora"
+    return "lora" if text in ("lora", "dora", "rslora") else "adapter"
 
 
+ATTENTION = r"self_attn|\battention\b"  # its four layers
+USUAL_TARGETS: frozenset[Target] = frozenset({"q", "v"})  # PEFT's own choice
 _TARGETS: tuple[tuple[Target, str], ...] = (
-    ("q", r"q_proj|query|c_attn|\bq\b|\|q\|"), ("k", r"k_proj|key|c_attn|\bk\b|\|k\|"),
-    ("v", r"v_proj|value|c_attn|\bv\b|\|v\|"), ("o", r"o_proj|output_proj|projection|c_proj|\bo\b|\|o\)"),
-    ("mlp", r"up_proj|gate_proj|down_proj|mlp|fc\d|w1|\bup\b|\|up"), ("head", r"(?<!_)head(?!_)"),
+    ("q", rf"q_proj|query|c_attn|qkv|\bq\b|{ATTENTION}"), ("k", rf"k_proj|key|c_attn|qkv|\bk\b|{ATTENTION}"),
+    ("v", rf"v_proj|value|c_attn|qkv|\bv\b|{ATTENTION}"),
+    ("o", rf"o_proj|output_proj|projection|c_proj|\bo\b|{ATTENTION}"),
+    ("mlp", r"(?:up|gate|down)_proj|mlp|feed_forward|fc\d|\bw[123]\b|\b(?:up|gate|down)\b"), ("head", r"head\b"),
 )  # fmt: skip
 
 
-def _targets(text: str, method: Method, framework: str) -> frozenset[Target]:
+def _targets(text: str, method: Method) -> frozenset[Target]:
+    """What is adapted or trained; empty where that is not stated or cannot be read."""
     if method == "full":
         return ALL_LINEAR
-    if not text:  # what the program takes by itself
-        return frozenset({"q", "v"}) if style(framework) == "transformers" else ALL_LINEAR
-    if "all" in text:
+    if re.search(r"\ball\b|all[-_]linear", text):
         return ALL_LINEAR
     adapted, _, trained = text.partition("+ trainable")
-    found: set[Target] = {name for name, form in _TARGETS if re.search(form, adapted)}
-    if trained:
+    listed = re.sub(r"\.\(([^)]*attn[^)]*)\)\.", ".", adapted)  # of a pattern, the modules whose layers are then named
+    found: set[Target] = {name for name, form in _TARGETS if re.search(form, listed)}
+    if trained or re.search(r"embed_tokens|\bwte\b", adapted):
         found.add("embedding")
     return frozenset(found)
 
 
+def _bits(quant: str) -> Literal[4, 8, 16]:
+    if re.search(r"4[- _]?bit|nf4|int4|\bw4", quant):
+        return 4
+    return 8 if re.search(r"8[- _]?bit|int8", quant) else 16
+
+
 def _dtype(text: str) -> Literal["bf16", "fp16", "fp32", "fp8"]:
-    text = text.lower()
-    if "8" in text and ("fp8" in text or "float8" in text):
+    if "fp8" in text or "float8" in text:
         return "fp8"
     if "bf16" in text or "bfloat16" in text:
         return "bf16"
@@ -182,40 +212,65 @@ LENGTHS = {
 }  # fmt: skip
 
 
-def _lengths(limit: int, micro_batch: int, packed: bool, words: str) -> tuple[int, float | None]:
-    """Tokens of the longest sample, of at most `limit`, and of a mean one, as far as a row names its data."""
-    stated = re.search(r"mean tokens/step (\d+)", words)
-    mean, longest = next((lengths for name, lengths in LENGTHS.items() if name in words), (None, limit))
-    if packed or mean is None:
-        return limit, None
-    return min(limit, longest), min(limit, int(stated[1]) / micro_batch if stated else mean)
+def _data(words: str) -> str | None:
+    """The public data set that the words name."""
+    return next((name for name in LENGTHS if name in words), None)
 
 
-def _keeps_fp32(dtype: str, trains_all: bool) -> bool:
-    """Whether weights stay in fp32: autocast, which is what the flag `bf16` of a trainer of all weights asks for."""
-    return "amp" in dtype or "mixed" in dtype or (trains_all and dtype in ("bf16", "fp16"))
+def _lengths(limit: int, micro_batch: int, packed: bool, words: str, data: str | None) -> tuple[int, float | None]:
+    """Tokens of the longest sample, of at most `limit`, and of a mean one, as far as a row says."""
+    mean, longest = LENGTHS[data] if data else (None, limit)
+    if stated := re.search(r"mean tokens/step (\d+)", words):
+        mean = int(stated[1]) / micro_batch
+    return (limit, None) if packed or mean is None else (min(limit, longest), min(limit, mean))
+
+
+def _keeps_fp32(dtype: str, plain_peft: bool, own: bool) -> bool:
+    """Whether a job that trains all weights keeps them in fp32: mixed precision, which is what a trainer's flag `bf16`
+    asks for, and what programs for pretraining do."""
+    if re.search(r"true|pure|32", dtype):
+        return False
+    return own or "amp" in dtype or "mixed" in dtype or (plain_peft and dtype in ("bf16", "fp16"))
 
 
 def _checkpointing(value: bool | str | None, framework: str) -> Checkpointing:
     if value is None:
-        return "none" if style(framework) == "litgpt" else "full"
+        return "none" if style(framework) in ("litgpt", "own") else "full"
+    if isinstance(value, str):
+        value = value.lower()
+        value = {"true": True, "yes": True, "false": False, "no": False, "none": False, "off": False}.get(value, value)
     return "full" if value is True or value == "full" else "selective" if value else "none"
 
 
+def _attention(words: str) -> Literal["usual", "flash", "eager"]:
+    if _says("eager", words):
+        return "eager"
+    return "flash" if re.search(r"flash|\bfa[23]?\b|xformers", words) else "usual"
+
+
 def _loss(words: str, framework: str) -> Literal["plain", "fused", "chunked"]:
-    if re.search(r"chunked ce=true|chunked cross|liger|cut cross", words):
+    if _says(r"chunked ce|chunked cross[_ -]entropy|liger[a-z_]*|cut[_ -]cross[_ -]entropy|cce", words):
         return "chunked"
-    fused = re.search(r"\bfoak\b|-foak|fast-kernels|fused cross", words) or style(framework) == "unsloth"
-    return "fused" if fused else "plain"
+    if style(framework) == "unsloth" or re.search(r"foundry|composer", framework.lower()):
+        return "fused"
+    return "fused" if _says(r"(?:[\w]+-)*foak(?:-\w+)*|fast[_-]kernels|fused[_ ]cross[_ ]?entropy", words) else "plain"
+
+
+def _sharding(text: str, framework: str, gpus: int) -> str:
+    """How the model is spread; NeMo divides an optimiser's states where nothing else does."""
+    divided = spread(text, gpus)
+    if "nemo" in framework.lower() and divided.states == divided.tensor * divided.pipeline:
+        return f"{text} distributed optimizer".strip()
+    return text
 
 
 def _optimizer(text: str) -> Literal["adamw", "adamw8bit", "paged", "sgd"]:
-    text = text.lower()
-    return "paged" if "paged" in text else "adamw8bit" if "8bit" in text else "sgd" if "sgd" in text else "adamw"
+    if "paged" in text:
+        return "paged"
+    return "adamw8bit" if re.search(r"8[-_ ]?bit", text) else "sgd" if "sgd" in text else "adamw"
 
 
 def _memory_kind(text: str) -> MemoryKind:
-    text = text.lower()
     if "alloc" in text or "active" in text:
         return "allocated"
-    return "reserved" if "reserved" in text or text == "peak" else "card"
+    return "card" if re.search(r"gpu|vram|card|smi|used|device", text) and "reserved" not in text else "reserved"

@@ -28,9 +28,15 @@ def training_steps(config: Config, lengths: Sequence[int], n_rows: int, longest:
     )
 
 
-def workload(run: Run, trained: Steps | None, n_eval: int) -> Workload:
-    """From its steps, null for a control, and the rows of the split that is scored."""
-    n_eval = min(n_eval, run.config["eval_limit"] or n_eval)
-    if trained is None:
-        return Workload(steps=0, tokens=0, eval_samples=n_eval)
-    return Workload(steps=trained.total, tokens=trained.tokens, eval_samples=n_eval)
+def workload(run: Run, trained: Steps | None, n_eval: int, prompt_tokens: float = 0.0) -> Workload:
+    """From its steps, null for a control, and the rows of the split that is scored with their mean prompt's tokens."""
+    config = run.config
+    n_eval = min(n_eval, config["eval_limit"] or n_eval)
+    return Workload(
+        steps=trained.total if trained else 0,
+        tokens=trained.tokens if trained else 0,
+        eval_samples=n_eval,
+        eval_batch_size=config.get("eval_batch_size") or 1,
+        new_tokens=config.get("max_new_tokens") or 0,
+        prompt_tokens=prompt_tokens,
+    )

@@ -49,6 +49,8 @@ class Step(Written):
     step: Count = Field(ge=1, description="Its number, from 1.")
     loss: float = Field(description="Its loss.")
     tokens: Count = Field(description="Tokens of its batch, padding left out.")
+    padded_tokens: Count | None = Field(default=None, description="With padding, the same.")
+    longest_pass_tokens: Count | None = Field(default=None, description="Tokens of its longest forward pass, padded.")
     seconds: Seconds = Field(description="Seconds that it took.")
     peak_mem_bytes: Count = Field(description="Largest memory so far.")
     mem_kind: MemKind = Field(description="What that counts.")
@@ -121,6 +123,7 @@ def train_usage(events: Sequence[Event]) -> Usage:
     # Where not every step is logged, those that are stand for the others.
     share = done / len(steps) if steps else 0.0
     train_s, tokens = sum(seconds) * share, sum(step.tokens for step in steps) * share
+    padded = [step.padded_tokens for step in steps if step.padded_tokens is not None]
     return Usage(
         device=starts[-1].device,
         resumed=len(starts) > 1,
@@ -130,6 +133,8 @@ def train_usage(events: Sequence[Event]) -> Usage:
         steps=done,
         steps_planned=starts[-1].total_steps,
         tokens=round(tokens) if steps else None,
+        padded_tokens=round(sum(padded) * share) if padded and len(padded) == len(steps) else None,
+        longest_pass_tokens=max((step.longest_pass_tokens or 0 for step in steps), default=0) or None,
         steps_per_s=1 / pace if pace else None,
         tokens_per_s=tokens / train_s if train_s else None,
         peak_mem_bytes=max((step.peak_mem_bytes for step in steps), default=None),

@@ -14,7 +14,7 @@ from chiplog.ledger.parse import parse_log
 from chiplog.record import Record
 
 COMMAND = "sacct"
-FIELDS = "JobID,JobIDRaw,State,Elapsed,Start,End,ExitCode,MaxRSS,AllocTRES"
+FIELDS = "JobID,JobIDRaw,State,Elapsed,Timelimit,Start,End,ExitCode,MaxRSS,AllocTRES"
 MOST = 500  # jobs that are asked for at once
 PATIENCE_S = 60
 LATE_S = 3600  # a log may be written to, or touched, for so long after its job

@@ -171,12 +171,15 @@ class Ledger:
         self, equal: Mapping[str, Any], *, like: Mapping[str, str] | None = None, since: str | None = None,
         until: str | None = None, sort: str = "-started", limit: int | None = None, offset: int = 0,
     ) -> tuple[list[Record], int]:  # fmt: skip
-        """A page of the records that match, and how many match in all. Raises RecordError for an unknown column."""
+        """A page of the records that match (null: of those that have none), and how many match in all.
+
+        Raises RecordError for an unknown column.
+        """
         column = sort.removeprefix("-")
         for name in [*equal, *(like or {}), column]:
             if name not in COLUMNS:
                 raise RecordError(f"runs cannot be searched by {name!r}: choose from {', '.join(COLUMNS)}")
-        parts = [f"{name} = ?" for name in equal] + [f"{name} LIKE ? ESCAPE '\\'" for name in like or {}]
+        parts = [f"{name} IS ?" for name in equal] + [f"{name} LIKE ? ESCAPE '\\'" for name in like or {}]
         values = [*equal.values(), *(f"%{_literal(text)}%" for text in (like or {}).values())]
         for bound, operator in ((since, ">="), (until, "<")):
             if bound:

@@ -94,6 +94,8 @@ def _sacct(log: LogReader) -> list[Draft]:
         if step:
             continue
         draft.set("elapsed_s", seconds(cells.get("Elapsed")), found)
+        limit = seconds(cells.get("Timelimit"))  # null for UNLIMITED and Partition_Limit
+        draft.set("time_limit_s", round(limit) if limit and 1 <= limit < LARGEST else None, found)
         ended(draft, cells.get("State", ""), found)
         draft.set("started", _time(cells.get("Start")))
         draft.set("ended", _time(cells.get("End")))

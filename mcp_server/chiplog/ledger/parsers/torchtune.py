@@ -134,12 +134,23 @@ def _config(draft: Draft, span: Span) -> None:
         draft.set("method", "lora")
     elif isinstance(model, dict):
         draft.set("method", "full")
+    draft.set("lora_targets", _targets(model if isinstance(model, dict) else values))
     dataset, tokenizer = values.get("dataset"), values.get("tokenizer")
     if isinstance(dataset, dict):
         draft.set("packed", dataset.get("packed"))
     if isinstance(tokenizer, dict):
         draft.set("max_seq_len", tokenizer.get("max_seq_len"))
     draft.default("max_seq_len", values.get("max_seq_len"))
+
+
+def _targets(values: dict) -> list[str] | None:
+    """The matrices that have adapters, in this project's names; null where that is not said."""
+    if isinstance(values.get("lora_targets"), list):
+        return values["lora_targets"]
+    if not isinstance(values.get("lora_attn_modules"), list):
+        return None
+    mlp = ["gate_proj", "up_proj", "down_proj"] if values.get("apply_lora_to_mlp") else []
+    return [str(name).replace("output_proj", "o_proj") for name in values["lora_attn_modules"]] + mlp
 
 
 def _yaml(text: bytes) -> dict:

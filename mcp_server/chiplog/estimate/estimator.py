@@ -1,0 +1,247 @@
+"""What a run will need: its time by terms, its peak against the card, and what follows for the job that asks for it.
+
+Where runs of the same configuration are on record, they alone speak. Else the training's time and peak are those of
+the physics, shifted by all that is on record (forecast.py); start-up, checkpoints and evaluation are those of near
+runs. What nothing is known of is named and not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
+
+from chiplog.errors import ChiplogError
+from chiplog.estimate import forecast, memory, speed
+from chiplog.estimate.batch import largest_batch
+from chiplog.estimate.effects import Effects
+from chiplog.estimate.evidence import measured, shipped
+from chiplog.estimate.forecast import Measured, Quantity
+from chiplog.estimate.gpus import Gpu
+from chiplog.estimate.guess import Guess, spread_about, total
+from chiplog.estimate.history import History
+from chiplog.estimate.job import Job
+from chiplog.estimate.jobs import HERE, measured_run
+from chiplog.estimate.model import RISK, RunEstimate, Term, TermName, Workload
+from chiplog.plan import Run
+from chiplog.record import Record
+
+FITS = 0.95  # share of such runs that must fit for a micro-batch to be recommended
+FORWARD = {"full": 1 / 3}  # of a pass; 1 / 2 where what is frozen has no gradient
+SLACK_S = 600  # a time limit's allowance for each term that nothing is known of
+HOST_BYTES = 4 * 2**30  # of Python, torch and CUDA in a process
+GROWS: dict[TermName, str] = {
+    "start-up": "the model's size and the disk",
+    "training": "passes, tokens and layers",
+    "validation": "its passes, forward only",
+    "checkpoints": "how many, and what is trained",
+    "evaluation start-up": "the model's size and the disk",
+    "evaluation": "samples, tokens of an answer and layers",
+}
+
+
+class Known(NamedTuple):
+    """All that is on record of peaks and of the time of passes."""
+
+    memory: Effects
+    passes: Effects
+    own: tuple[Measured, ...]  # of the ledger
+
+    def of(self, quantity: Quantity) -> Effects:
+        return self.memory if quantity == "memory" else self.passes
+
+
+class Place(NamedTuple):
+    """A card to run on, and what an hour of it costs."""
+
+    card: Gpu
+    known: Known
+    price: float | None = None
+
+
+@cache
+def background() -> tuple[Measured, ...]:
+    """The shipped runs."""
+    found = []
+    for row in shipped():
+        try:
+            found.append(measured(row))
+        except ChiplogError:
+            continue
+    return tuple(found)
+
+
+def learn(records: Iterable[Record], only: Gpu | None = None) -> Known:
+    """What the shipped runs and those of a ledger show; `only` is the one card there is, for logs that name none."""
+    own = tuple(run for record in records if (run := measured_run(record, only)))
+    return Known(forecast.effects("memory", background(), own), forecast.effects("pass", background(), own), own)
+
+
+def guess(quantity: Quantity, job: Job, known: Known) -> Guess:
+    """Bytes of the peak, or seconds of a pass: the physics, shifted by what is known."""
+    told, fit = forecast.forecast(quantity, job, HERE, known.of(quantity)), forecast.fitted(quantity)
+
+    def score(share: float) -> float:
+        low, high = forecast.scores(fit, told.near, abs(2 * share - 1))
+        return low if share < 0.5 else high
+
+    is_own = not {run.source for run in known.own}.isdisjoint(told.evidence)
+    return Guess(
+        value=told.value,
+        quantile=spread_about(told.value, told.spread, score),
+        basis="scaled" if is_own else "physics",
+        evidence=tuple(dict.fromkeys(told.evidence)),
+        coverage=forecast.COVERAGE,
+    )
+
+
+def estimate_run(
+    run: Run, work: Workload, records: Sequence[Record], job: Job | None = None, place: Place | None = None
+) -> RunEstimate:
+    """Of `run`, from the records of the device that it will run on; `job` is its training, `place` its card.
+
+    Without them, records alone speak, and what they do not hold is null.
+    """
+    history = History(run, work, records)
+    return estimate_job(job, work, place, history, trains=run.kind != "control", gpus=run.resources.gpus)
+
+
+def estimate_job(
+    job: Job | None, work: Workload, place: Place | None, history: History | None = None, *, trains: bool, gpus: int
+) -> RunEstimate:
+    """Of a job on a card, or from the history of runs like it. One that does not train only evaluates."""
+    terms = _terms(job, work, place, history.terms() if history else {}, trains)
+    whole = history and history.elapsed()
+    elapsed = whole or _sum(terms)
+    missing = [name for name, part in terms.items() if part is None] if elapsed and not whole else []
+    peak, kind = history.peak() if history else (None, None)
+    if peak is None and place and job and trains:
+        peak, kind = guess("memory", job, place.known), job.memory_kind
+    hours = elapsed.value * gpus / 3600 if elapsed and gpus else None
+    found = RunEstimate(
+        elapsed=elapsed and elapsed.estimate(),
+        peak_mem=peak and peak.estimate(),
+        mem_kind=kind,
+        terms=[] if whole or not elapsed else [_term(name, part) for name, part in terms.items()],
+        time_limit_s=elapsed and time_limit(elapsed, len(missing)),
+        gpu_hours=hours,
+        cost=hours * place.price if hours is not None and place and place.price is not None else None,
+        host_mem_bytes=host_memory(job) if job else None,
+        disk_bytes=disk(job) if job and trains else 0 if job else None,
+        notes=[f"not counted, since no run on this device tells of it: {', '.join(missing)}"] if missing else [],
+    )
+    return found.model_copy(update=_on_card(job, place)) if place and job and trains else found
+
+
+def time_limit(elapsed: Guess, unknown: int = 0) -> int:
+    """Seconds, in full minutes, that a share RISK of such runs would exceed; more for terms that are not counted."""
+    return 60 * math.ceil((elapsed.quantile(1 - RISK) + unknown * SLACK_S) / 60)
+
+
+def host_memory(job: Job) -> int:
+    """Bytes of host memory to ask for: the weights as they are read and as they are moved, and the process."""
+    return round(2 * job.shape.n_params * 2) + HOST_BYTES
+
+
+def disk(job: Job) -> int:
+    """Bytes of the last checkpoint, of the next while it is written, and of what is trained, as it is kept."""
+    size = memory.adapter_bytes(job) if job.method != "full" else 2
+    trained = memory.trained_params(job)
+    states = {"adamw": 2, "adamw8bit": 1, "paged": 1, "sgd": 0}[job.optimizer]
+    return round(trained * size * (2 * (1 + states) + 1))
+
+
+def largest_micro_batch(job: Job, place: Place, choices: Iterable[int]) -> int | None:
+    """The largest of these micro-batches of which a share FITS would fit the card; None: not one."""
+    capacity = place.card.memory_bytes
+    same = [
+        (run.job.micro_batch, run.peak_bytes)
+        for run in place.known.own
+        if run.peak_bytes and run.job.memory_kind == "reserved" and _but_batch(run.job) == _but_batch(job)
+    ]
+    if len({batch for batch, _ in same}) > 1 and (most := largest_batch(same, capacity)):
+        return max((size for size in choices if size <= most), default=None)
+    for size in sorted(choices, reverse=True):
+        wanted = job.model_copy(update={"micro_batch": size, "memory_kind": "reserved"})
+        if guess("memory", wanted, place.known).quantile(FITS) <= capacity:
+            return size
+    return None
+
+
+def evaluation(job: Job, work: Workload, passing: Guess) -> Guess:
+    """Seconds of generating answers, from the physics: a forward pass over prompts, then one for every new token.
+
+    All answers are taken to be as long as they may be. No public run tells of it: it is twice as unsure as training.
+    """
+    rounds = math.ceil(work.eval_samples / work.eval_batch_size)
+    prompts = job.model_copy(
+        update={
+            "micro_batch": work.eval_batch_size,
+            "seq_len": max(1, round(work.prompt_tokens)),
+            "mean_len": max(1.0, work.prompt_tokens),
+            "checkpointing": "none",
+        }
+    )
+    token = prompts.model_copy(update={"seq_len": 1, "mean_len": 1.0})
+    seconds = rounds * _forward(job) * (speed.one_pass(prompts).total + work.new_tokens * speed.one_pass(token).total)
+    return Guess(
+        value=seconds,
+        quantile=lambda share: seconds * (passing.quantile(share) / passing.value) ** 2,
+        basis="physics",
+        evidence=passing.evidence,
+        assumed=(f"every answer has {work.new_tokens} tokens",),
+    )
+
+
+def _terms(
+    job: Job | None, work: Workload, place: Place | None, known: Mapping[TermName, Guess], trains: bool
+) -> dict[TermName, Guess | None]:
+    """The parts of its time; None for one that nothing is known of."""
+    names: list[TermName] = []
+    names.extend(("start-up", "training", "checkpoints") if trains else ())
+    names.extend(("evaluation start-up", "evaluation") if work.eval_samples else ())
+    found: dict[TermName, Guess | None] = {name: known.get(name) for name in names}
+    if place and job:
+        passing = guess("pass", job, place.known)
+        if trains:
+            found["training"] = passing.times(work.steps * job.grad_accum)
+            if work.validation_passes:
+                found["validation"] = passing.times(work.validation_passes * _forward(job))
+        if work.eval_samples and found["evaluation"] is None:
+            found["evaluation"] = evaluation(job, work, passing)
+    return found
+
+
+def _forward(job: Job) -> float:
+    """The share of a pass that goes forward."""
+    return FORWARD.get(job.method, 1 / 2)
+
+
+def _term(name: TermName, part: Guess | None) -> Term:
+    return Term(name=name, elapsed=part and part.estimate(), grows_with=GROWS[name])
+
+
+def _sum(terms: Mapping[TermName, Guess | None]) -> Guess | None:
+    """Of the terms that are known; None where training or evaluation is not."""
+    if any(guess is None for name, guess in terms.items() if name in ("training", "evaluation")):
+        return None
+    return total([guess for guess in terms.values() if guess])
+
+
+def _on_card(job: Job, place: Place) -> dict[str, object]:
+    """Whether the card holds it, and the largest micro-batch that it would, with the same effective batch."""
+    reserved = guess("memory", job.model_copy(update={"memory_kind": "reserved"}), place.known)
+    batch = job.micro_batch * job.grad_accum  # of each card
+    micro = largest_micro_batch(job, place, [size for size in range(1, batch + 1) if batch % size == 0])
+    return {
+        "reserved_mem": reserved.estimate(),
+        "capacity_bytes": place.card.memory_bytes,
+        "out_of_memory": reserved.risk(place.card.memory_bytes),
+        "micro_batch_size": micro,
+        "grad_accum": batch // micro if micro else None,
+    }
+
+
+def _but_batch(job: Job) -> Job:
+    return job.model_copy(update={"micro_batch": 1, "grad_accum": 1, "mean_len": None, "data": "", "gpu": None})

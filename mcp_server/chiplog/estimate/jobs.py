@@ -1,0 +1,190 @@
+"""Runs of this ledger and of a plan as jobs: the settings that decide memory and time, read from either."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from chiplog.errors import ChiplogError, NotFoundError, PlanError
+from chiplog.estimate.forecast import Measured
+from chiplog.estimate.gpus import Gpu, gpu
+from chiplog.estimate.history import name_of
+from chiplog.estimate.job import ALL_LINEAR, Job, MemoryKind, Method, Target
+from chiplog.estimate.shapes import Shape, find, known_as, shape_of
+from chiplog.estimate.tokens import Steps
+from chiplog.plan import Config
+from chiplog.record import Record, State
+
+HERE = "this ledger"  # the place of its runs, as a suite is that of a table's
+TARGETS: dict[str, Target] = {
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "output_proj": "o",
+    "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
+}  # fmt: skip
+METHODS: dict[str, Method] = {"full": "full", "lora": "lora", "dora": "lora", "qlora": "qlora"}
+KINDS: dict[str, MemoryKind] = {
+    "allocated": "allocated", "active": "allocated", "reserved": "reserved", "whole_card": "card",
+}  # fmt: skip
+
+
+def shape_at(model: str) -> Shape:
+    """The shape of a model by its folder, its config.json, or its name in the catalogue.
+
+    Raises NotFoundError for a name or an architecture that is not known, PlanError for a config.json that is wrong.
+    """
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.suffix == ".json":
+        try:
+            return _shape_in(str(path), path.stat().st_mtime_ns)
+        except OSError as error:
+            raise NotFoundError(
+                f"{path} cannot be read: {error.strerror}. Name the model's folder or its name"
+            ) from error
+    if shape := find(_bare(model)):
+        return shape
+    raise NotFoundError(
+        f"the model {model!r} is no folder and not in the catalogue of published shapes: "
+        "give the folder that holds its config.json, or a name such as meta-llama/Llama-3.2-1B"
+    )
+
+
+@lru_cache(maxsize=512)
+def _shape_in(path: str, _: int) -> Shape:
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{path} is not JSON ({error}): download it again") from error
+    if not isinstance(config, Mapping):
+        raise PlanError(f"{path} is no JSON object: download it again")
+    try:
+        return shape_of(config)
+    except (NotFoundError, PlanError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def job_of_config(
+    config: Mapping[str, Any], *, model: str, framework: str, method: str | None, card: Gpu | None, gpus: int,
+    seq_len: int, mean_len: float, memory_kind: MemoryKind = "allocated",
+) -> Job:  # fmt: skip
+    """A job with these settings. `seq_len` and `mean_len`: tokens of the longest and the mean sample, padded.
+
+    Raises NotFoundError, whose words are the reason, where the model's shape is not known or the batch is not stated.
+    """
+    micro, accum = _batch(config, gpus)
+    own = framework == "torchtune"
+    kind = method or ("lora" if config.get("lora_rank") else "full")
+    dtype: dict[str, Literal["bf16", "fp16", "fp32"]] = {"fp32": "fp32", "fp16": "fp16"}
+    return Job(
+        framework=framework, model=known_as(_bare(model)) or Path(model).name.lower(), shape=shape_at(model),
+        method=METHODS.get(kind, "adapter"),
+        rank=_count(config.get("lora_rank")) or 16, targets=_targets(config.get("lora_targets")),
+        dtype=dtype.get(str(config.get("dtype")), "bf16"),
+        weight_bits=4 if kind == "qlora" else 16, micro_batch=micro, grad_accum=accum, seq_len=seq_len,
+        mean_len=mean_len, packed=config.get("packed") is True,
+        checkpointing="full" if config.get("activation_checkpointing") is True else "none",
+        loss="chunked" if own else "plain", compile=config.get("compile") is True,
+        optimizer="adamw", dropout=bool(config.get("lora_dropout")) or not own,
+        gpu=card.key if card else None, gpus=max(1, gpus), sharding="FSDP" if gpus > 1 else "",
+        memory_kind=memory_kind, data=Path(str(config.get("dataset") or "")).stem.lower(),
+    )  # fmt: skip
+
+
+def planned_job(config: Config, trained: Steps, *, card: Gpu, gpus: int) -> Job:
+    """The job of a run that is planned, from the lengths of its samples."""
+    samples = trained.micro_batch or 1
+    padded = trained.tokens_per_step_mean / max(1 - trained.padding_share, 1e-6)
+    return job_of_config(
+        {**config, "micro_batch_size": samples, "grad_accum": trained.grad_accum},
+        model=config["model"], framework="torchtune", method=None, card=card, gpus=gpus,
+        seq_len=max(1, -(-trained.tokens_longest_pass // samples)),
+        mean_len=max(1.0, padded / (samples * trained.grad_accum)),
+    )  # fmt: skip
+
+
+def control_job(config: Config, card: Gpu) -> Job:
+    """The model of a run that only evaluates, one token at a time."""
+    return job_of_config(
+        {**config, "micro_batch_size": 1}, model=config["model"], framework="transformers", method="full", card=card,
+        gpus=1, seq_len=1, mean_len=1.0,
+    )  # fmt: skip
+
+
+def measured_run(record: Record, only: Gpu | None) -> Measured | None:
+    """A run of the ledger as a measured one; None where it says nothing that can be compared.
+
+    `only` is the one card there is, taken for runs whose log names none.
+    """
+    usage, config = record.usage, record.config
+    card = _card(usage.device) if usage.device else only
+    if card is None or not record.model or (usage.gpus or 1) < 1:
+        return None
+    steps = (usage.steps or 0) - (usage.resumed_from or 0)
+    rate = steps / usage.train_s if usage.train_s and steps > 0 else usage.mean_steps_per_s or usage.steps_per_s
+    packed, limit = config.get("packed") is True, _count(config.get("max_seq_len"))
+    try:
+        micro, accum = _batch(config, usage.gpus or 1)
+    except NotFoundError:
+        return None
+    samples = steps * accum * micro * max(1, usage.gpus or 1)
+    if packed and limit:
+        longest, mean = limit, float(limit)
+    elif usage.longest_pass_tokens and usage.padded_tokens and samples > 0:
+        longest, mean = -(-usage.longest_pass_tokens // micro), usage.padded_tokens / samples
+    else:
+        return None  # lengths are not known: a step of it is no measure of another
+    kind = KINDS.get(usage.mem_kind or "")
+    ran_out = record.state is State.OUT_OF_MEMORY and record.oom is not None and record.oom.kind == "gpu"
+    try:
+        job = job_of_config(
+            config, model=record.model, framework=record.framework or "torchtune", method=record.method, card=card,
+            gpus=usage.gpus or 1, seq_len=max(1, longest), mean_len=max(1.0, mean),
+            memory_kind="reserved" if ran_out else kind or "allocated",
+        )  # fmt: skip
+    except ChiplogError:
+        return None
+    return Measured(
+        job=job,
+        place=HERE,
+        source=name_of(record),
+        peak_bytes=float(usage.peak_mem_bytes) if kind and usage.peak_mem_bytes and not ran_out else None,
+        pass_s=1 / rate / accum if rate else None,
+        above_bytes=((record.oom and record.oom.capacity_bytes) or card.memory_bytes) if ran_out else None,
+    )
+
+
+def _bare(model: str) -> str:
+    """A model's name without what torchtune's builders put before it: `lora_llama3_2_1b`."""
+    return re.sub(r"^q?lora_", "", model)
+
+
+def _card(device: str) -> Gpu | None:
+    try:
+        return gpu(device)
+    except NotFoundError:
+        return None
+
+
+def _batch(config: Mapping[str, Any], gpus: int) -> tuple[int, int]:
+    """Micro-batch and accumulation. Raises NotFoundError where no batch is stated."""
+    batch, micro = _count(config.get("batch_size")), _count(config.get("micro_batch_size"))
+    accum = _count(config.get("grad_accum"))
+    if micro is None and batch is None:
+        raise NotFoundError("the batch is not stated")
+    if micro is None:
+        micro = max(1, (batch or 1) // ((accum or 1) * max(1, gpus)))
+    return micro, accum or max(1, (batch or micro) // (micro * max(1, gpus)))
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _targets(value: Any) -> frozenset[Target]:
+    names = value if isinstance(value, list) else []
+    named: frozenset[Target] = frozenset(TARGETS[name] for name in names if name in TARGETS)
+    return named or ALL_LINEAR - {"k"}

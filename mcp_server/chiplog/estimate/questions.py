@@ -1,0 +1,176 @@
+"""Answers about one job: what it needs, why, what would change that; and what is the largest that fits, and where.
+
+"Fits" is always said with the same certainty: of a share FITS of such runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
+
+from chiplog.errors import PlanError
+from chiplog.estimate import memory, speed
+from chiplog.estimate.case import Case, CaseEstimate, Explanation, Fits, WhatIf
+from chiplog.estimate.estimator import FITS, Place, estimate_job, guess
+from chiplog.estimate.gpus import Gpu
+from chiplog.estimate.job import Job
+from chiplog.estimate.jobs import job_of_config
+from chiplog.estimate.model import Workload
+from chiplog.estimate.shapes import catalogue
+
+MOST = {"micro_batch": 4096, "seq_len": 1 << 20, "rank": 4096}
+
+
+def job_of(case: Case, card: Gpu) -> Job:
+    """The job of a case.
+
+    Raises NotFoundError for a model that is not known, PlanError for a batch that cannot be split as asked.
+    """
+    if case.batch_size % case.gpus:
+        raise PlanError(
+            f"batch_size {case.batch_size} cannot be split over {case.gpus} GPUs: take a multiple of {case.gpus}"
+        )
+    each = case.batch_size // case.gpus
+    micro = case.micro_batch_size or each
+    if each % micro:
+        divisors = ", ".join(str(size) for size in range(1, min(each, 10_000) + 1) if each % size == 0)
+        raise PlanError(
+            f"micro_batch_size {micro} does not divide the {each} samples of each GPU: take one of {divisors}, "
+            "or the effective batch would change"
+        )
+    mean = min(case.mean_len or case.seq_len, case.seq_len)
+    config = case.model_dump() | {"micro_batch_size": micro, "grad_accum": each // micro}
+    job = job_of_config(
+        config, model=case.model, framework=case.framework, method=case.method, card=card, gpus=case.gpus,
+        seq_len=case.seq_len, mean_len=case.seq_len if case.packed else mean,
+    )  # fmt: skip
+    return job.model_copy(update={"optimizer": case.optimizer})
+
+
+def estimate_case(case: Case, place: Place, cards: Sequence[Gpu], *, inverse: bool = True) -> CaseEstimate:
+    """What it would need on a card; with `inverse`, also what would fit there or on others of `cards`."""
+    job = job_of(case, place.card)
+    steps = case.steps or max(1, (case.samples or case.batch_size) // case.batch_size * case.epochs)
+    validation = -(-case.validation_samples // (job.micro_batch * case.gpus)) * case.validations
+    work = Workload(
+        steps=steps, tokens=None, eval_samples=case.eval_samples, eval_batch_size=case.eval_batch_size,
+        new_tokens=case.max_new_tokens, prompt_tokens=job.mean_tokens / job.micro_batch, validation_passes=validation,
+    )  # fmt: skip
+    found = estimate_job(job, work, place, trains=True, gpus=case.gpus)
+    step = guess("pass", job, place.known).times(job.grad_accum)
+    in_budget = None
+    if case.budget_gpu_hours:
+        rest = (found.elapsed.value if found.elapsed else 0.0) - step.value * steps
+        in_budget = max(0, int((case.budget_gpu_hours * 3600 / case.gpus - rest) / step.value))
+    return CaseEstimate(
+        case=case,
+        steps=steps,
+        step_s=step.value,
+        tokens_per_s=job.mean_tokens * job.grad_accum / step.value,
+        estimate=found,
+        explanation=explain(job, place),
+        fits=fits(job, place, cards) if inverse else None,
+        steps_in_budget=in_budget,
+    )
+
+
+def fits(job: Job, place: Place, cards: Iterable[Gpu]) -> Fits:
+    """What would fit where; `cards` are those that may be had."""
+    has_adapters = job.method in ("lora", "qlora")
+    return Fits(
+        micro_batch=largest(job, place, "micro_batch"),
+        seq_len=largest(job, place, "seq_len"),
+        rank=largest(job, place, "rank") if has_adapters else None,
+        model=largest_model(job, place),
+        gpu=smallest_card(job, place, cards),
+    )
+
+
+def largest(job: Job, place: Place, what: Literal["micro_batch", "seq_len", "rank"]) -> int | None:
+    """The largest value of a setting with which the job would fit; None: not one."""
+    return _last(MOST[what], lambda value: _holds(job.model_copy(update={what: value}), place, place.card.memory_bytes))
+
+
+def largest_model(job: Job, place: Place) -> str | None:
+    """The published model of most parameters that would fit in this job's place."""
+    by_size = sorted(catalogue().items(), key=lambda entry: -entry[1].n_params)
+    capacity = place.card.memory_bytes
+    for name, shape in by_size:
+        wanted = job.model_copy(update={"shape": shape, "model": name.rpartition("/")[2].lower()})
+        if memory.peak(wanted).weights < capacity and _holds(wanted, place, capacity):
+            return name
+    return None
+
+
+def smallest_card(job: Job, place: Place, cards: Iterable[Gpu]) -> str | None:
+    """The card of least memory that would hold the job."""
+    needed = guess("memory", job.model_copy(update={"memory_kind": "reserved"}), place.known).quantile(FITS)
+    enough = [card for card in cards if card.memory_bytes >= needed]
+    return min(enough, key=lambda card: (card.memory_bytes, card.key)).key if enough else None
+
+
+def explain(job: Job, place: Place) -> Explanation:
+    """Where the numbers come from."""
+    reserved = job.model_copy(update={"memory_kind": "reserved"})
+    moments = memory.moments(reserved)
+    moment = max(moments, key=lambda name: moments[name].total)
+    held, passing = moments[moment], speed.one_pass(job)
+    told, taken = guess("memory", reserved, place.known).value, guess("pass", job, place.known).value
+    shares = dict(zip(speed.PARTS, passing.shares(), strict=True))
+    return Explanation(
+        moment=moment,
+        memory_bytes={name: part * told / held.total for name, part in held._asdict().items() if part},
+        memory_factor=told / held.total,
+        pass_s={name: share * taken for name, share in shares.items() if share},
+        pass_factor=taken / passing.total,
+        step_s=taken * job.grad_accum,
+        what_if=[_what_if(words, changed, place) for words, changed in _changes(job)],
+    )
+
+
+def _changes(job: Job) -> list[tuple[str, Job]]:
+    changes: list[tuple[str, Mapping[str, object]]] = []
+    if job.micro_batch % 2 == 0:
+        half = {"micro_batch": job.micro_batch // 2, "grad_accum": job.grad_accum * 2}
+        changes.append((f"micro-batch {job.micro_batch // 2}, accumulation {job.grad_accum * 2}", half))
+    if job.grad_accum % 2 == 0:
+        double = {"micro_batch": job.micro_batch * 2, "grad_accum": job.grad_accum // 2}
+        changes.append((f"micro-batch {job.micro_batch * 2}, accumulation {job.grad_accum // 2}", double))
+    if job.checkpointing == "full":
+        changes.append(("activations kept", {"checkpointing": "none"}))
+    else:
+        changes.append(("activation checkpointing", {"checkpointing": "full"}))
+    if job.seq_len > 1:
+        mean = None if job.mean_len is None else min(job.mean_len, job.seq_len // 2)
+        changes.append(
+            (f"samples of at most {job.seq_len // 2} tokens", {"seq_len": job.seq_len // 2, "mean_len": mean})
+        )
+    if job.method == "lora":
+        changes.append(("4-bit weights (QLoRA)", {"method": "qlora", "weight_bits": 4}))
+    if job.method in ("lora", "qlora"):
+        changes.append((f"rank {job.rank * 2}", {"rank": job.rank * 2}))
+    return [(words, job.model_copy(update=change)) for words, change in changes]
+
+
+def _what_if(words: str, job: Job, place: Place) -> WhatIf:
+    reserved = guess("memory", job.model_copy(update={"memory_kind": "reserved"}), place.known)
+    step_s = guess("pass", job, place.known).value * job.grad_accum
+    return WhatIf(change=words, reserved_bytes=reserved.value, step_s=step_s)
+
+
+def _holds(job: Job, place: Place, capacity: float) -> bool:
+    return guess("memory", job.model_copy(update={"memory_kind": "reserved"}), place.known).quantile(FITS) <= capacity
+
+
+def _last(most: int, holds: Callable[[int], bool]) -> int | None:
+    """The largest number up to `most` for which something holds that ceases to hold once; None: not for 1."""
+    if not holds(1):
+        return None
+    low, high = 1, 2
+    while high <= most and holds(high):
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
