@@ -142,11 +142,13 @@ def test_more_exchangeable_history_does_not_widen_intervals():
     assert mean <= error
 
 
-def test_the_first_observations_alone_are_as_if_there_were_no_others():
+def test_observations_that_come_later_are_as_if_all_had_come_at_once():
     drawn = [Observation((n % 2, n % 3), (0.4, 0.6), 0.1 * n, 0.05) for n in range(8)]
-    alone = Effects(drawn[:5], SIZES, settled=0).shift((0, 1))
-    first = Effects(drawn, SIZES, settled=0).shift((0, 1), first=5)
-    assert first.mean == pytest.approx(alone.mean) and first.covariance == pytest.approx(alone.covariance)
+    at_once = Effects(drawn, SIZES, settled=0).shift((0, 1))
+    for first in (0, 1, 5):
+        later = Effects(drawn[:first], SIZES, settled=0).and_then(drawn[first:7]).and_then(drawn[7:]).shift((0, 1))
+        assert later.mean == pytest.approx(at_once.mean) and later.covariance == pytest.approx(at_once.covariance)
+        assert later.related == pytest.approx(at_once.related)
 
 
 def test_an_outlier_counts_less():

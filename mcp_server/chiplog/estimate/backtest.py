@@ -16,8 +16,9 @@ from chiplog.errors import ChiplogError, RecordError
 from chiplog.estimate import forecast
 from chiplog.estimate.batch import largest_batch
 from chiplog.estimate.evidence import measured, passes, shipped
-from chiplog.estimate.forecast import Forecast, Measured, Quantity
+from chiplog.estimate.forecast import Forecast, Quantity
 from chiplog.estimate.gpus import gpu
+from chiplog.estimate.job import Measured
 from chiplog.estimate.table import Kind, Row, Sweep, as_row
 from chiplog.schema import Progress
 
@@ -49,6 +50,19 @@ class Foretold(NamedTuple):
         return abs(self.value / self.actual - 1)
 
 
+class Tellings(NamedTuple):
+    """All that is foretold of the rows of a table."""
+
+    protocol: Protocol
+    peaks: list[Told]
+    steps: list[Told]
+    memory: list[Foretold]  # of one card, full, LoRA and QLoRA
+    other: list[Foretold]  # all other peaks
+    rates: list[Foretold]  # tokens a second of a card
+    runtimes: list[Foretold]
+    uncovered: Counter[str]  # rows that are not covered, by reason
+
+
 def backtest(
     rows: Sequence[Values], protocol: Protocol, sweeps: Sequence[Values] | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
@@ -56,29 +70,45 @@ def backtest(
 
     A row that is not covered is counted by reason. Raises RecordError for a protocol that is none.
     """
+    return summarise(tell(rows, protocol, progress), sweeps)
+
+
+def tell(rows: Sequence[Values], protocol: Protocol, progress: Progress | None = None) -> Tellings:
+    """Each row's figures beside what was foretold of them. Raises RecordError for a protocol that is none."""
     if protocol not in get_args(Protocol):
         raise RecordError(f"there is no protocol {protocol!r}: choose from {', '.join(get_args(Protocol))}")
     typed, uncovered = _typed(rows, Row)
     runs, reasons = covered(typed)
-    tried, odd = _typed(sweeps or (), Sweep)
-    uncovered += reasons + Counter({f"of the sweeps: {reason}": n for reason, n in odd.items()})
     sources, tables = ({str(values.get(name)) for values in rows} for name in ("source", "suite"))
     others = [row for row in shipped() if row.source not in sources and row.suite not in tables]
     background = [run for run, _ in covered(others)[0]]
     peaks = list(foretold("memory", runs, background, protocol, progress))
     steps = list(foretold("pass", runs, background, protocol, progress))
-    memory = [one for told in peaks if (one := _peak(told)) and _on_one_card(told.row)]
-    other = [one for told in peaks if (one := _peak(told)) and not _on_one_card(told.row)]
-    rates = [one for told in steps if (one := _rate(told))]
+    return Tellings(
+        protocol,
+        peaks,
+        steps,
+        memory=[one for told in peaks if (one := _peak(told)) and _on_one_card(told.row)],
+        other=[one for told in peaks if (one := _peak(told)) and not _on_one_card(told.row)],
+        rates=[one for told in steps if (one := _rate(told))],
+        runtimes=[one for told in steps if (one := _runtime(told))],
+        uncovered=uncovered + reasons,
+    )
+
+
+def summarise(told: Tellings, sweeps: Sequence[Values] | None = None) -> dict[str, Any]:
+    """The figures of what was foretold, and of sweeps of batches."""
+    tried, odd = _typed(sweeps or (), Sweep)
+    uncovered = told.uncovered + Counter({f"of the sweeps: {reason}": n for reason, n in odd.items()})
     return {
-        "protocol": protocol,
-        "memory": _figures(memory),
-        "tokens_per_s": _figures(rates),
-        "runtime": _figures([one for told in steps if (one := _runtime(told))]),
-        "oom": _oom(peaks),
+        "protocol": told.protocol,
+        "memory": _figures(told.memory),
+        "tokens_per_s": _figures(told.rates),
+        "runtime": _figures(told.runtimes),
+        "oom": _oom(told.peaks),
         "batch": batches(tried) if sweeps is not None else None,
-        "memory_other": _figures(other),
-        "by_suite": _by_suite(memory, rates),
+        "memory_other": _figures(told.other),
+        "by_suite": _by_suite(told.memory, told.rates),
         "uncovered": dict(uncovered.most_common()),
     }
 
@@ -116,16 +146,16 @@ def foretold(
     for number, table in enumerate(tables):
         inside = [(run, row) for run, row in runs if run.place == table]
         others = [run for run, _ in runs if run.place != table]
-        known = forecast.effects(quantity, [*background, *others], [run for run, _ in inside])
-        first = len(known.observations) - sum(forecast.tells(quantity, run) for run, _ in inside)
+        known = forecast.effects(quantity, [*background, *others])
         for run, row in inside:
-            ask = partial(forecast.forecast, quantity, place=table, known=known, first=first, leave_out=table)
+            ask = partial(forecast.forecast, quantity, place=table, known=known, leave_out=table)
             has = run.peak_bytes if quantity == "memory" else run.pass_s
             ends = quantity == "memory" and row.oom is not None and run.job.gpu
             reserving = run.job.model_copy(update={"memory_kind": "reserved"})
             if has or ends:
                 yield Told(row, run, ask(run.job) if has else None, ask(reserving) if ends else None)
-            first += protocol == "history" and forecast.tells(quantity, run)
+            if protocol == "history":
+                known = forecast.learnt(quantity, known, run)
         if progress:
             progress(number + 1, len(tables), f"tables, {quantity}")
 

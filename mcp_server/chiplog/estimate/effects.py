@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_solve, solve_triangular
+from threadpoolctl import ThreadpoolController
 
+# These matrices are small, and on a busy login node threads that wait for each other take thirty times as long.
+ONE_THREAD = ThreadpoolController().wrap(limits=1, user_api="blas")
 OUTLIER = 2.5  # standard deviations beyond which an observation counts less
 Array = np.ndarray
 
@@ -74,12 +78,9 @@ class Effects:
     def _numbered(self, keys: Sequence[Hashable]) -> list[int]:
         return [-1 if key is None else ids.setdefault(key, len(ids)) for key, ids in zip(keys, self._ids, strict=True)]
 
+    @ONE_THREAD
     def _solve(self) -> None:
-        kernel = np.zeros((len(self.observations),) * 2)
-        for level, (parts, whole) in enumerate(zip(self._parts, self._whole, strict=True)):
-            keys = self._keys[:, level]
-            same = (keys[:, None] == keys[None, :]) & (keys >= 0)
-            kernel += same * ((self._shares * parts) @ self._shares.T + whole)
+        kernel = self._shared(self._keys, self._shares)
         noise = np.array([o.noise**2 for o in self.observations])
         n = len(noise) if self.settled is None else self.settled
         for _ in range(2 if n else 0):
@@ -91,17 +92,46 @@ class Effects:
         self._root = np.linalg.cholesky(kernel + np.diag(noise))
         self._white = solve_triangular(self._root, self._residuals, lower=True)
 
-    def shift(self, keys: Sequence[Hashable], first: int | None = None) -> Shift:
-        """What the observations say of a job with these keys; with `first`, what the first so many say."""
-        prior = np.diag([*self._parts.sum(axis=0), self._whole.sum()])
-        n = len(self.observations) if first is None else first
+    def _shared(self, keys: Array, shares: Array) -> Array:
+        """Covariance of runs of these keys and shares with all observations."""
+        found = np.zeros((len(keys), len(self._keys)))
+        for level, (parts, whole) in enumerate(zip(self._parts, self._whole, strict=True)):
+            same = (keys[:, level, None] == self._keys[None, :, level]) & (keys[:, level, None] >= 0)
+            if same.any():
+                found += same * ((shares * parts) @ self._shares.T + whole)
+        return found
+
+    @ONE_THREAD
+    def and_then(self, more: Sequence[Observation]) -> Effects:
+        """What these observations and `more` show; which of those are outliers is not judged."""
+        new, n = copy(self), len(self.observations)
         if not n:
+            return Effects([*more], self.sizes, settled=0)
+        new.observations, new._ids = [*self.observations, *more], [dict(ids) for ids in self._ids]
+        keys = np.array([new._numbered(o.keys) for o in more], int).reshape(len(more), len(self._ids))
+        shares = np.array([o.shares for o in more]).reshape(len(more), self._shares.shape[1])
+        residuals = np.array([o.residual for o in more])
+        new._keys, new._shares = np.vstack([self._keys, keys]), np.vstack([self._shares, shares])
+        new._residuals = np.concatenate([self._residuals, residuals])
+        shared = new._shared(keys, shares)
+        beside = solve_triangular(self._root, shared[:, :n].T, lower=True).T
+        corner = np.linalg.cholesky(shared[:, n:] + np.diag([o.noise**2 for o in more]) - beside @ beside.T)
+        new._root = np.block([[self._root, np.zeros((n, len(more)))], [beside, corner]])
+        white = solve_triangular(corner, residuals - beside @ self._white, lower=True)
+        new._white = np.concatenate([self._white, white])
+        return new
+
+    @ONE_THREAD
+    def shift(self, keys: Sequence[Hashable]) -> Shift:
+        """What the observations say of a job with these keys."""
+        prior = np.diag([*self._parts.sum(axis=0), self._whole.sum()])
+        if not self.observations:
             return Shift(np.zeros(len(prior)), prior, np.zeros(0))
         ids = [-2 if key is None else known.get(key, -2) for key, known in zip(keys, self._ids, strict=True)]
-        same = self._keys[:n] == np.array(ids)  # (observations, levels)
-        across = np.column_stack([(same @ self._parts) * self._shares[:n], same @ self._whole])
-        white = solve_triangular(self._root[:n, :n], across, lower=True)
-        mean = white.T @ self._white[:n]
+        same = self._keys == np.array(ids)  # (observations, levels)
+        across = np.column_stack([(same @ self._parts) * self._shares, same @ self._whole])
+        white = solve_triangular(self._root, across, lower=True)
+        mean = white.T @ self._white
         covariance = prior - white.T @ white
         related = same @ (self._parts.mean(axis=1) + self._whole) / (self._parts.mean(axis=1) + self._whole).sum()
         return Shift(mean, covariance, related)

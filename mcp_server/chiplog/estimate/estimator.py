@@ -17,11 +17,11 @@ from chiplog.estimate import forecast, memory, speed
 from chiplog.estimate.batch import largest_batch
 from chiplog.estimate.effects import Effects
 from chiplog.estimate.evidence import measured, shipped
-from chiplog.estimate.forecast import Measured, Quantity
+from chiplog.estimate.forecast import Quantity
 from chiplog.estimate.gpus import Gpu
 from chiplog.estimate.guess import Guess, spread_about, total
-from chiplog.estimate.history import History
-from chiplog.estimate.job import Job
+from chiplog.estimate.history import TIME_SPREAD, History
+from chiplog.estimate.job import Job, Measured
 from chiplog.estimate.jobs import HERE, measured_run
 from chiplog.estimate.model import RISK, RunEstimate, Term, TermName, Workload
 from chiplog.plan import Run
@@ -75,7 +75,17 @@ def background() -> tuple[Measured, ...]:
 def learn(records: Iterable[Record], only: Gpu | None = None) -> Known:
     """What the shipped runs and those of a ledger show; `only` is the one card there is, for logs that name none."""
     own = tuple(run for record in records if (run := measured_run(record, only)))
-    return Known(forecast.effects("memory", background(), own), forecast.effects("pass", background(), own), own)
+    known = {quantity: of_shipped(quantity) for quantity in ("memory", "pass")}
+    for quantity in ("memory", "pass"):
+        for run in own:
+            known[quantity] = forecast.learnt(quantity, known[quantity], run)
+    return Known(known["memory"], known["pass"], own)
+
+
+@cache
+def of_shipped(quantity: Quantity) -> Effects:
+    """What the shipped runs show."""
+    return forecast.effects(quantity, background())
 
 
 def guess(quantity: Quantity, job: Job, known: Known) -> Guess:
@@ -86,10 +96,11 @@ def guess(quantity: Quantity, job: Job, known: Known) -> Guess:
         low, high = forecast.scores(fit, told.near, abs(2 * share - 1))
         return low if share < 0.5 else high
 
+    spread = math.hypot(told.spread, TIME_SPREAD) if quantity == "pass" else told.spread
     is_own = not {run.source for run in known.own}.isdisjoint(told.evidence)
     return Guess(
         value=told.value,
-        quantile=spread_about(told.value, told.spread, score),
+        quantile=spread_about(told.value, spread, score),
         basis="scaled" if is_own else "physics",
         evidence=tuple(dict.fromkeys(told.evidence)),
         coverage=forecast.COVERAGE,

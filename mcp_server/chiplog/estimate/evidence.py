@@ -6,9 +6,8 @@ from functools import cache
 from pathlib import Path
 
 from chiplog.errors import NotFoundError
-from chiplog.estimate.forecast import Measured
 from chiplog.estimate.gpus import gpu
-from chiplog.estimate.job import Job
+from chiplog.estimate.job import Job, Measured
 from chiplog.estimate.table import Row, job_of
 
 SHIPPED = Path(__file__).parent / "data" / "evidence.jsonl"

@@ -19,26 +19,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from chiplog.estimate import memory, speed
-from chiplog.estimate.effects import Effects, Observation, Shift, Sizes
-from chiplog.estimate.job import Job, style
+from chiplog.estimate.effects import Array, Effects, Observation, Sizes
+from chiplog.estimate.job import Job, Measured, style
 
 FIT = Path(__file__).parent / "data" / "fit.json"
 Quantity = Literal["memory", "pass"]
 COVERAGE = 0.90
+ROUNDS = 3  # of finding where to linearise
 USELESS = 1e3  # standard deviation of an observation that tells nothing
 NEAR = 0.5  # share of the variance in common with a run on record from which evidence is near
-
-
-class Measured(NamedTuple):
-    """A run that was measured."""
-
-    job: Job
-    place: str  # the table, or the cluster
-    source: str  # where it stands
-    peak_bytes: float | None = None
-    pass_s: float | None = None  # seconds of one forward and backward pass
-    above_bytes: float | None = None  # what the card has, where it ran out of memory
-    rough: bool = False  # whether the figure was rounded or remembered
 
 
 class Forecast(NamedTuple):
@@ -105,38 +94,47 @@ def computed(quantity: Quantity, job: Job) -> tuple[float, tuple[float, ...]]:
 
 
 def observe(
-    quantity: Quantity, run: Measured, fit: Fit | None = None, about: Effects | None = None
+    quantity: Quantity, run: Measured, fit: Fit | None = None, about: Effects | None = None, new: bool = False
 ) -> Observation | None:
-    """A run beside its physics, to first order about what is known (else about the bare physics); None where it has
-    no such figure."""
+    """A run beside its physics, to first order about what is known; None where it has no such figure.
+
+    Without `about`, that is the bare physics. Where `about` does not hold the run (it is `new`), it is what will be
+    known with it.
+    """
     measured = run.peak_bytes if quantity == "memory" else run.pass_s
     if not measured:
         return None
     fit = fit or fitted(quantity)
-    value, shares = computed(quantity, run.job)
-    if about and quantity == "memory":
-        shift = about.shift(keys(quantity, run.job, run.place))
-        parts = shifted_peak(run.job, shift)
-        shares = tuple(float(part) / sum(parts) for part in parts)
-        value = sum(parts) / math.exp(float(shift.mean[:-1] @ shares))
-    noise = fit.unexplained(run.job, run.rough)
-    return Observation(keys(quantity, run.job, run.place), shares, math.log(measured / value), noise, run.source)
+    noise = math.hypot(fit.unexplained(run.job, run.rough), run.pass_spread if quantity == "pass" else 0.0)
+    place = keys(quantity, run.job, run.place)
+    if about is None:
+        value, shares = computed(quantity, run.job)
+        return Observation(place, shares, math.log(measured / value), noise, run.source)
+    shift = about.shift(place)
+    before, mean, residual, shares = shift.mean, shift.mean, 0.0, ()
+    for _ in range(ROUNDS if new else 1):  # as an iterated Kalman filter does (Bell and Cathey 1993)
+        value, shares = _linear(quantity, run.job, mean)
+        residual, weights = math.log(measured / value), np.array([*shares, 1.0])
+        gain = shift.covariance @ weights / (weights @ shift.covariance @ weights + noise**2)
+        mean = before + gain * (residual - float(weights @ before))
+    return Observation(place, shares, residual, noise, run.source)
 
 
-def effects(quantity: Quantity, runs: Iterable[Measured], then: Iterable[Measured] = ()) -> Effects:
-    """What these runs show; `then` those that follow one another, each to be foretold from what came before it.
-
-    A run that ran out of memory says that it needed more than there was. Of `then`, each run that `tells` of the
-    quantity is one observation.
-    """
+def effects(quantity: Quantity, runs: Iterable[Measured]) -> Effects:
+    """What these runs show. One that ran out of memory says that it needed more than there was."""
     runs, sizes = list(runs), fitted(quantity).sizes
-    before = [one for run in runs if (one := observe(quantity, run))]
-    plain, beyond = Effects(before, sizes), []
-    if quantity == "memory":
-        before = [one for run in runs if (one := observe(quantity, run, about=plain))]
-        beyond = [_beyond(run, plain) for run in runs if run.above_bytes]  # outliers by nature, and weighed as such
-    after = [observe(quantity, run, about=plain) or _beyond(run, plain) for run in then if tells(quantity, run)]
-    return Effects([*before, *beyond, *after], sizes, settled=len(before))
+    plain = Effects([one for run in runs if (one := observe(quantity, run))], sizes)
+    settled = [one for run in runs if (one := observe(quantity, run, about=plain))]
+    # Runs that ran out of memory are outliers by nature, and weighed as such.
+    beyond = [_beyond(run, plain) for run in runs if quantity == "memory" and run.above_bytes]
+    return Effects([*settled, *beyond], sizes, settled=len(settled))
+
+
+def learnt(quantity: Quantity, known: Effects, run: Measured) -> Effects:
+    """What is known with one more run."""
+    if not tells(quantity, run):
+        return known
+    return known.and_then([observe(quantity, run, about=known, new=True) or _beyond(run, known)])
 
 
 def tells(quantity: Quantity, run: Measured) -> bool:
@@ -150,19 +148,19 @@ def _beyond(run: Measured, known: Effects) -> Observation:
     The mean and variance above the limit are those of a normal distribution cut off below (Johnson, Kotz and
     Balakrishnan, Continuous Univariate Distributions, 13.10.1); the observation that leads to them is returned.
     """
-    fit, (value, shares) = fitted("memory"), computed("memory", run.job)
-    shift = known.shift(keys("memory", run.job, run.place))
+    fit, place = fitted("memory"), keys("memory", run.job, run.place)
+    shift = known.shift(place)
+    value, shares = _linear("memory", run.job, shift.mean)
     mean, spread = float(shift.mean @ [*shares, 1.0]), shift.spread(shares, fit.unexplained(run.job))
     limit = (math.log((run.above_bytes or value) / value) - mean) / spread
     hazard = _hazard(limit)
     ratio = 1 - hazard * (hazard - limit)  # of the variance that is left
-    place = Observation(keys("memory", run.job, run.place), shares, mean, USELESS, run.source)
-    if ratio > 1 - 1e-6:
-        return place  # it was expected
+    if ratio > 1 - 1e-6:  # it was expected
+        return Observation(place, shares, mean, USELESS, run.source)
     variance = spread**2 * ratio / (1 - ratio)
     moved = mean + spread * hazard
     site = moved + (moved - mean) * ratio / (1 - ratio)
-    return Observation(place.keys, shares, site, math.sqrt(max(variance, fit.noise**2)), run.source)
+    return Observation(place, shares, site, math.sqrt(max(variance, fit.noise**2)), run.source)
 
 
 def _hazard(z: float) -> float:
@@ -173,20 +171,11 @@ def _hazard(z: float) -> float:
 
 
 def forecast(
-    quantity: Quantity, job: Job, place: str, known: Effects, *,
-    first: int | None = None, coverage: float = COVERAGE, leave_out: str = "",
-) -> Forecast:  # fmt: skip
-    """What a job will need, from the `first` of the observations.
-
-    `leave_out` is a place whose own left-out forecasts must not widen or narrow this one.
-    """
-    shift = known.shift(keys(quantity, job, place), first)
-    if quantity == "memory":
-        parts = shifted_peak(job, shift)
-        value, shares = sum(parts) * math.exp(float(shift.mean[-1])), [part / sum(parts) for part in parts]
-    else:
-        value, shares = computed(quantity, job)
-        value *= math.exp(float(shift.mean @ [*shares, 1.0]))
+    quantity: Quantity, job: Job, place: str, known: Effects, *, coverage: float = COVERAGE, leave_out: str = ""
+) -> Forecast:
+    """What a job will need. `leave_out` is a place whose own left-out forecasts must not widen or narrow this one."""
+    shift = known.shift(keys(quantity, job, place))
+    value, shares = shifted(quantity, job, shift.mean)
     fit = fitted(quantity)
     spread = shift.spread(shares, fit.unexplained(job))
     near = bool(len(shift.related)) and float(shift.related.max()) >= NEAR
@@ -196,11 +185,24 @@ def forecast(
     return Forecast(value, low, high, spread, near, sources)
 
 
-def shifted_peak(job: Job, shift: Shift) -> tuple[float, ...]:
-    """The parts of the peak, each larger by its factor: their sum never falls where a part grows."""
-    factors = [float(factor) for factor in np.exp(shift.mean[:-1])]
+def shifted(quantity: Quantity, job: Job, mean: Array) -> tuple[float, tuple[float, ...]]:
+    """What the physics says with each part, and the whole, larger by its factor; and the share of each part.
+
+    Of the peak, it is that of the moment when most is then held: it never falls where a part grows.
+    """
+    *factors, whole = (float(factor) for factor in np.exp(mean))
+    if quantity == "pass":
+        passing = speed.one_pass(job).times(factors)
+        return passing.total * whole, passing.shares()
     moments = memory.moments(job).values()
-    return max((tuple(p * f for p, f in zip(parts, factors, strict=True)) for parts in moments), key=sum)
+    held = max((tuple(p * f for p, f in zip(parts, factors, strict=True)) for parts in moments), key=sum)
+    return sum(held) * whole, tuple(part / sum(held) for part in held)
+
+
+def _linear(quantity: Quantity, job: Job, mean: Array) -> tuple[float, tuple[float, ...]]:
+    """The value of which, to first order, `shifted` is the product with the factors to the power of the shares."""
+    value, shares = shifted(quantity, job, mean)
+    return value / math.exp(float(mean @ [*shares, 1.0])), shares
 
 
 def scores(fit: Fit, near: bool, coverage: float, leave_out: str = "") -> tuple[float, float]:

@@ -172,6 +172,19 @@ class Job(Frozen):
         return (*kept, *how)
 
 
+class Measured(NamedTuple):
+    """A run that was measured."""
+
+    job: Job
+    place: str  # the table, or the cluster
+    source: str  # where it stands
+    peak_bytes: float | None = None
+    pass_s: float | None = None  # seconds of one forward and backward pass
+    above_bytes: float | None = None  # what the card has, where it ran out of memory
+    rough: bool = False  # whether the figure was rounded or remembered
+    pass_spread: float = 0.0  # standard deviation of log(pass_s) when the same is run again, on a cluster in use
+
+
 def style(framework: str) -> str:
     """Whose model code a framework runs: torchtune, litgpt, unsloth, own (a pretraining program's) or transformers."""
     name = framework.lower()

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chiplog.errors import ChiplogError, NotFoundError, PlanError
-from chiplog.estimate.forecast import Measured
 from chiplog.estimate.gpus import Gpu, gpu
-from chiplog.estimate.history import name_of
-from chiplog.estimate.job import ALL_LINEAR, Job, MemoryKind, Method, Target
+from chiplog.estimate.history import TIME_SPREAD, name_of
+from chiplog.estimate.job import ALL_LINEAR, Job, Measured, MemoryKind, Method, Target
+from chiplog.estimate.memory import at_start
 from chiplog.estimate.shapes import Shape, find, known_as, shape_of
 from chiplog.estimate.tokens import Steps
 from chiplog.plan import Config
 from chiplog.record import Record, State
 
+NO_PEAK = 1.02  # times the weights: what a training holds no less than
 HERE = "this ledger"  # the place of its runs, as a suite is that of a table's
 TARGETS: dict[str, Target] = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "output_proj": "o",
@@ -147,12 +148,14 @@ def measured_run(record: Record, only: Gpu | None) -> Measured | None:
         )  # fmt: skip
     except ChiplogError:
         return None
+    peak = usage.peak_mem_bytes if kind and not ran_out else None
     return Measured(
         job=job,
         place=HERE,
         source=name_of(record),
-        peak_bytes=float(usage.peak_mem_bytes) if kind and usage.peak_mem_bytes and not ran_out else None,
+        peak_bytes=float(peak) if peak and peak > NO_PEAK * at_start(job) else None,
         pass_s=1 / rate / accum if rate else None,
+        pass_spread=TIME_SPREAD,
         above_bytes=((record.oom and record.oom.capacity_bytes) or card.memory_bytes) if ran_out else None,
     )
 

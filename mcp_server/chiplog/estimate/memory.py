@@ -91,7 +91,7 @@ def moments(job: Job) -> dict[str, Parts]:
     """Bytes on one card at each moment that can be the peak."""
     shape, spread, tokens = job.shape, job.spread, job.tokens / job.spread.sample
     trained, per = trained_params(job), _bytes_trained(job)
-    weights = (_weights(job) + _adapters(job, trained)) / spread.weights + _gathered(job) + _rope(job)
+    weights = at_start(job) + _gathered(job)
     states = trained * per["states"] / spread.states
     gradients = 0.0 if job.in_backward else trained * per["gradient"] / spread.gradients
     scratch = trained * per["scratch"] / spread.states
@@ -114,6 +114,11 @@ def moments(job: Job) -> dict[str, Parts]:
         "step": (weights, states + gradients + scratch, 0.0, 0.0),
     }
     return {name: Parts(w * slack + context, s * slack, a * slack, h * slack) for name, (w, s, a, h) in raw.items()}
+
+
+def at_start(job: Job) -> float:
+    """Bytes of the weights as they lie on one card before the first step: "memory after model init", and no peak."""
+    return (_weights(job) + _adapters(job, trained_params(job))) / job.spread.weights + _rope(job)
 
 
 def peak(job: Job) -> Parts:
