@@ -177,7 +177,7 @@ def page(figures: dict[str, dict[str, Any]], cold: Tellings, history: Tellings, 
     found, rejected = goals(cold, history, figures), rejecting(cold, history)
     lines = [
         "# How good the estimates are", "",
-        "Written by `python -m benchmarks.estimates FOLDER` from public measurements, each row foretold without itself.",
+        "Written by `python -m benchmarks.estimates FOLDER` from public measurements, each row without itself.",
         f"Inputs, with the start of their SHA-256: {inputs}.",
         "The sizes of effects and the intervals were chosen on these same tables: expect worse of others. None of the",
         "runs was ours, and nothing here was run on a GPU by us.", "",
@@ -186,7 +186,7 @@ def page(figures: dict[str, dict[str, Any]], cold: Tellings, history: Tellings, 
         "## Goals", "",
         "| figure | goal | measured | met |", "|---|---|---|---|",
         *(f"| {goal.figure} | {goal.goal} | {goal.measured} | {MET[goal.met]} |" for goal in found), "",
-        "Intervals that hold another share than 90 %, by an exact test at 1 %: " + (", ".join(rejected) or "none") + ".",
+        "Intervals that hold another share than 90 % (exact test, 1 %): " + (", ".join(rejected) or "none") + ".",
         "", "## What others reach on the same rows", "", PEERS,
         "## By protocol", "",
     ]  # fmt: skip

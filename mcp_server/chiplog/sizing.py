@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ from chiplog.settings import Settings
 from chiplog.text import size
 
 if TYPE_CHECKING:
-    from chiplog.estimate.estimator import Place
+    from chiplog.estimate.estimator import Known, Place
 
 OWN_RUNS = 200  # of a device and of a model on it, the newest, that an estimate rests on
 UNSURE = 0.05  # chance of running out of memory, or share of what is free on disk, from which it is said
@@ -96,8 +97,7 @@ class Sizing:
 
     def __init__(self, datasets: DatasetReports, ledger: Ledger, settings: Settings) -> None:
         self.datasets, self.ledger, self.settings = datasets, ledger, settings
-        self._places: dict[str, Place | None] = {}
-        self._records: dict[tuple[str, str | None], list[Record]] = {}
+        self._records: dict[tuple[str, str], list[Record]] = {}
 
     def row(self, run: Run) -> PlannedRun:
         """A run with its estimate."""
@@ -111,20 +111,14 @@ class Sizing:
 
     def place(self, device: str) -> Place | None:
         """The card of a device and all that is known; null for a CPU, and for a card that the catalogue lacks."""
-        from chiplog.estimate.estimator import Place, learn
+        from chiplog.estimate.estimator import Place
 
-        if device not in self._places:
-            card, named = card_of(device), next((g for g in self.settings.gpus if g.name == device), None)
-            records = self._on(device, None)
-            if card:  # which of the cards of that name it is, they tell
-                seen = Counter(each.key for record in records if (each := card_of(record.usage.device or "")))
-                card = gpus()[seen.most_common(1)[0][0]] if seen else card
-                nameless = self.ledger.search({"device": None}, limit=OWN_RUNS)[0] if self._is_only(device) else []
-                known = learn([*records, *nameless], card)
-                self._places[device] = Place(card, known, named and named.price_per_hour)
-            else:
-                self._places[device] = None
-        return self._places[device]
+        if card_of(device) is None:
+            return None
+        named = next((gpu for gpu in self.settings.gpus if gpu.name == device), None)
+        is_only = named is not None and len(self.settings.gpus) == 1
+        card, known = _learnt(self.ledger.file, self.ledger.stamp(), device, is_only)
+        return Place(card, known, named and named.price_per_hour)
 
     def refuse_too_large(self, row: PlannedRun) -> None:
         """Raises PlanError for a run that its card would rather not hold, with what would fit."""
@@ -156,21 +150,39 @@ class Sizing:
         ways += [f"a GPU such as {card} with micro_batch_size 1"] if card else []
         return f"take {' or '.join(ways)}" if ways else "take a smaller model, or shard it over several GPUs"
 
-    def _on(self, device: str, model: str | None) -> list[Record]:
-        """The newest records of a device, of one model or of all."""
+    def _on(self, device: str, model: str) -> list[Record]:
+        """The newest records of a model on a device."""
         if (device, model) not in self._records:
-            found: list[Record] = []
-            given = {} if model is None else {"model": model}
-            if device == "cpu":
-                found = self.ledger.search({**given, "device": "cpu"}, limit=OWN_RUNS)[0]
-            elif device:
-                near = self.ledger.search(given, like={"device": _kind(device)}, limit=OWN_RUNS)[0]
-                found = [record for record in near if same_card(device, record.usage.device)]
-            self._records[device, model] = found
+            self._records[device, model] = on_device(self.ledger, device, model)
         return self._records[device, model]
 
-    def _is_only(self, device: str) -> bool:
-        return len(self.settings.gpus) == 1 and self.settings.gpus[0].name == device
+
+def on_device(ledger: Ledger, device: str, model: str | None = None) -> list[Record]:
+    """The newest records of a device, of one model or of all."""
+    given = {} if model is None else {"model": model}
+    if device == "cpu":
+        return ledger.search({**given, "device": "cpu"}, limit=OWN_RUNS)[0]
+    if not device:
+        return []
+    near = ledger.search(given, like={"device": _kind(device)}, limit=OWN_RUNS)[0]
+    return [record for record in near if same_card(device, record.usage.device)]
+
+
+@lru_cache(maxsize=16)
+def _learnt(file: Path, _: tuple[int, int], device: str, is_only: bool) -> tuple[Gpu, Known]:
+    """The card that a device turns out to be, and what is known of it; once for each state of the ledger.
+
+    Of the only kind of GPU there is, runs tell whose log names none.
+    """
+    from chiplog.estimate.estimator import learn
+
+    ledger, card = Ledger(file), card_of(device)
+    assert card, "a device without a card has no place"
+    records = on_device(ledger, device)
+    if seen := Counter(each.key for record in records if (each := card_of(record.usage.device or ""))):
+        card = gpus()[seen.most_common(1)[0][0]]
+    nameless = ledger.search({"device": None}, limit=OWN_RUNS)[0] if is_only else []
+    return card, learn([*records, *nameless], card)
 
 
 def fitting_batch(record: Record, ledger: Ledger, settings: Settings) -> int | None:
@@ -188,6 +200,7 @@ def fitting_batch(record: Record, ledger: Ledger, settings: Settings) -> int | N
     return largest_micro_batch(run.job, place, smaller)
 
 
+@lru_cache(maxsize=1024)
 def card_of(device: str) -> Gpu | None:
     """The GPU in the catalogue; null for a CPU, and for one that is not there, whose runs speak alone."""
     if device in ("", "cpu"):

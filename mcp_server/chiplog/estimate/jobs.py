@@ -82,7 +82,7 @@ def job_of_config(
     dtype: dict[str, Literal["bf16", "fp16", "fp32"]] = {"fp32": "fp32", "fp16": "fp16"}
     return Job(
         framework=framework, model=known_as(_bare(model)) or Path(model).name.lower(), shape=shape_at(model),
-        method=METHODS.get(kind, "adapter"),
+        method=METHODS.get(kind, "adapter"), dora=kind == "dora",
         rank=_count(config.get("lora_rank")) or 16, targets=_targets(config.get("lora_targets")),
         dtype=dtype.get(str(config.get("dtype")), "bf16"),
         weight_bits=4 if kind == "qlora" else 16, micro_batch=micro, grad_accum=accum, seq_len=seq_len,

@@ -14,7 +14,7 @@ from chiplog.estimate.case import Case, CaseEstimate, Explanation, Fits, WhatIf
 from chiplog.estimate.estimator import FITS, Place, estimate_job, guess
 from chiplog.estimate.gpus import Gpu
 from chiplog.estimate.job import Job
-from chiplog.estimate.jobs import job_of_config
+from chiplog.estimate.jobs import TARGETS, job_of_config
 from chiplog.estimate.model import Workload
 from chiplog.estimate.shapes import catalogue
 
@@ -38,6 +38,8 @@ def job_of(case: Case, card: Gpu) -> Job:
             f"micro_batch_size {micro} does not divide the {each} samples of each GPU: take one of {divisors}, "
             "or the effective batch would change"
         )
+    if unknown := [name for name in case.lora_targets or [] if name not in TARGETS]:
+        raise PlanError(f"lora_targets has {', '.join(unknown)}: choose from {', '.join(TARGETS)}")
     mean = min(case.mean_len or case.seq_len, case.seq_len)
     config = case.model_dump() | {"micro_batch_size": micro, "grad_accum": each // micro}
     job = job_of_config(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +80,13 @@ class Ledger:
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file or home() / "ledger.sqlite"
+
+    def stamp(self) -> tuple[int, int]:
+        """What differs after every change: when the file was last written (ns since 1970), and its size in bytes."""
+        with suppress(OSError):
+            about = self.file.stat()
+            return about.st_mtime_ns, about.st_size
+        return 0, 0
 
     def put(self, records: Iterable[Record]) -> None:
         """Adds records, replacing those of the same key: all of them or none."""
