@@ -18,7 +18,7 @@ from chiplog.estimate.case import CaseEstimate, make_case
 from chiplog.estimate.estimator import Known, Place, guess, learn
 from chiplog.estimate.gpus import gpu, gpus
 from chiplog.estimate.guess import Guess, total
-from chiplog.estimate.jobs import shape_at
+from chiplog.estimate.jobs import measured_run, shape_at
 from chiplog.estimate.questions import estimate_case, explain, fits, job_of
 from chiplog.record import OutOfMemory, Record, State, Usage
 
@@ -115,6 +115,33 @@ def test_a_run_that_ran_out_of_memory_is_evidence():
     job = job_of(make_case({**CASE, "batch_size": 16, "seq_len": 2048, "packed": True}), place().card)
     without, with_it = guess("memory", job, learn(OWN[:2])), guess("memory", job, learn(OWN))
     assert with_it.risk(79.25 * GIB) > without.risk(79.25 * GIB)
+
+
+@pytest.mark.parametrize("state", [State.INCOMPLETE, State.TIMEOUT, State.RUNNING, State.FAILED])
+def test_a_run_that_did_not_end_well_tells_its_pace(state: State):
+    run = measured_run(own_run("a", 2, 12.0, state=state), None)
+    assert run and run.pass_s == pytest.approx(0.18) and run.job.gpu == "a100-80gb-sxm"
+    slow = own_run("a", 8, 30.0, state=state)
+    slow = slow.model_copy(update={"usage": slow.usage.model_copy(update={"train_s": 400.0})})
+    job = job_of(make_case({**CASE, "seq_len": 2048, "packed": True}), place().card)
+    assert guess("pass", job, learn([slow])).value > 1.5 * guess("pass", job, known()).value
+
+
+def test_a_run_whose_lengths_or_card_nobody_knows_is_no_evidence():
+    record = own_run("a", 2, 12.0)
+    unpacked = record.model_copy(update={"config": {**record.config, "packed": False}})
+    nowhere = record.model_copy(update={"usage": record.usage.model_copy(update={"device": None})})
+    assert measured_run(unpacked, None) is None and measured_run(nowhere, None) is None
+    only = measured_run(nowhere, gpu("h100-80gb"))
+    assert only and only.job.gpu == gpu("h100-80gb").key
+
+
+def test_shards_need_less_of_each_card():
+    peaks = [
+        told(model="Llama-3.1-8B", method="full", gpus=8, sharding=how).estimate.peak_mem.value  # pyright: ignore[reportOptionalMemberAccess]
+        for how in ("FSDP", "ZeRO-2", "ZeRO-1", "DDP")
+    ]
+    assert peaks == sorted(peaks) and peaks[0] < peaks[-1] / 2
 
 
 def test_the_micro_batch_that_fits_keeps_the_batch():

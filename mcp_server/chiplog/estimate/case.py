@@ -37,6 +37,9 @@ class Case(Frozen):
     activation_checkpointing: bool = Field(default=False, description="Whether activations are computed anew.")
     compile: bool = Field(default=False, description="Whether the model is compiled.")
     gpus: int = Field(default=1, ge=1, le=100_000, description="GPUs.")
+    sharding: Literal["FSDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "DDP"] = Field(
+        default="FSDP", description="How several GPUs divide the model; DDP: not at all."
+    )
     samples: int | None = Field(default=None, ge=1, le=LARGEST, description="Samples, or packs, of an epoch.")
     epochs: int = Field(default=1, ge=1, le=LARGEST, description="Epochs.")
     steps: int | None = Field(default=None, ge=1, le=LARGEST, description="Optimiser steps, in place of samples.")

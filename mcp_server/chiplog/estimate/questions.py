@@ -46,7 +46,7 @@ def job_of(case: Case, card: Gpu) -> Job:
         config, model=case.model, framework=case.framework, method=case.method, card=card, gpus=case.gpus,
         seq_len=case.seq_len, mean_len=case.seq_len if case.packed else mean,
     )  # fmt: skip
-    return job.model_copy(update={"optimizer": case.optimizer})
+    return job.model_copy(update={"optimizer": case.optimizer, "sharding": case.sharding if case.gpus > 1 else ""})
 
 
 def estimate_case(case: Case, place: Place, cards: Sequence[Gpu], *, inverse: bool = True) -> CaseEstimate:
