@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from chiplog.estimate.batch import micro_batches
+from chiplog.estimate.jobs import batch_of
 from chiplog.record import Record, State
 from chiplog.text import clock, duration, size
 
@@ -34,6 +35,10 @@ def diagnose(record: Record, fits: int | None = None) -> Advice | None:
 def _out_of_memory(record: Record) -> Advice | None:
     if record.state is not State.OUT_OF_MEMORY:
         return None
+    if record.steps.get("train") is State.COMPLETED:
+        return Advice(
+            "memory ran out while it was evaluated, after training", "lower eval_batch_size, and submit it again"
+        )
     oom = record.oom
     if oom is None or oom.kind == "host":
         return Advice("the host's memory ran out", "ask for more memory (--mem), or use fewer data loader workers")
@@ -44,7 +49,11 @@ def _out_of_memory(record: Record) -> Advice | None:
 
 
 def _with_what_fits(advice: Advice, record: Record, fits: int | None) -> Advice:
-    if record.state is not State.OUT_OF_MEMORY or fits is None or not (stated := batch_of(record)):
+    if (
+        record.state is not State.OUT_OF_MEMORY
+        or fits is None
+        or not (stated := batch_of(record.config, record.usage.gpus or 1))
+    ):
         return advice
     micro, accum = stated
     return advice._replace(
@@ -53,20 +62,9 @@ def _with_what_fits(advice: Advice, record: Record, fits: int | None) -> Advice:
     )
 
 
-def batch_of(record: Record) -> tuple[int, int] | None:
-    """Micro-batch and accumulation on each device; null where the log does not say."""
-    batch, accum = record.config.get("batch_size"), record.config.get("grad_accum")
-    micro, devices = record.config.get("micro_batch_size"), record.usage.gpus or 1
-    whole = all(value is None or (isinstance(value, int) and value > 0) for value in (batch, accum, micro))
-    if not whole or (batch is None and micro is None):
-        return None
-    micro = micro or max(1, (batch or 1) // ((accum or 1) * devices))
-    return micro, accum or max(1, (batch or micro) // (micro * devices))
-
-
 def _smaller_batch(record: Record) -> str:
     """Half the micro-batch and twice the accumulation: the same effective batch."""
-    stated = batch_of(record)
+    stated = batch_of(record.config, record.usage.gpus or 1)
     micro, accum = stated or (None, 1)
     if micro and micro > 1:
         half, passes = micro_batches(micro, micro // 2)

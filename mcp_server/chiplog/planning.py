@@ -29,6 +29,7 @@ from chiplog.sizing import (
     Sizing,
     Totals,
     check_room,
+    devices,
     make_totals,
     refuse_over_budget,
     stop_on,
@@ -58,6 +59,7 @@ class Request(Frozen):
     gpu: str | None = Field(default=None, description="Name of the GPU in chiplog.toml.")
     cpus: int | None = Field(default=None, description="CPU cores of each run.")
     time_limit_s: int | None = Field(default=None, description="Seconds after which a run is ended.")
+    allow_oversize: bool = Field(default=False, description="Plan runs that their GPU is not expected to hold.")
 
 
 class Planned(Frozen):
@@ -100,7 +102,8 @@ def make_plan(request: Request, settings: Settings, ledger: Ledger, progress=Non
     rows = [sizing.row(run) for run in runs]
     for row in rows:
         _check_steps(row, datasets.of(row.run))
-        sizing.refuse_too_large(row)
+        if not request.allow_oversize:
+            sizing.refuse_too_large(row)
     refuse_over_budget(plan, rows, settings)
     if settings.slurm:
         plan = _with_time_limits(plan, rows)
@@ -109,7 +112,8 @@ def make_plan(request: Request, settings: Settings, ledger: Ledger, progress=Non
     totals = make_totals(rows, settings)
     reports: list[Report] = [*models.values(), *datasets.found.values()]
     found = [check for report in reports for check in report.problems]
-    found += _check_warm_up(rows) + _check_own_rows(rows) + check_room(rows, totals)
+    found += _check_warm_up(rows) + _check_own_rows(rows) + check_room(rows, totals, settings)
+    found += [check for name in devices(runs, settings) if (check := sizing.card_warning(name))]
     warnings = list({(check.subject, check.found): check for check in found}.values())
     return Planned(plan=plan, rows=rows, totals=totals, warnings=warnings)
 

@@ -83,6 +83,10 @@ class Usage(Frozen):
     mem_kind: MemKind | None = Field(
         default=None, description="What peak_mem_bytes counts; figures of different kinds are never compared."
     )
+    train_peak_mem_bytes: int | None = Field(
+        default=None, description="The same while training alone; null where only the whole is known."
+    )
+    reserved_bytes: int | None = Field(default=None, description="Largest memory reserved while training.")
     n_params: int | None = Field(default=None, description="Parameters of the base model.")
     loss_first: float | None = Field(default=None, description="Loss of the first step.")
     loss_last: float | None = Field(default=None, description="Loss of the last step.")
@@ -130,6 +134,9 @@ class Prediction(Frozen):
     mem_kind: str | None = Field(default=None, description="What the memory figure counts, such as host_rss.")
     basis: str = Field(description="What the time rests on: same-configuration, scaled, physics or none.")
     mem_basis: str | None = Field(default=None, description="What the memory rests on, in the same words.")
+    longest_pass_tokens: int | None = Field(
+        default=None, description="Tokens of the longest forward pass that its data can make, padded."
+    )
 
 
 class Outcome(NamedTuple):

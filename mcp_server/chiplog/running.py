@@ -14,7 +14,6 @@ from pydantic import Field
 from chiplog.collect import is_evaluated, jobs_of
 from chiplog.engines import Job, engine_for
 from chiplog.errors import ChiplogError, EngineError, NotFoundError, PlanError, RenderError
-from chiplog.estimate import RunEstimate
 from chiplog.files import write_atomic
 from chiplog.folder import ExperimentFolder, Submission
 from chiplog.ledger.metrics import Start, Step, of_job, read_events
@@ -118,7 +117,7 @@ def submit(folder: ExperimentFolder, rows: Sequence[PlannedRun], engine_name: st
     """
     engine = engine_for(engine_name)
     attempts = {submission.run: submission.attempt for submission in folder.submissions()}
-    predictions = {row.run.name: _prediction(row.estimate) for row in rows}
+    predictions = {row.run.name: _prediction(row) for row in rows}
     names = {run: f"runs/{run}/estimate.json" for run in predictions}
     refuse_links(folder.path, names.values())
     before = {name: (folder.path / name).read_bytes() for name in names.values() if (folder.path / name).is_file()}
@@ -145,7 +144,8 @@ def submit(folder: ExperimentFolder, rows: Sequence[PlannedRun], engine_name: st
     return done
 
 
-def _prediction(estimate: RunEstimate) -> Prediction:
+def _prediction(row: PlannedRun) -> Prediction:
+    estimate = row.estimate
     elapsed, peak = estimate.elapsed, estimate.peak_mem
     return Prediction(
         elapsed_s=(elapsed.value, elapsed.low, elapsed.high) if elapsed else None,
@@ -153,6 +153,7 @@ def _prediction(estimate: RunEstimate) -> Prediction:
         mem_kind=estimate.mem_kind,
         basis=estimate.basis,
         mem_basis=peak.basis if peak else None,
+        longest_pass_tokens=row.trained.tokens_longest_pass if row.trained else None,
     )
 
 

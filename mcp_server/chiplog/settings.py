@@ -66,6 +66,7 @@ class Gpu(Frozen):
         default=None, description="Slurm generic resource, such as gpu:a100:1."
     )
     constraint: Word | None = Field(default=None, description="Slurm feature to ask for.")
+    card: Word | None = Field(default=None, description="Card in the catalogue, where `name` is none of its names.")
     count: int | None = Field(default=None, ge=1, description="How many there are; null: not said.")
     price_per_hour: float | None = Field(default=None, ge=0, description="Price of an hour of one, in your currency.")
 

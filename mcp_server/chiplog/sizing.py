@@ -23,6 +23,7 @@ from chiplog.estimate.gpus import Gpu, gpu, gpus
 from chiplog.estimate.job import Job
 from chiplog.estimate.jobs import control_job, measured_run, planned_job
 from chiplog.estimate.model import BASES
+from chiplog.estimate.shapes import known_as
 from chiplog.estimate.tokens import Steps
 from chiplog.estimate.workload import training_steps
 from chiplog.ledger import Ledger
@@ -37,7 +38,7 @@ from chiplog.text import size
 if TYPE_CHECKING:
     from chiplog.estimate.estimator import Known, Place
 
-OWN_RUNS = 200  # of a device and of a model on it, the newest, that an estimate rests on
+OWN_RUNS, OTHER_RUNS = 100, 50  # of a model on a device, and of any model there, the newest: what estimates rest on
 UNSURE = 0.05  # chance of running out of memory, or share of what is free on disk, from which it is said
 
 
@@ -104,35 +105,72 @@ class Sizing:
         from chiplog.estimate.estimator import estimate_run  # numpy and scipy take a while to import
 
         trained, work = _work(run, self.datasets.of(run))
-        device = _device(run, self.settings)
-        place = self.place(device)
-        found = estimate_run(run, work, self._on(device, run.config["model"]), _job(run, trained, place), place)
+        device, model = _device(run, self.settings), run.config["model"]
+        place = self.place(device, model)
+        found = estimate_run(run, work, self._on(device, model), _job(run, trained, place), place)
         return PlannedRun(run=run, steps=work.steps, trained=trained, estimate=found)
 
-    def place(self, device: str) -> Place | None:
-        """The card of a device and all that is known; null for a CPU, and for a card that the catalogue lacks."""
+    def place(self, device: str, model: str) -> Place | None:
+        """The card of a device and all that is known of it; null for a CPU, and for a card that is not known."""
         from chiplog.estimate.estimator import Place
 
-        if card_of(device) is None:
+        found = self._learnt(device, model)
+        return found and Place(*found, price=self._price(device, found[0]))
+
+    def card_warning(self, device: str) -> Check | None:
+        """That a GPU is not known, and so nothing but its own runs can tell of it; null for one that is."""
+        if device in ("", "cpu") or self._card(device):
+            return None
+        try:
+            gpu(device)
+        except NotFoundError as error:
+            mend = 'Name its card in chiplog.toml: card = "..." under its [[gpus]]'
+            return warning("gpu", f"nothing but own runs tells of {device}, since {error}"[:400], mend)
+        return None
+
+    def _learnt(self, device: str, model: str) -> tuple[Gpu, Known] | None:
+        card = self._card(device)
+        if card is None:
             return None
         named = next((gpu for gpu in self.settings.gpus if gpu.name == device), None)
         is_only = named is not None and len(self.settings.gpus) == 1
-        card, known = _learnt(self.ledger.file, self.ledger.stamp(), device, is_only)
-        return Place(card, known, named and named.price_per_hour)
+        return _learnt(
+            self.ledger.file, self.ledger.stamp(), card.key, tuple(_devices(self.ledger, card)), model, is_only
+        )
+
+    def _card(self, device: str) -> Gpu | None:
+        """The card that a device is, as chiplog.toml says, by its name, or by the runs of the ledger on such a one."""
+        named = next((gpu for gpu in self.settings.gpus if gpu.name == device), None)
+        card = card_of((named and named.card) or device)
+        if card and re.search(r"sxm|pcie|nvl", device):
+            return card
+        like = [name for name in self.ledger.distinct("device") if _kind(device) in re.split(r"[-_ ]", name.lower())]
+        seen = [(name, each) for name in like if (each := card_of(name)) and (card is None or same_card(card, each))]
+        if not seen:
+            return card
+        counts = Counter({each.key: self.ledger.search({"device": name}, limit=1)[1] for name, each in seen})
+        return gpus()[counts.most_common(1)[0][0]] if card or len({each.nominal_gb for _, each in seen}) == 1 else None
+
+    def _price(self, device: str, card: Gpu) -> float | None:
+        """Of an hour, as chiplog.toml says of that name or of another name of that card."""
+        priced = [gpu for gpu in self.settings.gpus if gpu.price_per_hour is not None]
+        found = [gpu for gpu in priced if gpu.name == device] or [
+            gpu for gpu in priced if (other := card_of(gpu.card or gpu.name)) and same_card(other, card)
+        ]
+        return found[0].price_per_hour if found else None
 
     def refuse_too_large(self, row: PlannedRun) -> None:
         """Raises PlanError for a run that its card would rather not hold, with what would fit."""
         found = row.estimate
-        if not found.reserved_mem or not found.capacity_bytes or found.reserved_mem.value <= found.capacity_bytes:
+        if not found.reserved_mem or not found.capacity_bytes or (found.out_of_memory or 0.0) <= 0.5:
             return
-        device = _device(row.run, self.settings)
-        place = self.place(device)
+        place = self.place(_device(row.run, self.settings), row.run.config["model"])
         job = _job(row.run, row.trained, place)
         assert place and job, "a run without them has no capacity"
         needs = f"{size(found.reserved_mem.value)} ({size(found.reserved_mem.low)} to {size(found.reserved_mem.high)})"
         raise PlanError(
             f"{row.run.name} needs about {needs} of GPU memory and {place.card.name} has {size(found.capacity_bytes)}: "
-            f"{self._instead(row, job, place)}"
+            f"{self._instead(row, job, place)}, or set allow_oversize to plan it all the same"
         )
 
     def _instead(self, row: PlannedRun, job: Job, place: Place) -> str:
@@ -144,7 +182,7 @@ class Sizing:
             return f"set micro_batch_size to {micro}; batch_size stays {batch}, in {row.estimate.grad_accum} passes"
         single = job.model_copy(update={"micro_batch": 1})
         length = largest(single, place, "seq_len")
-        cards = [card for g in self.settings.gpus if (card := card_of(g.name))]
+        cards = [card for each in self.settings.gpus if (card := card_of(each.card or each.name))]
         card = smallest_card(single, place, cards) or smallest_card(single, place, gpus().values())
         ways = [f"max_seq_len {length} with micro_batch_size 1"] if length else []
         ways += [f"a GPU such as {card} with micro_batch_size 1"] if card else []
@@ -153,36 +191,43 @@ class Sizing:
     def _on(self, device: str, model: str) -> list[Record]:
         """The newest records of a model on a device."""
         if (device, model) not in self._records:
-            self._records[device, model] = on_device(self.ledger, device, model)
+            card = self._card(device)
+            names = (
+                ["cpu"] if device == "cpu" else _devices(self.ledger, card) if card else _called(self.ledger, device)
+            )
+            self._records[device, model] = self.ledger.search({"device": names, "model": model}, limit=OWN_RUNS)[0]
         return self._records[device, model]
 
 
-def on_device(ledger: Ledger, device: str, model: str | None = None) -> list[Record]:
-    """The newest records of a device, of one model or of all."""
-    given = {} if model is None else {"model": model}
-    if device == "cpu":
-        return ledger.search({**given, "device": "cpu"}, limit=OWN_RUNS)[0]
-    if not device:
-        return []
-    near = ledger.search(given, like={"device": _kind(device)}, limit=OWN_RUNS)[0]
-    return [record for record in near if same_card(device, record.usage.device)]
+def _devices(ledger: Ledger, card: Gpu) -> list[str]:
+    """The names under which a card stands in the ledger."""
+    return [name for name in ledger.distinct("device") if (other := card_of(name)) and same_card(card, other)]
 
 
-@lru_cache(maxsize=16)
-def _learnt(file: Path, _: tuple[int, int], device: str, is_only: bool) -> tuple[Gpu, Known]:
-    """The card that a device turns out to be, and what is known of it; once for each state of the ledger.
+def _called(ledger: Ledger, device: str) -> list[str]:
+    """The names in the ledger that hold that of a card which nobody knows."""
+    return [name for name in ledger.distinct("device") if name != "cpu" and device and _kind(device) in name.lower()]
 
-    Of the only kind of GPU there is, runs tell whose log names none.
+
+@lru_cache(maxsize=64)
+def _learnt(
+    file: Path, _: tuple[int, int], key: str, devices: tuple[str, ...], model: str, is_only: bool
+) -> tuple[Gpu, Known]:
+    """A card with what is known of it; once for each state of the ledger.
+
+    From the newest runs of the model there, and of any model. Of the only kind of GPU there is, runs tell too whose
+    log names none.
     """
     from chiplog.estimate.estimator import learn
 
-    ledger, card = Ledger(file), card_of(device)
-    assert card, "a device without a card has no place"
-    records = on_device(ledger, device)
-    if seen := Counter(each.key for record in records if (each := card_of(record.usage.device or ""))):
-        card = gpus()[seen.most_common(1)[0][0]]
-    nameless = ledger.search({"device": None}, limit=OWN_RUNS)[0] if is_only else []
-    return card, learn([*records, *nameless], card)
+    ledger, where, card = Ledger(file), list(devices), gpus()[key]
+    names = [name for name in ledger.distinct("model") if same_model(name, model)]
+    found = ledger.search({"device": where, "model": names}, limit=OWN_RUNS)[0]
+    found += ledger.search({"device": where}, limit=OTHER_RUNS)[0]
+    if is_only:
+        found += ledger.search({"device": None, "model": names}, limit=OWN_RUNS)[0]
+        found += ledger.search({"device": None}, limit=OTHER_RUNS)[0]
+    return card, learn({record.key: record for record in found}.values(), card)
 
 
 def fitting_batch(record: Record, ledger: Ledger, settings: Settings) -> int | None:
@@ -191,7 +236,7 @@ def fitting_batch(record: Record, ledger: Ledger, settings: Settings) -> int | N
         return None
     from chiplog.estimate.estimator import largest_micro_batch
 
-    place = Sizing(DatasetReports(), ledger, settings).place(record.usage.device)
+    place = Sizing(DatasetReports(), ledger, settings).place(record.usage.device, record.model or "")
     run = place and measured_run(record, place.card)
     if not (place and run):
         return None
@@ -210,16 +255,16 @@ def card_of(device: str) -> Gpu | None:
     return None
 
 
-def same_card(asked: str, device: str | None) -> bool:
-    """Whether a device is what is asked for: the same card with the same memory, whatever its form."""
-    if device in (None, "", "cpu"):
-        return False
-    one, other = card_of(asked), card_of(device)
-    if one and other:
-        form = re.compile(r"-(?:sxm|pcie|nvl)\d*")
-        return form.sub("", one.key) == form.sub("", other.key)
-    kind = asked.split("-", maxsplit=1)[0].lower()
-    return one is None and bool(kind) and kind in device.lower()
+def same_card(one: Gpu, other: Gpu) -> bool:
+    """Whether they are the same card with the same memory, whatever its form."""
+    form = re.compile(r"-(?:sxm|pcie|nvl)\d*")
+    return form.sub("", one.key) == form.sub("", other.key)
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names or folders are of the same published model, or called alike."""
+    names = [known_as(re.sub(r"^q?lora_", "", name)) or Path(name).name.lower() for name in (one, other)]
+    return one == other or names[0] == names[1]
 
 
 def _kind(device: str) -> str:
@@ -276,13 +321,19 @@ def refuse_over_budget(plan: Plan, rows: Sequence[PlannedRun], settings: Setting
             raise PlanError(
                 f"the plan needs about {sum(needs):.1f} {words} and the budget is {limit:g}: within it are the "
                 f"{within} shortest of its {len(rows)} runs, or {limit / sum(needs):.0%} of the training; "
-                f"take fewer values, fewer seeds or fewer epochs, or raise [budget] {field}"
+                "take fewer values, fewer seeds or fewer epochs, or raise the budget"
             )
 
 
-def check_room(rows: Sequence[PlannedRun], totals: Totals) -> list[Check]:
-    """Runs that may run out of memory, and a disk that may not hold what they leave."""
+def check_room(rows: Sequence[PlannedRun], totals: Totals, settings: Settings) -> list[Check]:
+    """Runs that may run out of memory, a disk that may not hold what they leave, a budget that cannot be checked."""
     found = []
+    if settings.budget.gpu_hours and totals.unknown:
+        words = f"nothing tells the time of {totals.unknown} runs, so the plan may need more GPU hours than it may"
+        found.append(warning("budget", words, "Probe them with max_steps 20 first"))
+    if settings.budget.cost and totals.cost is None:
+        words = "nothing tells what the plan costs: a run's time is not known, or a GPU has no price_per_hour"
+        found.append(warning("budget", words, "Give the price in chiplog.toml, and probe the runs"))
     for row in rows:
         if (chance := row.estimate.out_of_memory) and chance > UNSURE:
             micro = row.estimate.micro_batch_size
@@ -306,6 +357,11 @@ def _work(run: Run, report: DatasetReport) -> tuple[Steps | None, Workload]:
     scored = report.splits[run.config["eval_split"]]
     prompts = (scored.tokens.total - scored.tokens.label) / scored.rows if scored.tokens else 0.0
     return trained, workload(run, trained, scored.rows, prompts)
+
+
+def devices(runs: Sequence[Run], settings: Settings) -> list[str]:
+    """What the runs will run on, each once."""
+    return list(dict.fromkeys(_device(run, settings) for run in runs))
 
 
 def _device(run: Run, settings: Settings) -> str:

@@ -14,7 +14,13 @@ from chiplog.sizing import PlannedRun, Totals
 from chiplog.summary import Row
 from chiplog.text import clock, duration, percent, size
 
-MEM_WORDS = {"host_rss": "host", "allocated": "GPU allocated", "reserved": "GPU reserved", "whole_card": "whole card"}
+MEM_WORDS = {
+    "host_rss": "host",
+    "allocated": "GPU allocated",
+    "active": "GPU active",
+    "reserved": "GPU reserved",
+    "whole_card": "whole card",
+}
 NO_EVIDENCE = "no evidence"
 
 
@@ -42,18 +48,22 @@ def plan_table(rows: Sequence[PlannedRun]) -> str:
 def case_words(found: CaseEstimate, card: str) -> str:
     """What one job would need: figures, terms, what would change them and what would fit."""
     case, told, why = found.case, found.estimate, found.explanation
-    rows: list[tuple[str, str]] = [(f"{term.name}", _figure(term.elapsed, duration)) for term in told.terms]
+    rows: list[tuple[str, str]] = []
+    if case.steps or case.samples:
+        rows += [(term.name, _figure(term.elapsed, duration)) for term in told.terms]
+        rows += [
+            (f"time in all, {found.steps:,} steps", _figure(told.elapsed, duration)),
+            ("time limit, exceeded by 2 %", clock(told.time_limit_s) if told.time_limit_s else "–"),
+            ("GPU hours", f"{told.gpu_hours:.2f}" if told.gpu_hours is not None else "–"),
+            ("cost", f"{told.cost:.2f}" if told.cost is not None else "no price_per_hour in chiplog.toml"),
+        ]
     rows += [
-        (f"time in all, {found.steps:,} steps", _figure(told.elapsed, duration)),
-        ("time limit, exceeded by 2 %", clock(told.time_limit_s) if told.time_limit_s else "–"),
         ("tokens/s of a GPU", f"{found.tokens_per_s:,.0f}"),
         ("peak allocated", _figure(told.peak_mem, size)),
         ("peak reserved", _figure(told.reserved_mem, size)),
         (f"memory of {card}", size(told.capacity_bytes or 0)),
         ("chance to run out of it", percent(told.out_of_memory or 0.0) + " %"),
         ("micro-batch x passes that fit", f"{told.micro_batch_size or '–'} x {told.grad_accum or '–'}"),
-        ("GPU hours", f"{told.gpu_hours:.2f}" if told.gpu_hours is not None else "–"),
-        ("cost", f"{told.cost:.2f}" if told.cost is not None else "no price_per_hour in chiplog.toml"),
         ("host memory to ask for", size(told.host_mem_bytes or 0)),
         ("disk", size(told.disk_bytes or 0)),
     ]
@@ -65,19 +75,19 @@ def case_words(found: CaseEstimate, card: str) -> str:
         "",
         markdown(["figure", "value (90 % interval), basis"], rows),
         "",
-        f"Memory at its peak, the {why.moment}: {held}; {why.memory_factor:.2f} times the bare physics, by past runs.",
-        f"A step of {why.step_s:.3g} s: {taken}; {why.pass_factor:.2f} times the bare physics.",
+        f"Peak, at the {why.moment}: {held}; past runs make it {why.memory_factor:.2f} times the bare physics.",
+        f"A step of {why.step_s:.3g} s: {taken}; past runs make it {why.pass_factor:.2f} times the bare physics.",
         "",
         markdown(["with", "peak reserved", "a step"], changes),
     ]
     if found.fits:
-        fits = found.fits
-        lines += [
-            "",
-            "The largest of which 95 % would fit, all else as it is: "
-            f"micro-batch {fits.micro_batch or 'none'}, sequence {fits.seq_len or 'none'}, rank {fits.rank or 'none'}, "
-            f"model {fits.model or 'none'}. The smallest GPU: {fits.gpu or 'none'}.",
-        ]
+        ways = [
+            [f"{100 * each.share:.0f} %", *(str(value or "none") for value in (
+                each.micro_batch, each.seq_len, each.rank, each.model, each.gpu))]
+            for each in found.fits
+        ]  # fmt: skip
+        headings = ["of which would fit", "micro-batch", "sequence", "rank", "model", "smallest GPU"]
+        lines += ["", "The largest of each, all else as it is:", "", markdown(headings, ways)]
     if found.steps_in_budget is not None:
         lines.append(f"{found.steps_in_budget:,} steps fit into {case.budget_gpu_hours:g} GPU hours.")
     evidence = list(dict.fromkeys([*_names(told.peak_mem), *_names(told.elapsed)]))

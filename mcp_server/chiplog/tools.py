@@ -102,6 +102,7 @@ def plan_experiment(
     gpu: Annotated[str | None, Field(description="Name of the GPU in chiplog.toml.")] = None,
     cpus: Annotated[int | None, Field(ge=1, description="CPU cores of each run.")] = None,
     time_limit_s: Annotated[int | None, Field(ge=1, description="Seconds after which a run is ended.")] = None,
+    allow_oversize: Annotated[bool, Field(description="Plan runs that their GPU is not expected to hold.")] = False,
     limit: Limit = 50,
     confirm: Confirm = False,
     progress: Progress | None = None,
@@ -326,10 +327,12 @@ def _of_case(case: Case) -> EstimateAnswer:
     from chiplog.estimate.questions import estimate_case  # numpy and scipy take a while to import
 
     settings = load_settings()
-    gpu(case.gpu)
-    place = Sizing(DatasetReports(), Ledger(), settings).place(case.gpu)
+    place = Sizing(DatasetReports(), Ledger(), settings).place(case.gpu, case.model)
+    if place is None:
+        gpu(case.gpu)  # says what is wrong with the name
     assert place, "a card of the catalogue has its place"
-    found = estimate_case(case, place, [card for g in settings.gpus if (card := card_of(g.name))] or [*gpus().values()])
+    own = [card for each in settings.gpus if (card := card_of(each.card or each.name))]
+    found = estimate_case(case, place, own or [*gpus().values()])
     then = ["plan_experiment plans it; a run of max_steps 20 on that GPU narrows the intervals"]
     return EstimateAnswer(
         summary=case_words(found, place.card.name), next=then, experiment=None, rows=[], totals=None, case=found

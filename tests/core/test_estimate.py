@@ -65,8 +65,8 @@ def test_what_changes_no_speed_leaves_the_configuration_the_same(change: dict[st
 
 def test_twice_the_tokens_take_twice_the_training_and_as_much_of_the_rest():
     double = Workload(steps=200, tokens=20_000, eval_samples=50)
-    # setup 4 + checkpoint 1 + eval setup 5 + eval 10 + training 2 x 20
-    assert elapsed(a_run(epochs=2), double, a_record()) == (pytest.approx(60.0), "scaled")
+    # setup 4 + checkpoint 2 x 1 + eval setup 5 + eval 10 + training 2 x 20
+    assert elapsed(a_run(epochs=2), double, a_record()) == (pytest.approx(61.0), "scaled")
     found = estimate_run(a_run(epochs=2), double, [a_record()]).elapsed
     assert found and found.high / found.value > 1.8
 
@@ -81,8 +81,35 @@ def test_an_interval_holds_both_scaling_by_tokens_and_by_steps():
 def test_the_nearest_configuration_speaks_alone():
     far = a_record("local:far", {"lora_rank": 64, "epochs": 2}, train_s=500.0)
     near = a_record("local:near", {"lora_rank": 64})
-    found = estimate_run(a_run(), WORK, [far, near]).elapsed
-    assert found and found.evidence == ["e/local:near"] and found.value == pytest.approx(40.0)
+    found = estimate_run(a_run(), WORK, [far, near])
+    training = next(term.elapsed for term in found.terms if term.name == "training")
+    assert training and training.evidence == ["e/local:near"] and training.value == pytest.approx(20.0)
+    assert found.elapsed and found.elapsed.value == pytest.approx(40.0)
+
+
+def test_runs_that_differ_in_epochs_alone_tell_the_pace_of_a_step():
+    records = [a_record(f"local:{i}", {"epochs": 2}, steps=200, train_s=40.0 + i) for i in range(6)]
+    records.append(a_record("local:rank", {"lora_rank": 64}, train_s=90.0))
+    training = next(term.elapsed for term in estimate_run(a_run(), WORK, records).terms if term.name == "training")
+    assert training and training.n_evidence == 6 and training.value == pytest.approx(21.2, rel=0.01)
+    assert training.high / training.low < 2
+
+
+def test_the_evaluation_and_the_start_are_those_of_any_training_of_the_model():
+    other = a_record("local:b16", {"batch_size": 16, "lora_rank": 8}, eval_s=30.0, setup_s=9.0)
+    found = {term.name: term.elapsed for term in estimate_run(a_run(), WORK, [a_record(train_s=None), other]).terms}
+    assert not found  # nothing tells of the training, so there is no time
+    found = estimate_run(a_run(batch_size=16), WORK, [a_record(), other])
+    terms = {term.name: term.elapsed for term in found.terms}
+    assert terms["evaluation"] and terms["evaluation"].n_evidence == 2
+    assert terms["training"] and terms["training"].n_evidence == 1
+
+
+@pytest.mark.parametrize("odd", [-5.0, float("nan"), float("inf"), 0.0])
+def test_a_figure_that_is_none_ends_no_estimate(odd: float):
+    for field in ("elapsed_s", "train_s", "eval_s", "setup_s", "checkpoint_s", "eval_setup_s"):
+        found = estimate_run(a_run(epochs=2), WORK, [a_record(**{field: odd}), a_record("local:2")])
+        assert all(not term.elapsed or term.elapsed.value > 0 for term in found.terms)
 
 
 @pytest.mark.parametrize(

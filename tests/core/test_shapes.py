@@ -268,9 +268,12 @@ def test_a_size_that_is_missing_or_none_is_named(field: str, value: Any):
         ({"hidden_size": 66}, "4 heads do not divide a width of 66"),
         ({"num_key_value_heads": -2}, "num_key_value_heads is -2"),
         (
-            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 6},
+            {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 6},
             "cannot go through 6 of 4 experts",
         ),
+        ({"num_key_value_heads": 3}, "3 key and value heads do not divide 4 heads"),
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers is 1000"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', neither true nor false"),
         ({"model_type": "gemma2", "layer_types": "full"}, "layer_types is 'full', no list"),
     ],
 )

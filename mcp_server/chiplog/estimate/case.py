@@ -10,7 +10,7 @@ from chiplog.errors import PlanError
 from chiplog.estimate.model import RunEstimate
 from chiplog.schema import Frozen, plain_errors
 
-LARGEST = 2**40
+LARGEST = 2**31
 NEEDED = ("model", "gpu", "batch_size", "seq_len")
 
 
@@ -56,9 +56,10 @@ class Case(Frozen):
 class Fits(Frozen):
     """The largest of each that the card would hold, the rest of the job as it is; null: not even the smallest."""
 
+    share: float = Field(description="Share of such jobs that would fit.")
     micro_batch: int | None = Field(description="Samples of a forward pass.")
     seq_len: int | None = Field(description="Tokens of the longest sample.")
-    rank: int | None = Field(description="LoRA rank; null for a job without adapters, too.")
+    rank: int | None = Field(description="LoRA rank, looked for up to 4,096; null for a job without adapters, too.")
     model: str | None = Field(description="Published model, by its parameters.")
     gpu: str | None = Field(description="The smallest GPU or MIG slice that would hold the job as it is.")
 
@@ -92,7 +93,7 @@ class CaseEstimate(Frozen):
     tokens_per_s: float = Field(description="Tokens a second of one GPU, padding left out.")
     estimate: RunEstimate = Field(description="Time, memory and what follows.")
     explanation: Explanation = Field(description="Which terms the numbers come from, and what changes them.")
-    fits: Fits | None = Field(description="What would fit; null where it was not asked for.")
+    fits: list[Fits] = Field(description="What would fit, surely and as likely as not; empty where not asked for.")
     steps_in_budget: int | None = Field(description="Steps that fit into budget_gpu_hours; null where none is given.")
 
 

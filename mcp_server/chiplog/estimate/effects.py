@@ -124,7 +124,8 @@ class Effects:
     @ONE_THREAD
     def shift(self, keys: Sequence[Hashable]) -> Shift:
         """What the observations say of a job with these keys."""
-        prior = np.diag([*self._parts.sum(axis=0), self._whole.sum()])
+        has = np.array([key is not None for key in keys])  # one that a job does not have moves nothing
+        prior = np.diag([*self._parts[has].sum(axis=0), self._whole[has].sum()])
         if not self.observations:
             return Shift(np.zeros(len(prior)), prior, np.zeros(0))
         ids = [-2 if key is None else known.get(key, -2) for key, known in zip(keys, self._ids, strict=True)]

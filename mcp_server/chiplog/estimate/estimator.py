@@ -1,8 +1,8 @@
 """What a run will need: its time by terms, its peak against the card, and what follows for the job that asks for it.
 
-Where runs of the same configuration are on record, they alone speak. Else the training's time and peak are those of
-the physics, shifted by all that is on record (forecast.py); start-up, checkpoints and evaluation are those of near
-runs. What nothing is known of is named and not counted.
+Where runs of the same configuration are on record, they alone speak. Else the training takes what runs with the same
+steps took, or the physics shifted by all that is on record (forecast.py), as its peak does; start-up, checkpoints and
+evaluation are those of the model's other runs. What nothing is known of is named and not counted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from statistics import NormalDist
 from typing import NamedTuple
 
 from chiplog.errors import ChiplogError
@@ -29,7 +30,9 @@ from chiplog.record import Record
 
 FITS = 0.95  # share of such runs that must fit for a micro-batch to be recommended
 FORWARD = {"full": 1 / 3}  # of a pass; 1 / 2 where what is frozen has no gradient
-SLACK_S = 600  # a time limit's allowance for each term that nothing is known of
+ANSWERS_SPREAD = 0.7  # of the log of an evaluation's seconds: no public run tells of one; 9 of 10 within a factor of 3
+SLACK_S = 300  # a time limit's allowance for each term that nothing is known of
+PEAK_SPREAD = 0.25  # of the log of an evaluation's peak, of which no public run tells either
 HOST_BYTES = 4 * 2**30  # of Python, torch and CUDA in a process
 GROWS: dict[TermName, str] = {
     "start-up": "the model's size and the disk",
@@ -115,20 +118,24 @@ def estimate_run(
     Without them, records alone speak, and what they do not hold is null.
     """
     history = History(run, work, records)
-    return estimate_job(job, work, place, history, trains=run.kind != "control", gpus=run.resources.gpus)
+    found = estimate_job(job, work, place, history, trains=run.kind != "control", gpus=run.resources.gpus)
+    if found.out_of_memory is not None and history.same:  # they did not run out, as often as it was tried
+        return found.model_copy(update={"out_of_memory": 0.5 / (len(history.same) + 1)})
+    return found
 
 
 def estimate_job(
     job: Job | None, work: Workload, place: Place | None, history: History | None = None, *, trains: bool, gpus: int
 ) -> RunEstimate:
     """Of a job on a card, or from the history of runs like it. One that does not train only evaluates."""
-    terms = _terms(job, work, place, history.terms() if history else {}, trains)
+    terms = _terms(job, work, place, history, trains)
     whole = history and history.elapsed()
     elapsed = whole or _sum(terms)
     missing = [name for name, part in terms.items() if part is None] if elapsed and not whole else []
     peak, kind = history.peak() if history else (None, None)
-    if peak is None and place and job and trains:
-        peak, kind = guess("memory", job, place.known), job.memory_kind
+    if peak is None and place and job:
+        peak = guess("memory", job, place.known) if trains else answering_peak(job, work)
+        kind = job.memory_kind
     hours = elapsed.value * gpus / 3600 if elapsed and gpus else None
     found = RunEstimate(
         elapsed=elapsed and elapsed.estimate(),
@@ -140,7 +147,7 @@ def estimate_job(
         cost=hours * place.price if hours is not None and place and place.price is not None else None,
         host_mem_bytes=host_memory(job) if job else None,
         disk_bytes=disk(job) if job and trains else 0 if job else None,
-        notes=[f"not counted, since no run on this device tells of it: {', '.join(missing)}"] if missing else [],
+        notes=[f"not counted, since no run on record tells of it: {', '.join(missing)}"] if missing else [],
     )
     return found.model_copy(update=_on_card(job, place)) if place and job and trains else found
 
@@ -151,76 +158,105 @@ def time_limit(elapsed: Guess, unknown: int = 0) -> int:
 
 
 def host_memory(job: Job) -> int:
-    """Bytes of host memory to ask for: the weights as they are read and as they are moved, and the process."""
-    return round(2 * job.shape.n_params * 2) + HOST_BYTES
+    """Bytes of host memory to ask for: the weights as they are read, and a process for each card."""
+    return round(2 * job.shape.n_params) + HOST_BYTES * job.gpus
 
 
 def disk(job: Job) -> int:
-    """Bytes of the last checkpoint, of the next while it is written, and of what is trained, as it is kept."""
-    size = memory.adapter_bytes(job) if job.method != "full" else 2
-    trained = memory.trained_params(job)
+    """Bytes that a run leaves: its last checkpoint, and what it trained."""
+    size = memory.adapter_bytes(job) if job.method != "full" else 4 if job.dtype == "fp32" else 2
     states = {"adamw": 2, "adamw8bit": 1, "paged": 1, "sgd": 0}[job.optimizer]
-    return round(trained * size * (2 * (1 + states) + 1))
+    return round(memory.trained_params(job) * size * (2 + states))
 
 
 def largest_micro_batch(job: Job, place: Place, choices: Iterable[int]) -> int | None:
-    """The largest of these micro-batches of which a share FITS would fit the card; None: not one."""
+    """The largest of these micro-batches of which a share FITS would fit the card; None: not one.
+
+    Where two or more are on record, all else alike, they speak alone; one that ran out of memory is never asked for.
+    """
     capacity = place.card.memory_bytes
-    same = [
-        (run.job.micro_batch, run.peak_bytes)
-        for run in place.known.own
-        if run.peak_bytes and run.job.memory_kind == "reserved" and _but_batch(run.job) == _but_batch(job)
-    ]
-    if len({batch for batch, _ in same}) > 1 and (most := largest_batch(same, capacity)):
-        return max((size for size in choices if size <= most), default=None)
-    for size in sorted(choices, reverse=True):
+    alike = [run for run in place.known.own if _but_batch(run.job) == _but_batch(job)]
+    ran_out = min((run.job.micro_batch for run in alike if run.above_bytes), default=math.inf)
+    sizes = sorted((size for size in choices if size < ran_out), reverse=True)
+    held = [(run.job.micro_batch, run.peak_bytes * _reserved_by(run.job)) for run in alike if run.peak_bytes]
+    if len({batch for batch, _ in held}) > 1 and (most := largest_batch(held, capacity)):
+        return next((size for size in sizes if size <= most), None)
+    for size in sizes:
         wanted = job.model_copy(update={"micro_batch": size, "memory_kind": "reserved"})
         if guess("memory", wanted, place.known).quantile(FITS) <= capacity:
             return size
     return None
 
 
-def evaluation(job: Job, work: Workload, passing: Guess) -> Guess:
-    """Seconds of generating answers, from the physics: a forward pass over prompts, then one for every new token.
+def divisors(number: int) -> list[int]:
+    """All of them, in order."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
-    All answers are taken to be as long as they may be. No public run tells of it: it is twice as unsure as training.
-    """
+
+def evaluation(job: Job, work: Workload) -> Guess:
+    """Seconds of generating answers, from the physics: a forward pass over prompts, then one for every new token."""
     rounds = math.ceil(work.eval_samples / work.eval_batch_size)
-    prompts = job.model_copy(
-        update={
-            "micro_batch": work.eval_batch_size,
-            "seq_len": max(1, round(work.prompt_tokens)),
-            "mean_len": max(1.0, work.prompt_tokens),
-            "checkpointing": "none",
-        }
-    )
-    token = prompts.model_copy(update={"seq_len": 1, "mean_len": 1.0})
-    seconds = rounds * _forward(job) * (speed.one_pass(prompts).total + work.new_tokens * speed.one_pass(token).total)
+    one = _answering(job, work.eval_batch_size, 1)
+    prompts = _answering(job, work.eval_batch_size, max(1, round(work.prompt_tokens)))
+    seconds = rounds * (_forward_s(prompts) + work.new_tokens * _forward_s(one))
+    spread = math.hypot(ANSWERS_SPREAD, TIME_SPREAD)
     return Guess(
         value=seconds,
-        quantile=lambda share: seconds * (passing.quantile(share) / passing.value) ** 2,
+        quantile=spread_about(seconds, spread, _normal),
         basis="physics",
-        evidence=passing.evidence,
         assumed=(f"every answer has {work.new_tokens} tokens",),
     )
 
 
+def answering_peak(job: Job, work: Workload) -> Guess:
+    """Bytes allocated while answers are generated: weights, keys and values, the last logits, and a layer's prompts."""
+    shape, batch = job.shape, work.eval_batch_size
+    weights = memory.moments(_answering(job, 1, 1))["step"].weights
+    cache = 2 * 2 * shape.layers * shape.kv_heads * shape.head_dim * batch * (work.prompt_tokens + work.new_tokens)
+    logits = batch * shape.vocab * (2 + 4)
+    prompts = batch * work.prompt_tokens * (4 * shape.width + 4 * max(shape.ffn, shape.expert_ffn)) * 2
+    total = weights + cache + max(logits, prompts)
+    return Guess(total, spread_about(total, PEAK_SPREAD, _normal), "physics")
+
+
+def _normal(share: float) -> float:
+    return NormalDist().inv_cdf(min(max(share, 1e-12), 1 - 1e-12))
+
+
+def _answering(job: Job, micro_batch: int, seq_len: int) -> Job:
+    """The model as it answers: on one card, nothing trained."""
+    return job.model_copy(
+        update={
+            "method": "lora", "rank": 1, "dora": False, "gpus": 1, "sharding": "", "checkpointing": "none",
+            "compile": False, "micro_batch": micro_batch, "grad_accum": 1, "seq_len": seq_len, "mean_len": None,
+        }
+    )  # fmt: skip
+
+
+def _forward_s(job: Job) -> float:
+    """Seconds of a forward pass alone: no optimiser, no exchange."""
+    return speed.one_pass(job)._replace(exchange=0.0, traffic=0.0).total * _forward(job)
+
+
 def _terms(
-    job: Job | None, work: Workload, place: Place | None, known: Mapping[TermName, Guess], trains: bool
+    job: Job | None, work: Workload, place: Place | None, history: History | None, trains: bool
 ) -> dict[TermName, Guess | None]:
     """The parts of its time; None for one that nothing is known of."""
     names: list[TermName] = []
     names.extend(("start-up", "training", "checkpoints") if trains else ())
     names.extend(("evaluation start-up", "evaluation") if work.eval_samples else ())
+    known = history.terms() if history else {}
     found: dict[TermName, Guess | None] = {name: known.get(name) for name in names}
     if place and job:
-        passing = guess("pass", job, place.known)
         if trains:
-            found["training"] = passing.times(work.steps * job.grad_accum)
+            passing = guess("pass", job, place.known)
+            paced = history and history.pace()
+            found["training"] = paced or passing.times(work.steps * job.grad_accum)
             if work.validation_passes:
                 found["validation"] = passing.times(work.validation_passes * _forward(job))
         if work.eval_samples and found["evaluation"] is None:
-            found["evaluation"] = evaluation(job, work, passing)
+            found["evaluation"] = evaluation(job, work)
     return found
 
 
@@ -244,7 +280,7 @@ def _on_card(job: Job, place: Place) -> dict[str, object]:
     """Whether the card holds it, and the largest micro-batch that it would, with the same effective batch."""
     reserved = guess("memory", job.model_copy(update={"memory_kind": "reserved"}), place.known)
     batch = job.micro_batch * job.grad_accum  # of each card
-    micro = largest_micro_batch(job, place, [size for size in range(1, batch + 1) if batch % size == 0])
+    micro = largest_micro_batch(job, place, divisors(batch))
     return {
         "reserved_mem": reserved.estimate(),
         "capacity_bytes": place.card.memory_bytes,
@@ -255,4 +291,11 @@ def _on_card(job: Job, place: Place) -> dict[str, object]:
 
 
 def _but_batch(job: Job) -> Job:
-    return job.model_copy(update={"micro_batch": 1, "grad_accum": 1, "mean_len": None, "data": "", "gpu": None})
+    """The job without what differs between runs of one configuration that differ in their batch."""
+    apart = {"micro_batch": 1, "grad_accum": 1, "mean_len": None, "data": "", "gpu": None, "memory_kind": "allocated"}
+    return job.model_copy(update=apart)
+
+
+def _reserved_by(job: Job) -> float:
+    """What the allocator takes, as a multiple of the kind of figure that was measured."""
+    return memory.peak(job.model_copy(update={"memory_kind": "reserved"})).total / memory.peak(job).total

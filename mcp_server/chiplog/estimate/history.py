@@ -22,29 +22,35 @@ PRIOR_WEIGHT = 4  # measurements that the spread above counts as
 SCALED_SPREAD = 2.0  # a scaled estimate is taken to spread this much more
 # Settings that change neither the time nor the memory of a step.
 NEUTRAL = {"seed", "lr", "lr_schedule", "warmup_steps", "weight_decay", "scorer"}
-# Settings that change how much is done, not how fast a token goes through.
-AMOUNT = {"dataset", "system_prompt", "prompt", "epochs", "max_steps", "eval_split", "eval_limit"}
-# Of these, what changes how long the samples are, and so the memory.
+# Settings that change how many steps there are, and nothing in them.
+COUNT = {"epochs", "max_steps", "eval_split", "eval_limit"}
+# Of the samples: how long they are, and so the memory.
 LENGTH = {"dataset", "system_prompt", "prompt"}
 # Settings that move time and memory little enough to scale across, with a wider interval.
 NEAR = {"lora_rank", "lora_alpha", "save_every_n_steps", "log_every_n_steps", "max_new_tokens"}
+# Settings that an evaluation's pace depends on, and its start and that of a training.
+ANSWERING, LOADING = {"model", "dtype", "device", "eval_batch_size", "max_new_tokens"}, {"model", "dtype", "device"}
 BY_TOKENS = "training time grows with tokens, evaluation time with samples"
 
 
 class History:
-    """The completed runs of the same model, recipe and resources, as near as they come to `run`.
+    """The completed runs of the same model and resources: the same, near ones, and what each term of one tells.
 
     They must be of the device that it will run on: those of other devices must not be given.
     """
 
     def __init__(self, run: Run, work: Workload, records: Sequence[Record]) -> None:
         self.run, self.work = run, work
-        usable = [r for r in records if r.state is State.COMPLETED and r.kind == run.kind and r.recipe == run.recipe]
-        usable = [r for r in usable if r.config.get("model") == run.config["model"]]
-        usable = [r for r in usable if (r.usage.cpus, r.usage.gpus) == (run.resources.cpus, run.resources.gpus)]
-        differs = {r.key: _differs(run.config, r.config) - NEUTRAL for r in usable}
-        self.same = [r for r in usable if not differs[r.key] and _same_work(r, work)]
-        near = [r for r in usable if differs[r.key] <= AMOUNT | NEAR]
+        model, resources = run.config["model"], (run.resources.cpus, run.resources.gpus)
+        alike = [r for r in records if r.state is State.COMPLETED and r.config.get("model") == model]
+        alike = [r for r in alike if (r.usage.cpus, r.usage.gpus) == resources]
+        self.loaded = [r for r in alike if not _differs(run.config, r.config) & LOADING]
+        self.answered = [r for r in alike if r.kind == run.kind and not _differs(run.config, r.config) & ANSWERING]
+        alike = [r for r in alike if r.kind == run.kind and r.recipe == run.recipe]
+        differs = {r.key: _differs(run.config, r.config) - NEUTRAL for r in alike}
+        self.same = [r for r in alike if not differs[r.key] and _same_work(r, work)]
+        self.paced = [r for r in alike if differs[r.key] <= COUNT]
+        near = [r for r in alike if differs[r.key] <= COUNT | LENGTH | NEAR]
         self.near = _nearest(near, differs)
         self.alike_in_length = _nearest([r for r in near if not differs[r.key] & LENGTH], differs)
 
@@ -53,19 +59,23 @@ class History:
         whole = [r for r in self.same if r.usage.elapsed_s and not r.usage.resumed]
         return _guess([r.usage.elapsed_s or 0.0 for r in whole], TIME_SPREAD, "same-configuration", whole)
 
+    def pace(self) -> Guess | None:
+        """Seconds of training, by the steps of runs whose steps are the same."""
+        paced = [r for r in self.paced if r.usage.train_s and r.usage.steps]
+        times = [(r.usage.train_s or 0.0) * self.work.steps / (r.usage.steps or 1) for r in paced]
+        return _guess(times, TIME_SPREAD, "scaled", paced)
+
     def terms(self) -> dict[TermName, Guess]:
-        """The parts of its time, each scaled by what it grows with; none where no near run was evaluated."""
-        done = [r for r in self.near if r.usage.eval_s and r.usage.eval_samples]
+        """The parts of its time that are on record, each scaled by what it grows with."""
         found: dict[TermName, Guess | None] = {
-            "evaluation start-up": self._term("eval_setup_s", done),
-            "evaluation": _guess([(r.usage.eval_s or 0.0) * self._samples(r) for r in done], *SCALED, done),
+            "evaluation start-up": self._term("eval_setup_s", self.loaded),
+            "evaluation": self._evaluation(),
         }
         if self.run.kind != "control":
-            done = [r for r in done if r.usage.train_s and r.usage.steps and r.usage.tokens]
             found |= {
-                "start-up": self._term("setup_s", done),
-                "training": self._training(done),
-                "checkpoints": self._term("checkpoint_s", done),
+                "start-up": self._term("setup_s", [r for r in self.loaded if not r.usage.resumed] or self.loaded),
+                "training": self.pace() or self._training(),
+                "checkpoints": self._checkpoints(),
             }
         return {name: guess for name, guess in found.items() if guess}
 
@@ -86,16 +96,23 @@ class History:
         used = [r for r in records if getattr(r.usage, field)]
         return _guess([getattr(r.usage, field) for r in used], *SCALED, used)
 
-    def _samples(self, record: Record) -> float:
-        return self.work.eval_samples / (record.usage.eval_samples or 1)
+    def _evaluation(self) -> Guess | None:
+        done = [r for r in self.answered if r.usage.eval_s and r.usage.eval_samples]
+        times = [(r.usage.eval_s or 0.0) * self.work.eval_samples / (r.usage.eval_samples or 1) for r in done]
+        return _guess(times, *SCALED, done)
 
-    def _training(self, records: Sequence[Record]) -> Guess | None:
+    def _checkpoints(self) -> Guess | None:
+        done = [r for r in self.near if r.usage.checkpoint_s and r.usage.steps]
+        saves = _saves(self.run.config, self.work.steps)
+        times = [(r.usage.checkpoint_s or 0.0) * saves / _saves(r.config, r.usage.steps or 1) for r in done]
+        return _guess(times, *SCALED, done)
+
+    def _training(self) -> Guess | None:
         """By tokens. A small model is bound by its steps, a large one by its tokens: the truth lies between the two."""
-        if not self.work.tokens:
-            return None
-        tokens = self.work.tokens
-        guess = _guess([(r.usage.train_s or 0.0) * tokens / (r.usage.tokens or 1) for r in records], *SCALED, records)
-        by_steps = [(r.usage.train_s or 0.0) * self.work.steps / (r.usage.steps or 1) for r in records]
+        near = [r for r in self.near if r.usage.train_s and r.usage.steps and r.usage.tokens]
+        tokens = self.work.tokens or 0
+        guess = _guess([(r.usage.train_s or 0.0) * tokens / (r.usage.tokens or 1) for r in near], *SCALED, near)
+        by_steps = [(r.usage.train_s or 0.0) * self.work.steps / (r.usage.steps or 1) for r in near]
         if guess is None:
             return None
 
@@ -118,6 +135,12 @@ def _same_work(record: Record, work: Workload) -> bool:
     return (record.usage.steps or 0, record.usage.eval_samples) == (work.steps, work.eval_samples)
 
 
+def _saves(config: Config, steps: int) -> int:
+    """Checkpoints that a run writes: one an epoch, and those between."""
+    every = config.get("save_every_n_steps")
+    return max(1, config.get("epochs") or 1) + (steps // every if every else 0)
+
+
 def _nearest(records: Sequence[Record], differs: Mapping[str, set[str]]) -> list[Record]:
     """The records that differ in the fewest settings."""
     fewest = min((len(differs[r.key]) for r in records), default=0)
@@ -128,9 +151,10 @@ def _guess(values: Sequence[float], spread: float, basis: Basis, records: Sequen
     """Of one more such value, on the log scale: Student's t, the spread pooled with the one before."""
     from scipy.special import stdtrit  # scipy.stats takes a second to import
 
-    if not values or not all(values):
+    sound = [(value, r) for value, r in zip(values, records, strict=True) if value > 0 and math.isfinite(value)]
+    if not sound:
         return None
-    logs = [math.log(value) for value in values]
+    logs = [math.log(value) for value, _ in sound]
     n, centre = len(logs), statistics.fmean(logs)
     freedom = n - 1 + PRIOR_WEIGHT
     pooled = math.sqrt((sum((x - centre) ** 2 for x in logs) + PRIOR_WEIGHT * spread**2) / freedom)
@@ -138,7 +162,7 @@ def _guess(values: Sequence[float], spread: float, basis: Basis, records: Sequen
         value=math.exp(centre),
         quantile=spread_about(math.exp(centre), pooled * math.sqrt(1 + 1 / n), lambda share: stdtrit(freedom, share)),
         basis=basis,
-        evidence=tuple(sorted({name_of(r) for r in records})),
+        evidence=tuple(sorted({name_of(r) for _, r in sound})),
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from chiplog.errors import ChiplogError, NotFoundError, PlanError
 from chiplog.estimate.gpus import Gpu, gpu
@@ -70,48 +71,50 @@ def _shape_in(path: str, _: int) -> Shape:
 
 def job_of_config(
     config: Mapping[str, Any], *, model: str, framework: str, method: str | None, card: Gpu | None, gpus: int,
-    seq_len: int, mean_len: float, memory_kind: MemoryKind = "allocated",
+    micro_batch: int, grad_accum: int, seq_len: int, mean_len: float, memory_kind: MemoryKind = "allocated",
 ) -> Job:  # fmt: skip
     """A job with these settings. `seq_len` and `mean_len`: tokens of the longest and the mean sample, padded.
 
-    Raises NotFoundError, whose words are the reason, where the model's shape is not known or the batch is not stated.
+    Raises NotFoundError, whose words are the reason, where the model's shape is not known.
     """
-    micro, accum = _batch(config, gpus)
     own = framework == "torchtune"
     kind = method or ("lora" if config.get("lora_rank") else "full")
     dtype: dict[str, Literal["bf16", "fp16", "fp32"]] = {"fp32": "fp32", "fp16": "fp16"}
+    unsure = [] if own or "activation_checkpointing" in config else ["act_ckpt"]
     return Job(
         framework=framework, model=known_as(_bare(model)) or Path(model).name.lower(), shape=shape_at(model),
         method=METHODS.get(kind, "adapter"), dora=kind == "dora",
         rank=_count(config.get("lora_rank")) or 16, targets=_targets(config.get("lora_targets")),
-        dtype=dtype.get(str(config.get("dtype")), "bf16"),
-        weight_bits=4 if kind == "qlora" else 16, micro_batch=micro, grad_accum=accum, seq_len=seq_len,
-        mean_len=mean_len, packed=config.get("packed") is True,
+        dtype=dtype.get(str(config.get("dtype")), "bf16"), weight_bits=4 if kind == "qlora" else 16,
+        micro_batch=micro_batch, grad_accum=grad_accum, seq_len=seq_len, mean_len=mean_len,
+        packed=config.get("packed") is True,
         checkpointing="full" if config.get("activation_checkpointing") is True else "none",
         loss="chunked" if own else "plain", compile=config.get("compile") is True,
-        optimizer="adamw", dropout=bool(config.get("lora_dropout")) or not own,
-        gpu=card.key if card else None, gpus=max(1, gpus), sharding="FSDP" if gpus > 1 else "",
-        memory_kind=memory_kind, data=Path(str(config.get("dataset") or "")).stem.lower(),
+        optimizer=_optimizer(str(config.get("optimizer") or "")),
+        in_backward=config.get("optimizer_in_bwd") is True, dropout=bool(config.get("lora_dropout")) or not own,
+        gpu=card.key if card else None, gpus=max(1, gpus), sharding=_sharding(config) if gpus > 1 else "",
+        memory_kind=memory_kind, data=Path(str(config.get("dataset") or "")).stem.lower(), unsure=tuple(unsure),
     )  # fmt: skip
 
 
 def planned_job(config: Config, trained: Steps, *, card: Gpu, gpus: int) -> Job:
-    """The job of a run that is planned, from the lengths of its samples."""
-    samples = trained.micro_batch or 1
+    """The training of a run that is planned, from the lengths of its samples; each GPU takes its part of the batch."""
+    each = max(1, config["batch_size"] // gpus)
+    micro = min(trained.micro_batch, each)
     padded = trained.tokens_per_step_mean / max(1 - trained.padding_share, 1e-6)
     return job_of_config(
-        {**config, "micro_batch_size": samples, "grad_accum": trained.grad_accum},
-        model=config["model"], framework="torchtune", method=None, card=card, gpus=gpus,
-        seq_len=max(1, -(-trained.tokens_longest_pass // samples)),
-        mean_len=max(1.0, padded / (samples * trained.grad_accum)),
+        config, model=config["model"], framework="torchtune", method=None, card=card, gpus=gpus,
+        micro_batch=micro, grad_accum=-(-each // micro),
+        seq_len=max(1, -(-trained.tokens_longest_pass // trained.micro_batch)),
+        mean_len=max(1.0, padded / (trained.micro_batch * trained.grad_accum)),
     )  # fmt: skip
 
 
 def control_job(config: Config, card: Gpu) -> Job:
     """The model of a run that only evaluates, one token at a time."""
     return job_of_config(
-        {**config, "micro_batch_size": 1}, model=config["model"], framework="transformers", method="full", card=card,
-        gpus=1, seq_len=1, mean_len=1.0,
+        config, model=config["model"], framework="torchtune", method="lora", card=card, gpus=1, micro_batch=1,
+        grad_accum=1, seq_len=1, mean_len=1.0,
     )  # fmt: skip
 
 
@@ -120,44 +123,84 @@ def measured_run(record: Record, only: Gpu | None) -> Measured | None:
 
     `only` is the one card there is, taken for runs whose log names none.
     """
-    usage, config = record.usage, record.config
+    usage, config, gpus = record.usage, record.config, record.usage.gpus or 1
     card = _card(usage.device) if usage.device else only
-    if card is None or not record.model or (usage.gpus or 1) < 1:
+    batch = batch_of(config, gpus)
+    if card is None or batch is None or not record.model or gpus < 1:
         return None
+    micro, accum = batch
     steps = (usage.steps or 0) - (usage.resumed_from or 0)
-    rate = steps / usage.train_s if usage.train_s and steps > 0 else usage.mean_steps_per_s or usage.steps_per_s
-    packed, limit = config.get("packed") is True, _count(config.get("max_seq_len"))
-    try:
-        micro, accum = _batch(config, usage.gpus or 1)
-    except NotFoundError:
+    rate = steps / usage.train_s if is_amount(usage.train_s) and steps > 0 else usage.mean_steps_per_s
+    rate = rate if is_amount(rate) else usage.steps_per_s
+    training = record.steps.get("train") is not State.COMPLETED  # else it was evaluating when it ended
+    ran_out = record.state is State.OUT_OF_MEMORY and record.oom is not None and record.oom.kind == "gpu" and training
+    lengths = _lengths(record, micro, steps * accum * micro * gpus, ran_out)
+    if lengths is None:
         return None
-    samples = steps * accum * micro * max(1, usage.gpus or 1)
-    if packed and limit:
-        longest, mean = limit, float(limit)
-    elif usage.longest_pass_tokens and usage.padded_tokens and samples > 0:
-        longest, mean = -(-usage.longest_pass_tokens // micro), usage.padded_tokens / samples
-    else:
-        return None  # lengths are not known: a step of it is no measure of another
     kind = KINDS.get(usage.mem_kind or "")
-    ran_out = record.state is State.OUT_OF_MEMORY and record.oom is not None and record.oom.kind == "gpu"
     try:
         job = job_of_config(
             config, model=record.model, framework=record.framework or "torchtune", method=record.method, card=card,
-            gpus=usage.gpus or 1, seq_len=max(1, longest), mean_len=max(1.0, mean),
+            gpus=gpus, micro_batch=micro, grad_accum=accum, seq_len=lengths[0], mean_len=lengths[1],
             memory_kind="reserved" if ran_out else kind or "allocated",
         )  # fmt: skip
     except ChiplogError:
         return None
-    peak = usage.peak_mem_bytes if kind and not ran_out else None
+    peak = usage.train_peak_mem_bytes or (None if usage.eval_s else usage.peak_mem_bytes)
+    capacity = record.oom and record.oom.capacity_bytes
     return Measured(
         job=job,
         place=HERE,
         source=name_of(record),
-        peak_bytes=float(peak) if peak and peak > NO_PEAK * at_start(job) else None,
-        pass_s=1 / rate / accum if rate else None,
+        peak_bytes=float(peak) if kind and not ran_out and peak and peak > NO_PEAK * at_start(job) else None,
+        pass_s=1 / rate / accum if rate and is_amount(rate) else None,
         pass_spread=TIME_SPREAD,
-        above_bytes=((record.oom and record.oom.capacity_bytes) or card.memory_bytes) if ran_out else None,
+        above_bytes=(capacity if is_amount(capacity) else float(card.memory_bytes)) if ran_out else None,
     )
+
+
+def batch_of(config: Mapping[str, Any], gpus: int) -> tuple[int, int] | None:
+    """Micro-batch and accumulation on each GPU; None where the settings do not say."""
+    batch, micro, accum = (_count(config.get(name)) for name in ("batch_size", "micro_batch_size", "grad_accum"))
+    if micro is None and batch is None:
+        return None
+    if micro is None:
+        micro = max(1, (batch or 1) // ((accum or 1) * max(1, gpus)))
+    return micro, accum or max(1, (batch or micro) // (micro * max(1, gpus)))
+
+
+def _lengths(record: Record, micro: int, samples: int, ran_out: bool) -> tuple[int, float] | None:
+    """Tokens of the longest and the mean sample, padded. None where they are not known: it is no measure of another.
+
+    Of a run that ran out of memory, the longest is what its data can make: what it got through is what fitted.
+    """
+    usage, limit = record.usage, _count(record.config.get("max_seq_len"))
+    if record.config.get("packed") is True and limit:
+        return limit, float(limit)
+    longest = usage.longest_pass_tokens
+    if ran_out:
+        longest = record.predicted.longest_pass_tokens if record.predicted else None
+    if not longest or longest < 1:
+        return None
+    seq_len = -(-longest // micro)
+    mean = usage.padded_tokens / samples if is_amount(usage.padded_tokens) and samples > 0 else float(seq_len)
+    return seq_len, max(1.0, min(mean, float(seq_len)))
+
+
+def is_amount(value: float | None) -> TypeGuard[float]:
+    """Whether a figure of a log can be reckoned with."""
+    return value is not None and math.isfinite(value) and value > 0
+
+
+def _optimizer(name: str) -> Literal["adamw", "adamw8bit", "paged", "sgd"]:
+    name = name.lower()
+    return "paged" if "paged" in name else "adamw8bit" if "8bit" in name else "sgd" if "sgd" in name else "adamw"
+
+
+def _sharding(config: Mapping[str, Any]) -> str:
+    """How several GPUs divide the model, as a log of DeepSpeed says; else as torchtune does."""
+    stage = config.get("zero_stage")
+    return f"ZeRO-{stage}" if stage in (1, 2, 3) else "DDP" if stage == 0 else "FSDP"
 
 
 def _bare(model: str) -> str:
@@ -170,17 +213,6 @@ def _card(device: str) -> Gpu | None:
         return gpu(device)
     except NotFoundError:
         return None
-
-
-def _batch(config: Mapping[str, Any], gpus: int) -> tuple[int, int]:
-    """Micro-batch and accumulation. Raises NotFoundError where no batch is stated."""
-    batch, micro = _count(config.get("batch_size")), _count(config.get("micro_batch_size"))
-    accum = _count(config.get("grad_accum"))
-    if micro is None and batch is None:
-        raise NotFoundError("the batch is not stated")
-    if micro is None:
-        micro = max(1, (batch or 1) // ((accum or 1) * max(1, gpus)))
-    return micro, accum or max(1, (batch or micro) // (micro * max(1, gpus)))
 
 
 def _count(value: Any) -> int | None:

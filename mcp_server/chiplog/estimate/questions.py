@@ -1,6 +1,6 @@
 """Answers about one job: what it needs, why, what would change that; and what is the largest that fits, and where.
 
-"Fits" is always said with the same certainty: of a share FITS of such runs.
+"Fits" is said with its certainty: the share of such jobs that would.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 from chiplog.errors import PlanError
 from chiplog.estimate import memory, speed
 from chiplog.estimate.case import Case, CaseEstimate, Explanation, Fits, WhatIf
-from chiplog.estimate.estimator import FITS, Place, estimate_job, guess
+from chiplog.estimate.estimator import FITS, Place, divisors, estimate_job, guess
 from chiplog.estimate.gpus import Gpu
 from chiplog.estimate.job import Job
 from chiplog.estimate.jobs import TARGETS, job_of_config
@@ -33,18 +33,18 @@ def job_of(case: Case, card: Gpu) -> Job:
     each = case.batch_size // case.gpus
     micro = case.micro_batch_size or each
     if each % micro:
-        divisors = ", ".join(str(size) for size in range(1, min(each, 10_000) + 1) if each % size == 0)
+        sizes = ", ".join(map(str, divisors(each)))
         raise PlanError(
-            f"micro_batch_size {micro} does not divide the {each} samples of each GPU: take one of {divisors}, "
+            f"micro_batch_size {micro} does not divide the {each} samples of each GPU: take one of {sizes}, "
             "or the effective batch would change"
         )
     if unknown := [name for name in case.lora_targets or [] if name not in TARGETS]:
         raise PlanError(f"lora_targets has {', '.join(unknown)}: choose from {', '.join(TARGETS)}")
     mean = min(case.mean_len or case.seq_len, case.seq_len)
-    config = case.model_dump() | {"micro_batch_size": micro, "grad_accum": each // micro}
     job = job_of_config(
-        config, model=case.model, framework=case.framework, method=case.method, card=card, gpus=case.gpus,
-        seq_len=case.seq_len, mean_len=case.seq_len if case.packed else mean,
+        case.model_dump(), model=case.model, framework=case.framework, method=case.method, card=card, gpus=case.gpus,
+        micro_batch=micro, grad_accum=each // micro, seq_len=case.seq_len,
+        mean_len=case.seq_len if case.packed else mean,
     )  # fmt: skip
     return job.model_copy(update={"optimizer": case.optimizer, "sharding": case.sharding if case.gpus > 1 else ""})
 
@@ -52,7 +52,9 @@ def job_of(case: Case, card: Gpu) -> Job:
 def estimate_case(case: Case, place: Place, cards: Sequence[Gpu], *, inverse: bool = True) -> CaseEstimate:
     """What it would need on a card; with `inverse`, also what would fit there or on others of `cards`."""
     job = job_of(case, place.card)
-    steps = case.steps or max(1, (case.samples or case.batch_size) // case.batch_size * case.epochs)
+    if case.samples and case.samples < case.batch_size and not case.steps:
+        raise PlanError(f"{case.samples} samples fill no batch of {case.batch_size}: lower batch_size")
+    steps = case.steps or (case.samples or case.batch_size) // case.batch_size * case.epochs
     validation = -(-case.validation_samples // (job.micro_batch * case.gpus)) * case.validations
     work = Workload(
         steps=steps, tokens=None, eval_samples=case.eval_samples, eval_batch_size=case.eval_batch_size,
@@ -71,42 +73,46 @@ def estimate_case(case: Case, place: Place, cards: Sequence[Gpu], *, inverse: bo
         tokens_per_s=job.mean_tokens * job.grad_accum / step.value,
         estimate=found,
         explanation=explain(job, place),
-        fits=fits(job, place, cards) if inverse else None,
+        fits=[fits(job, place, cards, share) for share in (FITS, 0.5)] if inverse else [],
         steps_in_budget=in_budget,
     )
 
 
-def fits(job: Job, place: Place, cards: Iterable[Gpu]) -> Fits:
-    """What would fit where; `cards` are those that may be had."""
+def fits(job: Job, place: Place, cards: Iterable[Gpu], share: float = FITS) -> Fits:
+    """What would fit where, of a share of such jobs; `cards` are those that may be had."""
     has_adapters = job.method in ("lora", "qlora")
     return Fits(
-        micro_batch=largest(job, place, "micro_batch"),
-        seq_len=largest(job, place, "seq_len"),
-        rank=largest(job, place, "rank") if has_adapters else None,
-        model=largest_model(job, place),
-        gpu=smallest_card(job, place, cards),
+        share=share,
+        micro_batch=largest(job, place, "micro_batch", share),
+        seq_len=largest(job, place, "seq_len", share),
+        rank=largest(job, place, "rank", share) if has_adapters else None,
+        model=largest_model(job, place, share),
+        gpu=smallest_card(job, place, cards, share),
     )
 
 
-def largest(job: Job, place: Place, what: Literal["micro_batch", "seq_len", "rank"]) -> int | None:
-    """The largest value of a setting with which the job would fit; None: not one."""
-    return _last(MOST[what], lambda value: _holds(job.model_copy(update={what: value}), place, place.card.memory_bytes))
+def largest(job: Job, place: Place, what: Literal["micro_batch", "seq_len", "rank"], share: float = FITS) -> int | None:
+    """The largest value of a setting with which the job would fit, up to MOST of it; None: not one."""
+    return _last(MOST[what], lambda value: _holds(job.model_copy(update={what: value}), place, share))
 
 
-def largest_model(job: Job, place: Place) -> str | None:
-    """The published model of most parameters that would fit in this job's place."""
+def largest_model(job: Job, place: Place, share: float = FITS) -> str | None:
+    """The published model of most parameters, of those in the job's family if one of them would, that would fit."""
     by_size = sorted(catalogue().items(), key=lambda entry: -entry[1].n_params)
-    capacity = place.card.memory_bytes
-    for name, shape in by_size:
-        wanted = job.model_copy(update={"shape": shape, "model": name.rpartition("/")[2].lower()})
-        if memory.peak(wanted).weights < capacity and _holds(wanted, place, capacity):
-            return name
+    for kin in (True, False):
+        for name, shape in by_size:
+            if (shape.family == job.shape.family) != kin:
+                continue
+            wanted = job.model_copy(update={"shape": shape, "model": name})
+            if memory.at_start(wanted) < place.card.memory_bytes and _holds(wanted, place, share):
+                return name
     return None
 
 
-def smallest_card(job: Job, place: Place, cards: Iterable[Gpu]) -> str | None:
+def smallest_card(job: Job, place: Place, cards: Iterable[Gpu], share: float = FITS) -> str | None:
     """The card of least memory that would hold the job."""
-    needed = guess("memory", job.model_copy(update={"memory_kind": "reserved"}), place.known).quantile(FITS)
+    reserved = guess("memory", job.model_copy(update={"memory_kind": "reserved"}), place.known)
+    needed = reserved.value if share == 0.5 else reserved.quantile(share)
     enough = [card for card in cards if card.memory_bytes >= needed]
     return min(enough, key=lambda card: (card.memory_bytes, card.key)).key if enough else None
 
@@ -160,8 +166,10 @@ def _what_if(words: str, job: Job, place: Place) -> WhatIf:
     return WhatIf(change=words, reserved_bytes=reserved.value, step_s=step_s)
 
 
-def _holds(job: Job, place: Place, capacity: float) -> bool:
-    return guess("memory", job.model_copy(update={"memory_kind": "reserved"}), place.known).quantile(FITS) <= capacity
+def _holds(job: Job, place: Place, share: float) -> bool:
+    reserved = guess("memory", job.model_copy(update={"memory_kind": "reserved"}), place.known)
+    needed = reserved.value if share == 0.5 else reserved.quantile(share)
+    return needed <= place.card.memory_bytes
 
 
 def _last(most: int, holds: Callable[[int], bool]) -> int | None:

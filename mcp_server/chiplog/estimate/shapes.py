@@ -151,6 +151,7 @@ class Family(Frozen):
     text_part: dict[str, int] = Field(default={}, description="Sizes that it fills in for a text_config only.")
 
 
+LARGEST = 2**31  # of any size
 _KV = "num_key_value_heads"
 # Other names of the same field.
 ALSO: dict[str, Sequence[str]] = {
@@ -176,8 +177,11 @@ class _Sizes:
         """A size; None where it is null, or where neither config.json nor the family gives one."""
         key = next((key for key in (name, *ALSO.get(name, ())) if key in self.values), None)
         value = self.defaults.get(name) if key is None else self.values[key]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise PlanError(f"config.json: {key} is {value!r:.40}, no whole number from 0 on: mend that line")
+        right = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+        if value is not None and not right:
+            raise PlanError(
+                f"config.json: {key} is {value!r:.40}, no whole number from 0 to {LARGEST:,}: mend that line"
+            )
         return value
 
     def size(self, name: str) -> int:
@@ -190,7 +194,12 @@ class _Sizes:
 
     def flag(self, flag: Flag) -> bool:
         """Whether it is so; a null is a no."""
-        return flag if isinstance(flag, bool) else bool(self.values.get(*flag))
+        if isinstance(flag, bool):
+            return flag
+        value = self.values.get(*flag)
+        if value not in (True, False, None):
+            raise PlanError(f"config.json: {flag[0]} is {value!r:.40}, neither true nor false: mend that line")
+        return bool(value)
 
     def each(self, name: str) -> list[Any] | None:
         """A list; None where there is none."""
@@ -212,6 +221,8 @@ def _measure(name: str, family: Family, sizes: _Sizes) -> Shape:
     layers, width, heads = (sizes.size(key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     head_dim, vocab, ffn = sizes.head_dim(width, heads), sizes.size("vocab_size"), _ffn(name, sizes)
     kv_heads = _kv_heads(name, sizes) or heads
+    if heads % kv_heads:
+        raise PlanError(f"config.json: {kv_heads} key and value heads do not divide {heads} heads: mend one")
     tied = sizes.flag(("tie_word_embeddings", family.tied))
     gated, vectors = family.gated, family.norm_vectors
     if name in ("t5", "mt5"):

@@ -53,6 +53,7 @@ class Step(Written):
     longest_pass_tokens: Count | None = Field(default=None, description="Tokens of its longest forward pass, padded.")
     seconds: Seconds = Field(description="Seconds that it took.")
     peak_mem_bytes: Count = Field(description="Largest memory so far.")
+    reserved_bytes: Count | None = Field(default=None, description="Largest memory that the allocator took so far.")
     mem_kind: MemKind = Field(description="What that counts.")
 
 
@@ -139,6 +140,8 @@ def train_usage(events: Sequence[Event]) -> Usage:
         tokens_per_s=tokens / train_s if train_s else None,
         peak_mem_bytes=max((step.peak_mem_bytes for step in steps), default=None),
         mem_kind=steps[-1].mem_kind if steps else None,
+        train_peak_mem_bytes=max((step.peak_mem_bytes for step in steps), default=None),
+        reserved_bytes=max((step.reserved_bytes or 0 for step in steps), default=0) or None,
         n_params=starts[-1].n_params,
         loss_first=steps[0].loss if steps else None,
         loss_last=steps[-1].loss if steps else None,

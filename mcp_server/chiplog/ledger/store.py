@@ -178,7 +178,7 @@ class Ledger:
         self, equal: Mapping[str, Any], *, like: Mapping[str, str] | None = None, since: str | None = None,
         until: str | None = None, sort: str = "-started", limit: int | None = None, offset: int = 0,
     ) -> tuple[list[Record], int]:  # fmt: skip
-        """A page of the records that match (null: of those that have none), and how many match in all.
+        """A page of the records that match (null: of those that have none; a list: any of it), and how many do in all.
 
         Raises RecordError for an unknown column.
         """
@@ -186,8 +186,11 @@ class Ledger:
         for name in [*equal, *(like or {}), column]:
             if name not in COLUMNS:
                 raise RecordError(f"runs cannot be searched by {name!r}: choose from {', '.join(COLUMNS)}")
-        parts = [f"{name} IS ?" for name in equal] + [f"{name} LIKE ? ESCAPE '\\'" for name in like or {}]
-        values = [*equal.values(), *(f"%{_literal(text)}%" for text in (like or {}).values())]
+        parts = [_one_of(name, value) for name, value in equal.items()] + [
+            f"{name} LIKE ? ESCAPE '\\'" for name in like or {}
+        ]
+        given = [each for value in equal.values() for each in (value if isinstance(value, list) else [value])]
+        values = [*given, *(f"%{_literal(text)}%" for text in (like or {}).values())]
         for bound, operator in ((since, ">="), (until, "<")):
             if bound:
                 parts.append(f"started {operator} ?")
@@ -201,6 +204,12 @@ class Ledger:
                 [*values, -1 if limit is None else limit, offset],
             )
             return [_whole(connection, row) for row in rows], total
+
+    def distinct(self, column: str) -> list[Any]:
+        """Every value of a column that can be searched."""
+        assert column in COLUMNS, column
+        with self._open() as connection:
+            return [row[0] for row in connection.execute(f"SELECT DISTINCT {column} FROM runs WHERE {column} NOT NULL")]
 
     def get(self, key: str) -> Record | None:
         """The record of that key, or null."""
@@ -287,6 +296,10 @@ def _value(record: Record, path: str) -> Any:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return None
     return value if isinstance(value, int | float | str) else None
+
+
+def _one_of(name: str, value: Any) -> str:
+    return f"{name} IN ({', '.join('?' * len(value))})" if isinstance(value, list) else f"{name} IS ?"
 
 
 def _literal(text: str) -> str:

@@ -31,7 +31,7 @@ KIND = {"allocation": "allocated", "alloc": "allocated", "active": "active", "re
 SETTINGS = {  # of the resolved configuration; torchtune's batch_size is one forward pass
     "epochs": "epochs", "max_steps_per_epoch": "max_steps_per_epoch", "gradient_accumulation_steps": "grad_accum",
     "dtype": "dtype", "seed": "seed", "compile": "compile",
-    "enable_activation_checkpointing": "activation_checkpointing",
+    "enable_activation_checkpointing": "activation_checkpointing", "optimizer_in_bwd": "optimizer_in_bwd",
 }  # fmt: skip
 
 
@@ -134,6 +134,9 @@ def _config(draft: Draft, span: Span) -> None:
         draft.set("method", "lora")
     elif isinstance(model, dict):
         draft.set("method", "full")
+    optimizer = values.get("optimizer")
+    if isinstance(optimizer, dict):
+        draft.set("optimizer", str(optimizer.get("_component_", "")).rpartition(".")[2])
     draft.set("lora_targets", _targets(model if isinstance(model, dict) else values))
     dataset, tokenizer = values.get("dataset"), values.get("tokenizer")
     if isinstance(dataset, dict):
