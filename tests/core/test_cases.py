@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from chiplog.cli import app
+from chiplog.diagnosis import diagnose
 from chiplog.errors import ChiplogError, NotFoundError, PlanError
 from chiplog.estimate.case import CaseEstimate, make_case
-from chiplog.estimate.estimator import Known, Place, guess, learn
+from chiplog.estimate.estimator import Known, Place, guess, largest_micro_batch, learn
 from chiplog.estimate.gpus import gpu, gpus
 from chiplog.estimate.guess import Guess, total
 from chiplog.estimate.jobs import measured_run, shape_at
 from chiplog.estimate.questions import estimate_case, explain, fits, job_of
-from chiplog.record import OutOfMemory, Record, State, Usage
+from chiplog.record import OutOfMemory, Prediction, Record, State, Usage
 
 CASE: dict[str, Any] = {"model": "Llama-3.2-1B", "gpu": "a100-80gb", "batch_size": 8, "seq_len": 1024}
 GIB = 2**30
@@ -260,3 +261,62 @@ def test_the_command_says_the_same_as_the_tool(workspace: Path):
     found = CaseEstimate.model_validate(answer["case"])
     assert found.estimate.peak_mem == told().estimate.peak_mem
     assert "peak reserved" in answer["summary"] and answer["experiment"] is None
+
+
+def test_equal_runs_narrow_an_interval_to_what_they_spread_by():
+    job = job_of(make_case({**CASE, "batch_size": 4, "seq_len": 2048, "packed": True}), place().card)
+    same = [own_run(f"r{n}", 4, 25.0) for n in range(5)]
+    reserved = job.model_copy(update={"memory_kind": "reserved"})
+    one = guess("memory", reserved, learn(same))
+    assert one.value == pytest.approx(25 * GIB, rel=0.03)
+    assert one.quantile(0.95) / one.quantile(0.05) < 1.35
+
+
+def test_a_batch_that_ran_out_of_memory_is_never_recommended():
+    runs = [own_run("a", 1, 7.0), own_run("b", 2, 12.0), own_run("c", 4, 21.0)]
+    job = job_of(make_case({**CASE, "batch_size": 16, "seq_len": 2048, "packed": True, "lora_rank": 64}), place().card)
+    card = gpu("a100-80gb")
+    most = largest_micro_batch(job, Place(card, learn(runs)), [1, 2, 4, 8, 16])
+    out = [*runs, own_run("d", 8, None, state=State.OUT_OF_MEMORY)]
+    assert most == 8 and largest_micro_batch(job, Place(card, learn(out)), [1, 2, 4, 8, 16]) == 4
+
+
+def test_running_out_of_memory_while_evaluating_says_nothing_of_the_training():
+    record = own_run("a", 4, None, state=State.OUT_OF_MEMORY)
+    assert (run := measured_run(record, None)) and run.above_bytes
+    evaluating = record.model_copy(update={"steps": {"train": State.COMPLETED, "eval": State.OUT_OF_MEMORY}})
+    assert (run := measured_run(evaluating, None)) and run.above_bytes is None
+    advice = diagnose(evaluating, 1)
+    assert advice and "lower eval_batch_size" in advice.change
+
+
+def test_what_a_padded_run_got_through_is_not_what_it_ran_out_at():
+    config = {"batch_size": 4, "max_seq_len": 2048, "lora_rank": 64}
+    used = Usage(
+        device="NVIDIA A100-SXM4-80GB", gpus=1, steps=5, train_s=2.0, longest_pass_tokens=400, padded_tokens=1900
+    )
+    record = own_run("a", 4, None, state=State.OUT_OF_MEMORY).model_copy(update={"config": config, "usage": used})
+    assert measured_run(record, None) is None  # nothing says at which length it ran out
+    told_before = Prediction(basis="none", longest_pass_tokens=8000)
+    run = measured_run(record.model_copy(update={"predicted": told_before}), None)
+    assert run and run.job.seq_len == 2000 and run.above_bytes
+
+
+@pytest.mark.parametrize("odd", [-3.0, float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("field", ["train_s", "mean_steps_per_s", "peak_mem_bytes", "padded_tokens"])
+def test_a_record_with_an_odd_figure_ends_no_estimate(field: str, odd: float):
+    record = own_run("a", 4, 20.0)
+    run = measured_run(record.model_copy(update={"usage": record.usage.model_copy(update={field: odd})}), None)
+    assert run is None or all(value is None or value > 0 for value in (run.pass_s, run.peak_bytes))
+    assert learn([record.model_copy(update={"usage": record.usage.model_copy(update={field: odd})})])
+
+
+def test_an_evaluation_takes_longer_with_more_samples_and_tokens_and_never_a_day():
+    found = {n: told(eval_samples=n, steps=1).estimate for n in (64, 640)}
+    times = [next(t.elapsed for t in found[n].terms if t.name == "evaluation") for n in (64, 640)]
+    assert times[0] and times[1] and times[1].value == pytest.approx(10 * times[0].value)
+    assert times[0].high < 5 * times[0].value
+    eight = told(model="Llama-3.1-8B", gpus=8, eval_samples=64, steps=1)
+    one = told(model="Llama-3.1-8B", gpus=1, eval_samples=64, steps=1)
+    of = [next(t.elapsed for t in each.estimate.terms if t.name == "evaluation") for each in (eight, one)]
+    assert of[0] and of[1] and of[0].value == pytest.approx(of[1].value)  # it runs on one card

@@ -13,6 +13,7 @@ import pytest
 from chiplog import sizing
 from chiplog.engines import local
 from chiplog.errors import PlanError
+from chiplog.estimate.gpus import gpu
 from chiplog.estimate.history import TIME_SPREAD
 from chiplog.ledger import Ledger
 from chiplog.planning import Planned, make_plan, make_request
@@ -194,3 +195,80 @@ def test_a_plan_over_its_budget_is_refused_with_what_it_needs(lab: Path):
 def test_more_rows_than_a_batch_take_a_step(lab: Path):
     make_words(lab / "data" / "words.json", n_train=21)
     assert plan(controls={"batch_size": 21}).rows[0].steps == 1
+
+
+def on_gpu(lab: Path, toml: str, **change: Any) -> Planned:
+    (lab / "chiplog.toml").write_text(f"[slurm]\n[[gpus]]\n{toml}\n")
+    return plan(gpus=1, **change)
+
+
+def test_a_gpu_that_its_name_leaves_open_is_known_by_its_card_or_by_the_runs_there(lab: Path):
+    open_name = on_gpu(lab, "name = 'a100'")
+    assert open_name.rows[0].estimate.capacity_bytes is None
+    assert any("'a100' may be any of" in check.found and "card = " in check.mend for check in open_name.warnings)
+    said = on_gpu(lab, "name = 'a100'\ncard = 'a100-40gb'")
+    assert said.rows[0].estimate.capacity_bytes == gpu("a100-40gb").memory_bytes and not said.warnings
+    Ledger().put([done(lab, "S", "finetune", "NVIDIA A100 80GB PCIe", 30.0, gpus=1)])
+    seen = on_gpu(lab, "name = 'a100'").rows[0].estimate
+    assert seen.capacity_bytes == gpu("a100-80gb-pcie").memory_bytes and seen.basis == "same-configuration"
+    exact = on_gpu(lab, "name = 'a100-80gb-sxm'").rows[0].estimate
+    assert exact.capacity_bytes == gpu("a100-80gb-sxm").memory_bytes
+
+
+def test_the_runs_of_this_model_speak_though_many_newer_ones_are_of_another(lab: Path):
+    mine = done(lab, "S", "finetune", "NVIDIA H200", 30.0, gpus=1)
+    others = [
+        mine.model_copy(update={"key": f"local:x{n}", "model": "other", "started": f"2027-01-01T00:00:{n % 60:02}",
+                                "config": {**mine.config, "model": "other"}})
+        for n in range(300)
+    ]  # fmt: skip
+    Ledger().put([mine, *others])
+    elapsed = on_gpu(lab, "name = 'h200'").rows[0].estimate.elapsed
+    assert elapsed and elapsed.basis == "same-configuration" and elapsed.value == pytest.approx(30.0)
+
+
+def test_a_control_on_a_gpu_has_a_time_and_a_peak_and_no_day_long_limit(lab: Path):
+    control = on_gpu(lab, "name = 'h200'\nprice_per_hour = 4.0").rows[1]
+    told = control.estimate
+    assert control.run.kind == "control" and told.elapsed and told.peak_mem and told.time_limit_s
+    assert told.time_limit_s < 1800 and told.cost == pytest.approx(4 * told.elapsed.value / 3600)
+
+
+def test_a_plan_over_its_card_can_be_planned_all_the_same(lab: Path):
+    (lab / "models" / "small" / "config.json").write_text(
+        (lab / "models" / "small" / "config.json")
+        .read_text()
+        .replace('"num_hidden_layers": 1', '"num_hidden_layers": 90000')
+    )
+    make_words(lab / "data" / "words.json", n_train=4000)
+    ask = {"controls": {"batch_size": 2048}}
+    with pytest.raises(PlanError, match="set micro_batch_size to .*or set allow_oversize"):
+        on_gpu(lab, "name = 't4'", **ask)
+    oversize = on_gpu(lab, "name = 't4'", allow_oversize=True, **ask)
+    assert any("runs out of GPU memory with a chance" in check.found for check in oversize.warnings)
+
+
+def test_jobs_at_once_cap_what_runs_side_by_side(lab: Path):
+    Ledger().put(
+        [done(lab, run, kind, "NVIDIA H200", 100.0, gpus=1) for run, kind in (("S", "finetune"), ("S_base", "control"))]
+    )
+    ask = {"seeds": [0, 1, 2, 3], "control": "none"}
+    assert on_gpu(lab, "name = 'h200'", **ask).totals.in_parallel_s is None
+    assert on_gpu(lab, "name = 'h200'\ncount = 4", **ask).totals.in_parallel_s == pytest.approx(100)
+    capped = on_gpu(lab, "name = 'h200'\ncount = 4\n[budget]\njobs_at_once = 2", **ask).totals
+    assert (
+        capped.in_parallel_s == pytest.approx(200) and capped.in_sequence_s and capped.gpu_hours == pytest.approx(1 / 9)
+    )
+
+
+def test_a_plan_over_its_price_is_refused_with_what_fits_it(lab: Path):
+    Ledger().put(
+        [
+            done(lab, run, kind, "NVIDIA H200", 3600.0, gpus=1)
+            for run, kind in (("S", "finetune"), ("S_base", "control"))
+        ]
+    )
+    with pytest.raises(
+        PlanError, match=r"needs about 6\.0 in cost and the budget is 4: within it are the 1 shortest of its 2"
+    ):
+        on_gpu(lab, "name = 'h200'\nprice_per_hour = 3.0\n[budget]\ncost = 4.0")

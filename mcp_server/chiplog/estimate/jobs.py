@@ -152,7 +152,7 @@ def measured_run(record: Record, only: Gpu | None) -> Measured | None:
         job=job,
         place=HERE,
         source=name_of(record),
-        peak_bytes=float(peak) if kind and not ran_out and peak and peak > NO_PEAK * at_start(job) else None,
+        peak_bytes=float(peak) if kind and not ran_out and is_amount(peak) and peak > NO_PEAK * at_start(job) else None,
         pass_s=1 / rate / accum if rate and is_amount(rate) else None,
         pass_spread=TIME_SPREAD,
         above_bytes=(capacity if is_amount(capacity) else float(card.memory_bytes)) if ran_out else None,
