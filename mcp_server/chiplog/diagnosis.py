@@ -49,11 +49,9 @@ def _out_of_memory(record: Record) -> Advice | None:
 
 
 def _with_what_fits(advice: Advice, record: Record, fits: int | None) -> Advice:
-    if (
-        record.state is not State.OUT_OF_MEMORY
-        or fits is None
-        or not (stated := batch_of(record.config, record.usage.gpus or 1))
-    ):
+    stated = batch_of(record.config, record.usage.gpus or 1)
+    trained = record.steps.get("train") is State.COMPLETED
+    if record.state is not State.OUT_OF_MEMORY or trained or fits is None or not stated:
         return advice
     micro, accum = stated
     return advice._replace(

@@ -238,7 +238,7 @@ def test_a_plan_over_its_card_can_be_planned_all_the_same(lab: Path):
     (lab / "models" / "small" / "config.json").write_text(
         (lab / "models" / "small" / "config.json")
         .read_text()
-        .replace('"num_hidden_layers": 1', '"num_hidden_layers": 90000')
+        .replace('"num_hidden_layers": 1', '"num_hidden_layers": 20000')
     )
     make_words(lab / "data" / "words.json", n_train=4000)
     ask = {"controls": {"batch_size": 2048}}
