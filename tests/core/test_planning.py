@@ -143,8 +143,8 @@ def test_runs_of_another_gpu_are_no_evidence(lab: Path):
     Ledger().put([done(lab, "S", "finetune", "NVIDIA A100-SXM4-80GB", 30.0, gpus=1)])
     Ledger().put([done(lab, "S", "finetune", "NVIDIA H200", 10.0, gpus=1)])
     (lab / "chiplog.toml").write_text(GPUS)
-    for gpu, seconds in (("a100-80gb", 30.0), ("h200", 10.0)):
-        estimate = plan(gpus=1, gpu=gpu).rows[0].estimate.elapsed
+    for name, seconds in (("a100-80gb", 30.0), ("h200", 10.0)):
+        estimate = plan(gpus=1, gpu=name).rows[0].estimate.elapsed
         assert estimate and estimate.value == pytest.approx(seconds) and estimate.n_evidence == 1
 
 
@@ -242,7 +242,7 @@ def test_a_plan_over_its_card_can_be_planned_all_the_same(lab: Path):
     )
     make_words(lab / "data" / "words.json", n_train=4000)
     ask = {"controls": {"batch_size": 2048}}
-    with pytest.raises(PlanError, match="set micro_batch_size to .*or set allow_oversize"):
+    with pytest.raises(PlanError, match=r"set micro_batch_size to .*or set allow_oversize"):
         on_gpu(lab, "name = 't4'", **ask)
     oversize = on_gpu(lab, "name = 't4'", allow_oversize=True, **ask)
     assert any("runs out of GPU memory with a chance" in check.found for check in oversize.warnings)
