@@ -18,6 +18,7 @@ DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp3
 NEAR = 0.12  # a "16 GB" T4 offers 14.6 GiB, 9 % less
 PROFILE = re.compile(r"(?<![\w.])(?:mig[ -]*)?(\dg\.\d+gb)(?:\+\w+)?(?!\w)")
 MEMORY = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?g(?:i?b)?(?!\w)")
+PCIE = (16.0, 32.0)  # GB/s one way of 16 lanes: before 2020 the third generation, then the fourth
 FORM = re.compile(r"(sxm|pcie|nvl)\d?")
 NOISE = re.compile(r"nvidia|tesla|geforce|quadro|amd|instinct|gpu|dgx|hgx|generation|edition|vram|hbm\d\w?|\d+w")
 
@@ -30,6 +31,7 @@ class Gpu(Frozen):
     memory_bytes: int = Field(description="What a process can use, its CUDA context included: torch's total_memory.")
     nominal_gb: float = Field(description="The number that the card is sold by.")
     bandwidth_bytes_s: float
+    link_bytes_s: float = Field(description="One way, to the other cards of a node: NVLink or the like, else PCIe.")
     power_w: float | None = Field(description="The card's limit; null for MIG slices and chips that share one.")
     flops: dict[str, float] = Field(description="Dense peak FLOP/s by dtype: fp32, tf32, bf16, fp16, fp8, int8.")
     year: int
@@ -69,6 +71,7 @@ def gpus() -> dict[str, Gpu]:
             memory_bytes=entry["usable_mib"] * 2**20,
             nominal_gb=entry["nominal_gb"],
             bandwidth_bytes_s=entry["bandwidth_gb_s"] * 1e9,
+            link_bytes_s=entry.get("link_gb_s", PCIE[entry["year"] >= 2020]) * 1e9,
             power_w=entry.get("power_w"),
             flops={dtype: rate * 1e12 for dtype, rate in entry["tflops"].items()},
             year=entry["year"],

@@ -27,6 +27,7 @@ OWN_CODE = (
     "torchtitan", "foundry", "composer", "mosaic", "nemo", "megatron", "nanotron", "neox", "olmo-core", "levanter",
     "maxtext", "fairseq", "metaseq", "nanogpt", "nanochat", "xtuner v1", "veomni",
 )  # fmt: skip
+FUSED = ("nemo", "megatron", "unsloth")  # programs whose small kernels were joined by hand
 
 
 class Spread(NamedTuple):
@@ -104,6 +105,7 @@ class Job(Frozen):
     model: str = Field(description="The model's name.")
     shape: Shape = Field(description="Its shape.")
     method: Method = Field(description="What is trained; adapter is any small method other than LoRA.")
+    small: str = Field(default="", description="Which small method, where it is an adapter.")
     rank: int = Field(default=16, gt=0, description="LoRA rank.")
     dora: bool = Field(default=False, description="Whether adapters train magnitudes beside directions (DoRA).")
     targets: frozenset[Target] = Field(default=ALL_LINEAR, description="What has adapters or is trained beside them.")
@@ -115,7 +117,7 @@ class Job(Frozen):
     grad_accum: int = Field(default=1, gt=0, description="Passes a step.")
     seq_len: int = Field(gt=0, description="Tokens of the longest sample of a pass, padding and packing included.")
     mean_len: float | None = Field(
-        default=None, description="Tokens of a mean sample where they differ; null: seq_len."
+        default=None, description="Tokens of a mean sample where they differ, padded as its pass is; null: seq_len."
     )
     packed: bool = Field(default=False, description="Whether samples are packed up to seq_len.")
     checkpointing: Checkpointing = Field(default="none", description="Activations computed anew in the backward pass.")
@@ -132,6 +134,7 @@ class Job(Frozen):
     gpu: str | None = Field(default=None, description="The card's name.")
     gpus: int = Field(default=1, gt=0, description="Cards.")
     sharding: str = Field(default="", description="How the model is spread: FSDP, ZeRO, TP2 PP4; empty: not.")
+    expert_cards: int = Field(default=1, gt=0, description="Cards over which experts lie, never gathered.")
     memory_kind: MemoryKind = Field(default="allocated", description="What a peak counts.")
     data: str = Field(default="", description="The data, where runs on it are to be compared.")
     unsure: tuple[str, ...] = Field(default=(), description="What was not stated and is taken as usual.")
@@ -143,7 +146,7 @@ class Job(Frozen):
 
     @property
     def mean_tokens(self) -> float:
-        """Tokens of a mean forward pass on one GPU, padding left out."""
+        """Tokens of a mean forward pass on one GPU."""
         return self.micro_batch * (self.seq_len if self.mean_len is None else self.mean_len)
 
     @property
@@ -167,7 +170,7 @@ class Job(Frozen):
     @property
     def recipe(self) -> tuple[object, ...]:
         """What runs of one recipe have in common; batch, length, rank, type and card are no part of it."""
-        kept = (self.framework, self.model, self.method, self.dora, self.targets, self.weight_bits, self.upcast)
+        kept = (self.framework, self.model, self.method, self.small, self.dora, self.targets, self.weight_bits)
         how = (self.checkpointing, self.loss, self.compile, self.optimizer, self.packed, self.sharding, self.data)
         return (*kept, *how)
 

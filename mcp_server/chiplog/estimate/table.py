@@ -41,6 +41,7 @@ class Row(BaseModel):
     lora_targets: Words = ""
     dtype: Words = ""
     quant: Words = ""
+    batch_size: Count = None
     micro_batch: Count = None
     grad_accum: Count = None
     seq_len: Count = None
@@ -125,13 +126,14 @@ def job_of(row: Row) -> Job:
     alone = re.search(r"single[- ](?:gpu|device)", words)
     gpus = 1 if alone else round(row.n_gpus or 1)
     data = _data(words)
+    sharding = _sharding(row.sharding, framework, gpus)
     longest, mean = _lengths(round(row.seq_len or 512), micro_batch, packed, words, data)
     return Job(
         framework=framework, model=row.model.lower(), shape=shape,
         method=method, dora=_says("q?dora", f"{row.method} {words}"), rank=round(row.lora_rank or 16) or 1,
         targets=targets, dtype=_dtype(dtype), master=method == "full" and _keeps_fp32(dtype, plain_peft, code == "own"),
         weight_bits=bits, upcast=bits == 4 and plain_peft and not by_hand,
-        micro_batch=micro_batch, grad_accum=round(row.grad_accum or 1),
+        micro_batch=micro_batch, grad_accum=_accumulated(row, micro_batch * gpus // spread(sharding, gpus).sample),
         seq_len=longest, mean_len=mean, packed=packed,
         checkpointing=_checkpointing(row.act_ckpt, framework),
         offload=_says(r"activation[_ ]offload(?:ing)?|offload_activations", words),
@@ -141,9 +143,14 @@ def job_of(row: Row) -> Job:
         optimizer=_optimizer(row.optimizer.lower()),
         in_backward=_says(r"optimizer_in_bwd|optimizer in (?:bwd|backward)|optimizer step into backward", words),
         dropout=code in ("transformers", "litgpt"), gpu=row.gpu or None, gpus=gpus,
-        sharding=_sharding(row.sharding, framework, gpus),
+        sharding=sharding, expert_cards=_expert_cards(words, gpus),
         memory_kind=_memory_kind(row.mem_kind.lower() or "allocated"), data=data or "", unsure=tuple(unsure),
     )  # fmt: skip
+
+
+def _accumulated(row: Row, at_once: int) -> int:
+    """Passes a step, where they are not stated: those in which `at_once` samples make a batch."""
+    return round(row.grad_accum or max((row.batch_size or 0) / at_once, 1))
 
 
 def _says(form: str, words: str) -> bool:
@@ -218,8 +225,13 @@ def _data(words: str) -> str | None:
 
 
 def _lengths(limit: int, micro_batch: int, packed: bool, words: str, data: str | None) -> tuple[int, float | None]:
-    """Tokens of the longest sample, of at most `limit`, and of a mean one, as far as a row says."""
+    """Tokens of the longest sample, of at most `limit`, and of a mean one, as far as a row says.
+
+    A pass is padded to the longest of its samples: of lengths with an exponential tail, the mean's harmonic multiple.
+    """
     mean, longest = LENGTHS[data] if data else (None, limit)
+    if mean and not re.search(r"bucket|padding[- ]free|group\w*[- _]by[- _]length", words):
+        mean *= sum(1 / n for n in range(1, micro_batch + 1))
     if stated := re.search(r"mean tokens/step (\d+)", words):
         mean = int(stated[1]) / micro_batch
     return (limit, None) if packed or mean is None else (min(limit, longest), min(limit, mean))
@@ -254,6 +266,12 @@ def _loss(words: str, framework: str) -> Literal["plain", "fused", "chunked"]:
     if style(framework) == "unsloth" or re.search(r"foundry|composer", framework.lower()):
         return "fused"
     return "fused" if _says(r"(?:[\w]+-)*foak(?:-\w+)*|fast[_-]kernels|fused[_ ]cross[_ ]?entropy", words) else "plain"
+
+
+def _expert_cards(words: str, gpus: int) -> int:
+    """Cards that experts are spread over, as people write it: EP8."""
+    stated = re.search(r"(?<![a-z])ep[ _=-]?(\d+)(?![a-z\d])", words)
+    return min(max(int(stated[1]), 1), gpus) if stated else 1
 
 
 def _sharding(text: str, framework: str, gpus: int) -> str:
