@@ -422,7 +422,16 @@ def test_shards_in_fp32_are_gathered_in_16_bits():
     ({"quant": "NF4"}, "weight_bits", 4), ({"lora_targets": "?"}, "unsure", ("act_ckpt", "lora_targets")),
     ({"dtype": "BF16"}, "dtype", "bf16"), ({"dtype": "Float8"}, "dtype", "fp8"), ({"method": "DoRA"}, "dora", True),
     ({"notes": "compile=False; liger=False"}, "compile", False), ({"notes": "+ Compile"}, "compile", True),
-    ({"notes": "compile=False; liger=False"}, "loss", "plain"), ({"notes": "Liger kernel"}, "loss", "chunked"),
+    ({"notes": "compile=False; liger=False"}, "loss", "plain"), ({"notes": "Liger kernel"}, "loss", "cut"),
+    ({"notes": "chunked CE"}, "loss", "chunked"), ({"framework": "axolotl"}, "loss", "cut"),
+    ({"framework": "axolotl"}, "unsure", ("act_ckpt", "lora_targets", "loss")),
+    ({"method": "QLoRA", "framework": "TRL"}, "upcast", True),
+    ({"method": "QLoRA", "framework": "litgpt"}, "upcast", True),
+    ({"method": "QLoRA", "framework": "TRL", "sharding": "FSDP", "n_gpus": 2}, "upcast", False),
+    ({"sharding": "DeepSpeed", "n_gpus": 4}, "sharding", "zero2"),
+    ({"method": "full", "sharding": "DeepSpeed", "n_gpus": 4}, "sharding", "DeepSpeed"),
+    ({"method": "full", "sharding": "FSDP", "n_gpus": 4, "notes": "scattermoe-ep2",
+      "model": "mixtral-8x7b"}, "sharding", "FSDP EP2"),
     ({"lora_targets": "lm_head"}, "targets", {"head"}), ({"lora_targets": "Q_PROJ"}, "targets", {"q"}),
     ({"lora_targets": "self_attn"}, "targets", {"q", "k", "v", "o"}),
     ({"notes": "mean tokens/step 300", "packed": False}, "mean_len", 150),
@@ -453,3 +462,48 @@ def test_magnitudes_of_dora_are_trained_too():
     plain, dora = job(targets={"q"}, rank=8), job(targets={"q"}, rank=8, dora=True)
     assert memory.trained_params(dora) - memory.trained_params(plain) == 16 * 2048
     assert memory.layer_bytes(dora) > memory.layer_bytes(plain)
+
+
+def test_gradients_of_earlier_passes_are_held_through_the_loss():
+    """Of all that is trained; FSDP hands them over in the last pass where Accelerate is told to wait for it."""
+    one, more = (job(method="full", checkpointing="full", grad_accum=n) for n in (1, 4))
+    gradient = 2 * one.shape.n_params
+    loss = [memory.moments(each)["loss"].states for each in (one, more)]
+    assert loss[1] - loss[0] == pytest.approx(gradient)
+    assert memory.moments(one)["step"] == memory.moments(more)["step"]
+    cards = {"method": "full", "sharding": "FSDP", "gpus": 4, "grad_accum": 4}
+    sharded, waiting = (memory.moments(job(framework=name, **cards))["loss"].states for name in ("torchtune", "peft"))
+    assert waiting - sharded == pytest.approx(gradient * 3 / 4)
+
+
+def test_a_stage_of_a_pipeline_keeps_its_weights_and_gradients_whole():
+    alone, staged = (
+        memory.moments(job("llama-3-8b", framework="torchtitan", method="full", master=True, gpus=64, sharding=how))
+        for how in ("FSDP64", "FSDP8 PP8")
+    )
+    gradients = 4 * job("llama-3-8b").shape.n_params / 8
+    assert staged["loss"].states - alone["loss"].states == pytest.approx(gradients)
+    assert staged["loss"].weights - alone["loss"].weights > 0.2 * gradients
+
+
+def test_expert_parallelism_divides_experts_alone():
+    full = {"framework": "peft", "method": "full", "gpus": 4}
+    held = [
+        memory.moments(job("granite-3.0-3b-a800m", sharding=how, **full))["step"].states
+        for how in ("FSDP EP2", "FSDP EP4", "FSDP")
+    ]
+    assert held[0] > 1.8 * held[1] and held[1] == pytest.approx(held[2])
+    dense = [memory.peak(job(sharding=how, **full)) for how in ("FSDP EP2", "FSDP")]
+    assert dense[0] == dense[1]
+
+
+def test_logits_that_are_never_whole_hold_little():
+    plain, cut = (memory.head_bytes(job(framework="peft", loss=loss)) for loss in ("plain", "cut"))
+    assert cut < plain / 50
+
+
+def test_modules_that_are_trained_beside_adapters_are_copies_in_16_bits():
+    some, more = (job(framework="peft", targets={"q", "v", *also}) for also in ((), ("embedding",)))
+    copied = memory.trained_params(more) - memory.trained_params(some)
+    added = memory.moments(more)["step"].total - memory.moments(some)["step"].total
+    assert added == pytest.approx((2 + 2 + 4 + 2) * copied)  # itself, gradient, states, scratch

@@ -14,12 +14,16 @@ from statistics import fmean
 CONFIDENCE = 0.95  # one-sided
 LEAST_SPREAD = 0.01  # of the largest peak: what repeated runs differ by
 POINTS = 6  # of the largest batches
+NO_LINE = 0.1  # of the largest peak: peaks that lie off their line by more have other causes than the batch
 FURTHEST, FURTHEST_OF_TWO = 3.0, 1.5  # times the largest batch on record
 ROUND = 8  # batches beyond twice this are multiples of it
 
 
 def upper_peak(known: Sequence[tuple[int, float]], batch: int) -> float:
-    """Bytes that a batch will hardly exceed, from two or more (batch, bytes) on record of different batches."""
+    """Bytes that a batch will hardly exceed, from two or more (batch, bytes) on record of different batches.
+
+    Infinite where those do not follow a line.
+    """
     from scipy.special import stdtrit  # scipy.stats takes a second to import
 
     points = sorted(known)[-POINTS:]
@@ -33,6 +37,8 @@ def upper_peak(known: Sequence[tuple[int, float]], batch: int) -> float:
     freedom = max(n - 2, 1) + 1  # one for the spread that is known before
     squares = sum((y - y_mean - slope * (x - x_mean)) ** 2 for x, y in zip(xs, ys, strict=True))
     spread = math.sqrt((squares + (LEAST_SPREAD * max(ys)) ** 2) / freedom) if n > 2 else LEAST_SPREAD * max(ys)
+    if n > 2 and math.sqrt(squares / (n - 2)) > NO_LINE * max(ys):
+        return math.inf
     t = float(stdtrit(freedom, CONFIDENCE))
     return max(at, last) + t * spread * math.sqrt(1 / n + (batch - x_mean) ** 2 / spread_x)
 

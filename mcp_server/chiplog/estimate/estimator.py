@@ -99,7 +99,7 @@ def guess(quantity: Quantity, job: Job, known: Known) -> Guess:
         low, high = forecast.scores(fit, told.near, abs(2 * share - 1))
         return low if share < 0.5 else high
 
-    spread = math.hypot(told.spread, TIME_SPREAD) if quantity == "pass" else told.spread
+    spread = math.hypot(told.scale, TIME_SPREAD) if quantity == "pass" else told.scale
     is_own = not {run.source for run in known.own}.isdisjoint(told.evidence)
     return Guess(
         value=told.value,

@@ -27,6 +27,7 @@ Quantity = Literal["memory", "pass"]
 COVERAGE = 0.90
 ROUNDS = 3  # of finding where to linearise
 USELESS = 1e3  # standard deviation of an observation that tells nothing
+LEAST_SPREAD = 0.05  # of an interval's scale: what the same run differs by when it is run again
 NEAR = 0.5  # share of the variance in common with a run on record from which evidence is near
 
 
@@ -40,6 +41,11 @@ class Forecast(NamedTuple):
     near: bool  # whether runs much like it are on record
     evidence: tuple[str, ...]  # the sources it rests on, the nearest first
 
+    @property
+    def scale(self) -> float:
+        """What scores are counted in: the standard deviation, and what the same run differs by."""
+        return math.hypot(self.spread, LEAST_SPREAD)
+
 
 class Fit(NamedTuple):
     """What was fitted on public measurements (benchmarks/fit_estimator.py)."""
@@ -49,6 +55,7 @@ class Fit(NamedTuple):
     rough: float
     scores: dict[str, dict[str, list[float]]]  # of left-out runs, (log measured - forecast) / spread, near and far
     unsure: float = 0.0  # of a run of which something that decides much was not stated
+    together: float = 0.0  # weight of both tails of scores taken together in each end of an interval
 
     def unexplained(self, job: Job, rough: bool = False) -> float:
         """Standard deviation of what no level explains of a job."""
@@ -60,7 +67,7 @@ def fitted(quantity: Quantity) -> Fit:
     """The fit that is shipped."""
     values = json.loads(FIT.read_text(encoding="utf-8"))[quantity]
     sizes = Sizes(tuple(map(tuple, values["parts"])), tuple(values["whole"]))
-    return Fit(sizes, values["noise"], values["rough"], values["scores"], values["unsure"])
+    return Fit(sizes, values["noise"], values["rough"], values["scores"], values["unsure"], values["together"])
 
 
 LEVELS: dict[Quantity, tuple[str, ...]] = {
@@ -179,10 +186,11 @@ def forecast(
     fit = fitted(quantity)
     spread = shift.spread(shares, fit.unexplained(job))
     near = bool(len(shift.related)) and float(shift.related.max()) >= NEAR
-    low, high = (value * math.exp(score * spread) for score in scores(fit, near, coverage, leave_out))
     order = np.argsort(-shift.related, kind="stable")[:8] if len(shift.related) else []
     sources = tuple(known.observations[i].source for i in order if shift.related[i] > 0)
-    return Forecast(value, low, high, spread, near, sources)
+    told = Forecast(value, value, value, spread, near, sources)
+    low, high = (value * math.exp(score * told.scale) for score in scores(fit, near, coverage, leave_out))
+    return told._replace(low=low, high=high)
 
 
 def shifted(quantity: Quantity, job: Job, mean: Array) -> tuple[float, tuple[float, ...]]:
@@ -206,9 +214,15 @@ def _linear(quantity: Quantity, job: Job, mean: Array) -> tuple[float, tuple[flo
 
 
 def scores(fit: Fit, near: bool, coverage: float, leave_out: str = "") -> tuple[float, float]:
-    """Between which two scores that share of left-out runs lay, each group of them counting alike."""
+    """Between which two scores that share of left-out runs lay, each group of them counting alike.
+
+    Where errors are about as large either way, each end rests on both tails in part, since few tables make a tail.
+    """
     groups = [group for place, group in fit.scores["near" if near else "far"].items() if place != leave_out and group]
-    return _quantile(groups, (1 - coverage) / 2), _quantile(groups, (1 + coverage) / 2)
+    low, high = _quantile(groups, (1 - coverage) / 2), _quantile(groups, (1 + coverage) / 2)
+    either = _quantile([[abs(score) for score in group] for group in groups], coverage)
+    own = 1 - fit.together
+    return own * low - fit.together * either, own * high + fit.together * either
 
 
 def _quantile(groups: Sequence[Sequence[float]], share: float) -> float:

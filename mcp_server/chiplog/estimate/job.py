@@ -39,6 +39,7 @@ class Spread(NamedTuple):
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    expert: int = 1  # experts, and no further
     gathers: bool = False  # whether a layer's weights are gathered before it computes
 
     @property
@@ -56,15 +57,18 @@ def spread(sharding: str, gpus: int) -> Spread:
     """
     text = sharding.lower()
     degrees = [_degree(form, text, gpus) for form in WAYS]
+    expert = _degree(EXPERTS, text, gpus)
     tensor, pipeline, context = degrees if math.prod(degrees) <= gpus else (1, 1, 1)
     within, rest = tensor * pipeline, gpus // (tensor * pipeline)  # cards along the sequence hold shards of their own
     over, level = _shards(text, rest, context), _level(text)
     weights, gradients, states = (within * (over if level >= least else 1) for least in (3, 2, 1))
-    return Spread(weights, gradients, states, tensor, pipeline, context, gathers=level == 3 and over > 1)
+    expert = expert if rest % expert == 0 else 1
+    return Spread(weights, gradients, states, tensor, pipeline, context, expert, gathers=level == 3 and over > 1)
 
 
 WAYS = (r"(?<![a-z])tp|tensor[ _-]parallel\w*", r"(?<![a-z])pp|pipeline[ _-]parallel\w*",
         r"(?<![a-z])cp|context[ _-]parallel\w*")  # fmt: skip
+EXPERTS = r"(?<![a-z])ep|expert[ _-]parallel\w*"
 
 
 def _level(text: str) -> int:
@@ -122,7 +126,9 @@ class Job(Frozen):
     packed: bool = Field(default=False, description="Whether samples are packed up to seq_len.")
     checkpointing: Checkpointing = Field(default="none", description="Activations computed anew in the backward pass.")
     offload: bool = Field(default=False, description="Whether activations wait on the host.")
-    loss: Literal["plain", "fused", "chunked"] = Field(default="plain", description="How the loss is computed.")
+    loss: Literal["plain", "fused", "chunked", "cut"] = Field(
+        default="plain", description="How the loss is computed; cut: logits are never whole (Liger, cut cross-entropy)."
+    )
     attention: Literal["usual", "flash", "eager"] = Field(
         default="usual", description="Whether scores are kept: eager does, usual where the model's code has no kernel."
     )
@@ -134,7 +140,6 @@ class Job(Frozen):
     gpu: str | None = Field(default=None, description="The card's name.")
     gpus: int = Field(default=1, gt=0, description="Cards.")
     sharding: str = Field(default="", description="How the model is spread: FSDP, ZeRO, TP2 PP4; empty: not.")
-    expert_cards: int = Field(default=1, gt=0, description="Cards over which experts lie, never gathered.")
     memory_kind: MemoryKind = Field(default="allocated", description="What a peak counts.")
     data: str = Field(default="", description="The data, where runs on it are to be compared.")
     unsure: tuple[str, ...] = Field(default=(), description="What was not stated and is taken as usual.")

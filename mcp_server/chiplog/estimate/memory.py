@@ -9,6 +9,7 @@ pass, and the optimiser's step.
 
 from __future__ import annotations
 
+import re
 from typing import Literal, NamedTuple
 
 from chiplog.estimate.job import ALL_LINEAR, Job, style
@@ -71,6 +72,8 @@ KINDS = {
     "starcoder2": LAYER_NORM,
     "t5": Kind(norm=6, act=(3, 13), more=2, logit=-6),
 }
+# Programs whose norms, gates and loss are kernels of their own, which keep what they read alone (Transformer Engine).
+KERNELS = ("nemo", "megatron")
 FUSED = {"bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "phi3"}  # queries, keys and values by one matrix
 
 
@@ -90,26 +93,33 @@ class Parts(NamedTuple):
 def moments(job: Job) -> dict[str, Parts]:
     """Bytes on one card at each moment that can be the peak."""
     shape, spread, tokens = job.shape, job.spread, job.tokens / job.spread.sample
-    trained, per = trained_params(job), _bytes_trained(job)
+    held = _bytes_trained(job, trained_params(job))
     weights = at_start(job) + _gathered(job)
-    states = trained * per["states"] / spread.states
-    gradients = 0.0 if job.in_backward else trained * per["gradient"] / spread.gradients
-    scratch = trained * per["scratch"] / spread.states
+    states = held["states"] * _share(job, spread.states)
+    gradients = 0.0 if job.in_backward else held["gradient"] * _share(job, spread.gradients)
+    scratch = held["scratch"] * _share(job, spread.states)
     layer = layer_bytes(job) * tokens * (COMPILED if job.compile else 1.0)
+    # More of an input that tensor parallelism gathers; Megatron gathers it anew.
+    whole = 0.0 if _kernels(job) else (spread.tensor - 1) * 2 * shape.width * tokens
+    layer += 2 * whole
     kept = stream_bytes(job) * tokens
-    head = head_bytes(job) * tokens
+    head = head_bytes(job) * tokens + 2 * whole  # and of its gradient
     layers = shape.layers + shape.encoder_layers
     kept_all = layers * {"none": layer, "selective": SELECTIVE * layer, "full": kept}[job.checkpointing]
     if job.offload:  # all but what is on its way to the host and back
         kept_all = min(kept_all, 2 * (layer if job.checkpointing == "none" else kept))
     again = layer if job.checkpointing != "none" else 0.0
     of_head = 0.0  # the gradient of the output matrix, the first that there is
-    if job.method == "full" and not job.in_backward:
-        of_head = shape.vocab * shape.width * per["gradient"] / spread.gradients
+    if job.method == "full":
+        of_head = shape.vocab * shape.width / shape.n_params * held["gradient"] / spread.gradients
+    by_chunk = job.loss == "cut" or (job.loss == "chunked" and job.compile)
+    if _hands_over_late(job) and not job.in_backward:
+        gradients = held["gradient"] * _share(job, spread.tensor * spread.pipeline)
+    before = gradients if job.grad_accum > 1 or spread.pipeline > 1 else 0.0  # of the step's earlier passes
     context, slack = CONTEXT[job.memory_kind], SLACK[job.memory_kind]
     raw = {
-        "loss": (weights, states, kept_all, head),
-        "first of backward": (weights, states + of_head, kept_all + again, 0.0),
+        "loss": (weights, states + max(before, of_head * by_chunk), kept_all, head),
+        "first of backward": (weights, states + max(before, of_head * (not job.in_backward)), kept_all + again, 0.0),
         "last of backward": (weights, states + gradients, (kept if again else 0.0) + layer, 0.0),
         "step": (weights, states + gradients + scratch, 0.0, 0.0),
     }
@@ -118,7 +128,7 @@ def moments(job: Job) -> dict[str, Parts]:
 
 def at_start(job: Job) -> float:
     """Bytes of the weights as they lie on one card before the first step: "memory after model init", and no peak."""
-    return (_weights(job) + _adapters(job, trained_params(job))) / job.spread.weights + _rope(job)
+    return (_weights(job) + _adapters(job, trained_params(job))) * _share(job, job.spread.weights) + _rope(job)
 
 
 def peak(job: Job) -> Parts:
@@ -200,12 +210,14 @@ def head_bytes(job: Job) -> float:
     shape, kind, full = job.shape, _kind(job), job.method == "full"
     code = style(job.framework)
     if job.loss == "plain":
-        logit = {"litgpt": 6.0, "unsloth": 8.0}.get(code, 12.0) + kind.logit
+        logit = {"litgpt": 6.0, "unsloth": 8.0}.get(code, 8.0 if _kernels(job) else 12.0) + kind.logit
         logit *= COMPILED if job.compile and code != "own" else 1  # programs of their own compile layers alone
+    elif job.loss == "cut":  # a chunk of logits about as large as the hidden state, and the gradient of that
+        return 4.0 * shape.width + (kind.norm + kind.scale * full) * shape.width
     elif job.loss == "fused":
         logit = 4.0 if code == "own" else 8.0  # FlashAttention's kernel: logits and their gradient in 16 bits
     else:
-        logit = 4.0 if job.compile else 6.5  # of chunks; compiled, no fp32 copies of them
+        logit = 2.25 if job.compile else 6.5  # compiled, no fp32 copies, and a chunk's gradient takes its place
     if full:
         beside = (kind.norm + kind.scale + 2) * shape.width
     elif job.checkpointing == "full":
@@ -250,25 +262,57 @@ def _gathered(job: Job) -> float:
     if not spread.gathers:
         return 0.0
     outer = shape.n_embedding + shape.n_head
-    share = 2 / (shape.layers + shape.encoder_layers)
+    # Those of a pipeline's stage stay through the passes of a step.
+    share = 1 / spread.pipeline if spread.pipeline > 1 else 2 / (shape.layers + shape.encoder_layers)
     wide = (FOUR_BIT if job.weight_bits == 4 else 1) if job.weight_bits < 16 else 4 if job.dtype == "fp32" else 2
-    return ((shape.n_params - outer) * share * wide + 2 * outer) / spread.tensor
+    inner = (shape.n_params - outer) * (1 - _expert_share(job))
+    return (inner * share * wide + 2 * outer) / spread.tensor
+
+
+def _hands_over_late(job: Job) -> bool:
+    """Whether each card holds gradients whole until the last pass of a step: FSDP does where it is told to wait for
+    that, as Accelerate and Lightning do, and pipelines."""
+    if not job.spread.gathers or re.search("zero|deepspeed", job.sharding.lower()):
+        return False
+    return job.spread.pipeline > 1 or (job.grad_accum > 1 and style(job.framework) in ("transformers", "litgpt"))
+
+
+def _share(job: Job, over: int) -> float:
+    """Share of the parameters that a card holds where those outside of experts are divided over so many cards."""
+    experts = _expert_share(job)
+    return (1 - experts) / over + experts / (job.spread.expert * job.spread.tensor * job.spread.pipeline)
+
+
+def _expert_share(job: Job) -> float:
+    """Share of the parameters that expert parallelism divides."""
+    shape = job.shape
+    if job.spread.expert == 1 or not shape.mixture_layers:
+        return 0.0
+    return shape.mixture_layers * shape.experts * (2 + shape.gated) * shape.width * shape.expert_ffn / shape.n_params
 
 
 def _adapters(job: Job, trained: int) -> float:
+    """Bytes of what is trained beside the frozen weights: PEFT trains copies of modules in 16 bits."""
     if job.method == "full":
         return 0.0
-    own = trained - (job.shape.n_embedding + job.shape.n_head if "embedding" in job.targets else 0)
-    return own * adapter_bytes(job)
+    copies = _modules(job)
+    return (trained - copies) * adapter_bytes(job) + copies * 2
 
 
-def _bytes_trained(job: Job) -> dict[str, float]:
-    """Bytes a trained parameter: its gradient, the optimiser's states, and scratch while it steps."""
-    full = job.method == "full"
+def _modules(job: Job) -> int:
+    """Parameters of modules that are trained whole beside adapters."""
+    return job.shape.n_embedding + job.shape.n_head if job.method != "full" and "embedding" in job.targets else 0
+
+
+def _bytes_trained(job: Job, trained: int) -> dict[str, float]:
+    """Bytes of all gradients, of the optimiser's states, and of its scratch while it steps."""
+    full, modules = job.method == "full", _modules(job)
     size = (4 if job.master or job.dtype == "fp32" else 2) if full else adapter_bytes(job)
-    states = {"adamw": 2 * size, "adamw8bit": 2, "paged": 0, "sgd": 0}[job.optimizer] + (4 if _apart(job) else 0)
+    gradient = (trained - modules) * size + modules * 2
+    states = {"adamw": 2 * gradient, "adamw8bit": 2 * trained, "paged": 0, "sgd": 0}[job.optimizer]
+    states += 4 * trained if _apart(job) else 0
     at_once = style(job.framework) not in ("torchtune", "own") and job.optimizer == "adamw" and not job.in_backward
-    return {"gradient": size, "states": states, "scratch": size if at_once else 0}
+    return {"gradient": gradient, "states": states, "scratch": gradient if at_once else 0}
 
 
 def _kind(job: Job) -> Kind:
@@ -278,8 +322,11 @@ def _kind(job: Job) -> Kind:
         kind = kind._replace(norms=2)
     if _own_code(job):  # RMS norms that scale in fp32, no dropout, queries, keys and values apart
         plain, scale = Kind(), 4 if kind.norm == 4 else kind.scale
+        if _kernels(job):
+            plain, scale = Kind(act=(2, 4)), 0
         logit = kind.logit if style(job.framework) == "litgpt" else 0  # torchtune caps the hidden state instead
         kind = kind._replace(
+            norm=2 if _kernels(job) else kind.norm,
             scale=scale,
             qk_norm=kind.qk_norm and 4,
             act=plain.act,
@@ -297,6 +344,10 @@ def _kind(job: Job) -> Kind:
     if job.dtype == "fp32":  # which norms need not copy; everything else is twice as large
         kind = kind._replace(norm=2, scale=min(kind.scale, 2))
     return kind
+
+
+def _kernels(job: Job) -> bool:
+    return any(name in job.framework.lower() for name in KERNELS)
 
 
 def _own_code(job: Job) -> bool:

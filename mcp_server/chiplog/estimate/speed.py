@@ -141,7 +141,7 @@ def _exchange(job: Job, card: Gpu, again: float) -> float:
     shape, spread = job.shape, job.spread
     link = LINKED * card.link_bytes_s
     experts = shape.mixture_layers * shape.experts * (2 + shape.gated) * shape.width * shape.expert_ffn
-    sent = 2.0 * (shape.n_params - experts * (1 - 1 / job.expert_cards)) / (spread.tensor * spread.pipeline)
+    sent = 2.0 * (shape.n_params - experts * (1 - 1 / spread.expert)) / (spread.tensor * spread.pipeline)
     if spread.gathers:
         rounds = 3.0 if job.method == "full" else 2.0
     else:

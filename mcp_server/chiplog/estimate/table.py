@@ -120,30 +120,39 @@ def job_of(row: Row) -> Job:
         targets = USUAL_TARGETS if code == "transformers" else ALL_LINEAR
     words, dtype = f"{row.notes} {row.optimizer} {row.sharding}".lower(), row.dtype.lower()
     plain_peft = code == "transformers" and "axolotl" not in framework.lower()
+    loss = _loss(words, framework)
+    if "axolotl" in framework.lower() and loss == "plain":  # what its examples have switched on since 2025
+        loss = "cut"
+        unsure.append("loss")
     bits = 4 if method == "qlora" else _bits(row.quant.lower())
     by_hand = re.search(r"accelerated|gptq|awq", f"{words} {row.quant.lower()}")
     packed, micro_batch = row.packed is True, round(row.micro_batch or 2)
     alone = re.search(r"single[- ](?:gpu|device)", words)
     gpus = 1 if alone else round(row.n_gpus or 1)
-    data = _data(words)
-    sharding = _sharding(row.sharding, framework, gpus)
+    data = _data(words) or ("alpaca" if code == "torchtune" and row.packed is False else None)  # as its recipes do
+    sharding = _sharding(row.sharding, framework, method, gpus)
+    if shape.mixture_layers and gpus > 1 and (experts := re.search(r"(?<![a-z])ep[ _=-]?(\d+)(?![a-z\d])", words)):
+        sharding = f"{sharding} EP{experts[1]}".strip()
+    # FSDP divides tensors of one type alone. LitGPT's figures are those of a stream in fp32.
+    upcast = bits == 4 and (plain_peft or code == "litgpt") and not by_hand and not spread(sharding, gpus).gathers
     longest, mean = _lengths(round(row.seq_len or 512), micro_batch, packed, words, data)
     return Job(
         framework=framework, model=row.model.lower(), shape=shape,
-        method=method, dora=_says("q?dora", f"{row.method} {words}"), rank=round(row.lora_rank or 16) or 1,
+        method=method, small=re.sub(r"\W", "", row.method.lower()) if method == "adapter" else "",
+        dora=_says("q?dora", f"{row.method} {words}"), rank=round(row.lora_rank or 16) or 1,
         targets=targets, dtype=_dtype(dtype), master=method == "full" and _keeps_fp32(dtype, plain_peft, code == "own"),
-        weight_bits=bits, upcast=bits == 4 and plain_peft and not by_hand,
+        weight_bits=bits, upcast=upcast,
         micro_batch=micro_batch, grad_accum=_accumulated(row, micro_batch * gpus // spread(sharding, gpus).sample),
         seq_len=longest, mean_len=mean, packed=packed,
         checkpointing=_checkpointing(row.act_ckpt, framework),
         offload=_says(r"activation[_ ]offload(?:ing)?|offload_activations", words),
-        loss=_loss(words, framework), attention=_attention(f"{row.attn} {framework}".lower()),
+        loss=loss, attention=_attention(f"{row.attn} {framework}".lower()),
         expert_loop=code == "transformers" and not re.search(r"scattermoe|megablocks|grouped|sonicmoe", words),
         compile=row.compile is True or _says(r"(?:torch[._])?compiled?", words),
         optimizer=_optimizer(row.optimizer.lower()),
         in_backward=_says(r"optimizer_in_bwd|optimizer in (?:bwd|backward)|optimizer step into backward", words),
         dropout=code in ("transformers", "litgpt"), gpu=row.gpu or None, gpus=gpus,
-        sharding=sharding, expert_cards=_expert_cards(words, gpus),
+        sharding=sharding,
         memory_kind=_memory_kind(row.mem_kind.lower() or "allocated"), data=data or "", unsure=tuple(unsure),
     )  # fmt: skip
 
@@ -260,23 +269,24 @@ def _attention(words: str) -> Literal["usual", "flash", "eager"]:
     return "flash" if re.search(r"flash|\bfa[23]?\b|xformers", words) else "usual"
 
 
-def _loss(words: str, framework: str) -> Literal["plain", "fused", "chunked"]:
-    if _says(r"chunked ce|chunked cross[_ -]entropy|liger[a-z_]*|cut[_ -]cross[_ -]entropy|cce", words):
+def _loss(words: str, framework: str) -> Literal["plain", "fused", "chunked", "cut"]:
+    if _says(r"liger[a-z_]*|cut[_ -]cross[_ -]entropy|cce", words):
+        return "cut"
+    if _says(r"chunked ce|chunked cross[_ -]entropy", words):
         return "chunked"
     if style(framework) == "unsloth" or re.search(r"foundry|composer", framework.lower()):
         return "fused"
     return "fused" if _says(r"(?:[\w]+-)*foak(?:-\w+)*|fast[_-]kernels|fused[_ ]cross[_ ]?entropy", words) else "plain"
 
 
-def _expert_cards(words: str, gpus: int) -> int:
-    """Cards that experts are spread over, as people write it: EP8."""
-    stated = re.search(r"(?<![a-z])ep[ _=-]?(\d+)(?![a-z\d])", words)
-    return min(max(int(stated[1]), 1), gpus) if stated else 1
+def _sharding(text: str, framework: str, method: Method, gpus: int) -> str:
+    """How the model is spread; NeMo divides an optimiser's states where nothing else does.
 
-
-def _sharding(text: str, framework: str, gpus: int) -> str:
-    """How the model is spread; NeMo divides an optimiser's states where nothing else does."""
+    DeepSpeed without a stage leaves frozen weights whole: what is trained beside them is small.
+    """
     divided = spread(text, gpus)
+    if method != "full" and text.strip().lower() in ("deepspeed", "zero"):
+        return "zero2"
     if "nemo" in framework.lower() and divided.states == divided.tensor * divided.pipeline:
         return f"{text} distributed optimizer".strip()
     return text
