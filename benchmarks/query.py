@@ -75,7 +75,7 @@ def ask(ledger: Ledger, batch_size: int, *, inverse: bool) -> CaseEstimate:
     """What a LoRA run of 1B would need on an A100."""
     from chiplog.estimate.questions import estimate_case  # as the tool does
 
-    place = Sizing(DatasetReports(), ledger, load_settings()).place("a100-80gb")
+    place = Sizing(DatasetReports(), ledger, load_settings()).place("a100-80gb", MODELS[0])
     assert place, "the catalogue has the A100"
     case = {"model": MODELS[0], "gpu": "a100-80gb", "batch_size": batch_size, "seq_len": 2048, "packed": True}
     return estimate_case(make_case(case), place, [*gpus().values()], inverse=inverse)

@@ -234,7 +234,8 @@ def test_cold_evidence_leaves_out_what_the_table_itself_is_from():
 
 @pytest.mark.parametrize(("known", "limit", "batch"), [
     ([(1, 11.0), (2, 12.0), (4, 14.0)], 22.5, 11), ([(1, 11.0), (2, 12.0)], 100.0, 3), ([(4, 14.0)], 100.0, 4),
-    ([(4, 14.0), (8, 30.0)], 20.0, 4), ([(4, 14.0)], 10.0, None), ([(16, 30.0), (32, 50.0), (64, 90.0)], 131.0, 88),
+    ([(4, 14.0), (8, 30.0)], 20.0, 4), ([(4, 14.0)], 10.0, None),
+    ([(1, 11.0), (2, 12.0), *[(4, 14.0)] * 9], 22.5, 12), ([(16, 30.0), (32, 50.0), (64, 90.0)], 131.0, 88),
 ])  # fmt: skip
 def test_the_largest_batch(known: list[tuple[int, float]], limit: float, batch: int | None):
     assert largest_batch(known, limit) == batch

@@ -26,7 +26,8 @@ def upper_peak(known: Sequence[tuple[int, float]], batch: int) -> float:
     """
     from scipy.special import stdtrit  # scipy.stats takes a second to import
 
-    points = sorted(known)[-POINTS:]
+    kept = sorted({x for x, _ in known})[-POINTS:]
+    points = sorted(point for point in known if point[0] in kept)
     xs, ys = [float(x) for x, _ in points], [y for _, y in points]
     n, x_mean, y_mean = len(points), fmean(xs), fmean(ys)
     spread_x = sum((x - x_mean) ** 2 for x in xs)

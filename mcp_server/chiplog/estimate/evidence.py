@@ -38,7 +38,7 @@ def measured(row: Row) -> Measured:
     return Measured(
         job=job,
         place=row.suite,
-        source=row.source,
+        source=f"{row.source} ({row.model} {row.method}, {job.micro_batch} x {job.seq_len} tokens)",
         peak_bytes=peak * GB if peak and not row.oom else None,
         pass_s=_pass_s(row, job),
         above_bytes=gpu(job.gpu).memory_bytes if ran_out and job.gpu else None,

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Hashable, Iterable, Sequence
-from functools import cache
+from collections.abc import Callable, Hashable, Iterable
+from functools import cache, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from chiplog.estimate.job import Job, Measured, style
 
 FIT = Path(__file__).parent / "data" / "fit.json"
 Quantity = Literal["memory", "pass"]
+Groups = tuple[tuple[float, ...], ...]
 COVERAGE = 0.90
 ROUNDS = 3  # of finding where to linearise
 USELESS = 1e3  # standard deviation of an observation that tells nothing
@@ -72,7 +74,19 @@ def fitted(quantity: Quantity) -> Fit:
 
 LEVELS: dict[Quantity, tuple[str, ...]] = {
     "memory": ("style", "framework", "method", "family", "model", "recipe", "place", "place_method", "data"),
-    "pass": ("framework", "method", "gpu", "family", "model", "recipe", "place", "place_method", "sharding", "dtype"),
+    "pass": (
+        "framework",
+        "method",
+        "gpu",
+        "family",
+        "model",
+        "recipe",
+        "place",
+        "place_method",
+        "sharding",
+        "dtype",
+        "group",
+    ),
 }
 PARTS: dict[Quantity, tuple[str, ...]] = {"memory": memory.PARTS, "pass": speed.PARTS}
 
@@ -85,6 +99,7 @@ def keys(quantity: Quantity, job: Job, place: str) -> tuple[Hashable, ...]:
         "family": (framework, job.shape.family), "model": (framework, job.model, job.method), "recipe": job.recipe,
         "place": place, "place_method": (place, job.method, job.gpus > 1), "gpu": job.gpu,
         "dtype": (framework, job.dtype),
+        "group": (place, job.group) if job.group else None,
         "data": None if job.packed else (place, job.data, job.gpu),
         "sharding": (framework, job.sharding) if job.gpus > 1 else None,
     }  # fmt: skip
@@ -218,15 +233,21 @@ def scores(fit: Fit, near: bool, coverage: float, leave_out: str = "") -> tuple[
 
     Where errors are about as large either way, each end rests on both tails in part, since few tables make a tail.
     """
-    groups = [group for place, group in fit.scores["near" if near else "far"].items() if place != leave_out and group]
+    tables = fit.scores["near" if near else "far"].items()
+    groups = tuple(tuple(group) for place, group in tables if place != leave_out and group)
     low, high = _quantile(groups, (1 - coverage) / 2), _quantile(groups, (1 + coverage) / 2)
-    either = _quantile([[abs(score) for score in group] for group in groups], coverage)
-    own = 1 - fit.together
+    either, own = _quantile(groups, coverage, abs), 1 - fit.together
     return own * low - fit.together * either, own * high + fit.together * either
 
 
-def _quantile(groups: Sequence[Sequence[float]], share: float) -> float:
+def _quantile(groups: Groups, share: float, of: Callable[[float], float] = float) -> float:
     """The quantile of scores of which those of each group weigh as the root of their number together."""
-    weighted = sorted((score, 1 / math.sqrt(len(group))) for group in groups for score in group)
-    total = list(np.cumsum([weight for _, weight in weighted]))
-    return weighted[min(bisect_left(total, share * total[-1]), len(weighted) - 1)][0]
+    values, weights = _ranked(groups, of)
+    return values[min(bisect_left(weights, share * weights[-1]), len(values) - 1)]
+
+
+@lru_cache(maxsize=256)
+def _ranked(groups: Groups, of: Callable[[float], float]) -> tuple[list[float], list[float]]:
+    """All scores in order, and the weight of each and those before it together."""
+    weighted = sorted((of(score), 1 / math.sqrt(len(group))) for group in groups for score in group)
+    return [score for score, _ in weighted], list(accumulate(weight for _, weight in weighted))

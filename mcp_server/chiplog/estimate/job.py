@@ -141,6 +141,7 @@ class Job(Frozen):
     gpus: int = Field(default=1, gt=0, description="Cards.")
     sharding: str = Field(default="", description="How the model is spread: FSDP, ZeRO, TP2 PP4; empty: not.")
     memory_kind: MemoryKind = Field(default="allocated", description="What a peak counts.")
+    group: str = Field(default="", description="The configuration as its table names it: all but the batch.")
     data: str = Field(default="", description="The data, where runs on it are to be compared.")
     unsure: tuple[str, ...] = Field(default=(), description="What was not stated and is taken as usual.")
 

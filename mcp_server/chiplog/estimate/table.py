@@ -35,6 +35,7 @@ class Row(BaseModel):
 
     source: Words = ""
     suite: Words = ""
+    group: Words = ""
     model: Words = ""
     method: Words = ""
     lora_rank: Annotated[float, Field(ge=0, le=LARGEST)] | None = None
@@ -153,7 +154,7 @@ def job_of(row: Row) -> Job:
         in_backward=_says(r"optimizer_in_bwd|optimizer in (?:bwd|backward)|optimizer step into backward", words),
         dropout=code in ("transformers", "litgpt"), gpu=row.gpu or None, gpus=gpus,
         sharding=sharding,
-        memory_kind=_memory_kind(row.mem_kind.lower() or "allocated"), data=data or "", unsure=tuple(unsure),
+        memory_kind=_memory_kind(row.mem_kind.lower() or "allocated"), data=data or "", group=row.group, unsure=tuple(unsure),
     )  # fmt: skip
 
 
