@@ -71,6 +71,7 @@ class Effects:
         self._shares = np.array([o.shares for o in self.observations]).reshape(n, n_parts)
         self._residuals = np.array([o.residual for o in self.observations])
         self._ids: list[dict[Hashable, int]] = [{} for _ in range(n_levels)]
+        self._shifts: dict[tuple[Hashable, ...], Shift] = {}
         self._keys = np.array([self._numbered(o.keys) for o in self.observations], int).reshape(n, n_levels)
         if n:
             self._solve()
@@ -107,6 +108,7 @@ class Effects:
         new, n = copy(self), len(self.observations)
         if not n:
             return Effects([*more], self.sizes, settled=0)
+        new._shifts = {}
         new.observations, new._ids = [*self.observations, *more], [dict(ids) for ids in self._ids]
         keys = np.array([new._numbered(o.keys) for o in more], int).reshape(len(more), len(self._ids))
         shares = np.array([o.shares for o in more]).reshape(len(more), self._shares.shape[1])
@@ -121,9 +123,15 @@ class Effects:
         new._white = np.concatenate([self._white, white])
         return new
 
-    @ONE_THREAD
     def shift(self, keys: Sequence[Hashable]) -> Shift:
-        """What the observations say of a job with these keys."""
+        """What the observations say of a job with these keys, which do not hold its batch, length or rank."""
+        key = tuple(keys)
+        if key not in self._shifts:
+            self._shifts[key] = self._shift(key)
+        return self._shifts[key]
+
+    @ONE_THREAD
+    def _shift(self, keys: Sequence[Hashable]) -> Shift:
         has = np.array([key is not None for key in keys])  # one that a job does not have moves nothing
         prior = np.diag([*self._parts[has].sum(axis=0), self._whole[has].sum()])
         if not self.observations:

@@ -18,6 +18,7 @@ from chiplog.estimate.jobs import TARGETS, job_of_config
 from chiplog.estimate.model import Workload
 from chiplog.estimate.shapes import catalogue
 
+FAR = 4  # times a card, from which the physics alone say that it does not hold a model
 MOST = {"micro_batch": 4096, "seq_len": 1 << 20, "rank": 4096}
 
 
@@ -104,7 +105,7 @@ def largest_model(job: Job, place: Place, share: float = FITS) -> str | None:
             if (shape.family == job.shape.family) != kin:
                 continue
             wanted = job.model_copy(update={"shape": shape, "model": name})
-            if memory.at_start(wanted) < place.card.memory_bytes and _holds(wanted, place, share):
+            if memory.peak(wanted).total < FAR * place.card.memory_bytes and _holds(wanted, place, share):
                 return name
     return None
 

@@ -153,8 +153,8 @@ def job_of(row: Row) -> Job:
         optimizer=_optimizer(row.optimizer.lower()),
         in_backward=_says(r"optimizer_in_bwd|optimizer in (?:bwd|backward)|optimizer step into backward", words),
         dropout=code in ("transformers", "litgpt"), gpu=row.gpu or None, gpus=gpus,
-        sharding=sharding,
-        memory_kind=_memory_kind(row.mem_kind.lower() or "allocated"), data=data or "", group=row.group, unsure=tuple(unsure),
+        sharding=sharding, memory_kind=_memory_kind(row.mem_kind.lower() or "allocated"), data=data or "",
+        group=row.group, unsure=tuple(unsure),
     )  # fmt: skip
 
 
