@@ -147,7 +147,7 @@ def test_shards_need_less_of_each_card():
 
 def test_the_micro_batch_that_fits_keeps_the_batch():
     found = told(batch_size=48, seq_len=2048, packed=True).estimate
-    assert found.micro_batch_size and found.micro_batch_size * found.grad_accum == 48
+    assert found.micro_batch_size and found.micro_batch_size * (found.grad_accum or 0) == 48
     assert found.out_of_memory and found.out_of_memory > 0.5
 
 

@@ -108,7 +108,8 @@ def test_the_evaluation_and_the_start_are_those_of_any_training_of_the_model():
 @pytest.mark.parametrize("odd", [-5.0, float("nan"), float("inf"), 0.0])
 def test_a_figure_that_is_none_ends_no_estimate(odd: float):
     for field in ("elapsed_s", "train_s", "eval_s", "setup_s", "checkpoint_s", "eval_setup_s"):
-        found = estimate_run(a_run(epochs=2), WORK, [a_record(**{field: odd}), a_record("local:2")])
+        record = a_record("local:odd", None, **{field: odd})
+        found = estimate_run(a_run(epochs=2), WORK, [record, a_record("local:2")])
         assert all(not term.elapsed or term.elapsed.value > 0 for term in found.terms)
 
 
@@ -176,3 +177,24 @@ def test_an_attempt_does_not_own_what_the_one_before_left():
     left = events(1, 2, begun="2026-01-01T00:00:00+00:00")
     assert of_job(left, "2026-01-01T00:00:00.300+00:00") == left
     assert of_job(left, "2026-01-01T00:00:05.000+00:00") == [] and of_job(left, None) == []
+
+
+def test_a_run_that_its_limit_ended_says_that_more_is_needed():
+    stopped = a_record("local:t", elapsed_s=60.0, steps=50, train_s=50.0, eval_s=None)
+    stopped = stopped.model_copy(update={"state": State.TIMEOUT})
+    assert elapsed(a_run(), WORK, stopped) is None  # nothing tells of the evaluation
+    # 40 s, and 60 s of which 50 were for half of the steps: 110.
+    found = estimate_run(a_run(), WORK, [a_record(), stopped]).elapsed
+    assert found and found.n_evidence == 2 and found.value == pytest.approx((40 * 110) ** 0.5)
+    other = a_record("local:o", {"lora_rank": 64}, train_s=5.0)
+    stopped = stopped.model_copy(update={"usage": stopped.usage.model_copy(update={"steps": None})})
+    found = estimate_run(a_run(), WORK, [other, stopped]).elapsed
+    assert found and found.low == found.value == 60.0 and any("was stopped after" in words for words in found.assumed)
+
+
+def test_a_run_that_did_not_complete_tells_its_pace_after_twenty_steps():
+    for steps, n_evidence in ((19, 1), (20, 2)):
+        slow = a_record("local:c", steps=steps, train_s=4.0 * steps).model_copy(update={"state": State.CANCELLED})
+        done = a_record(config={"epochs": 2}, steps=200, train_s=40.0)
+        terms = {term.name: term.elapsed for term in estimate_run(a_run(), WORK, [done, slow]).terms}
+        assert terms["training"] and terms["training"].n_evidence == n_evidence

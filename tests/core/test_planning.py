@@ -205,7 +205,9 @@ def on_gpu(lab: Path, toml: str, **change: Any) -> Planned:
 def test_a_gpu_that_its_name_leaves_open_is_known_by_its_card_or_by_the_runs_there(lab: Path):
     open_name = on_gpu(lab, "name = 'a100'")
     assert open_name.rows[0].estimate.capacity_bytes is None
-    assert any("'a100' may be any of" in check.found and "card = " in check.mend for check in open_name.warnings)
+    assert any(
+        "'a100' may be any of" in check.found and "card = " in (check.mend or "") for check in open_name.warnings
+    )
     said = on_gpu(lab, "name = 'a100'\ncard = 'a100-40gb'")
     assert said.rows[0].estimate.capacity_bytes == gpu("a100-40gb").memory_bytes and not said.warnings
     Ledger().put([done(lab, "S", "finetune", "NVIDIA A100 80GB PCIe", 30.0, gpus=1)])

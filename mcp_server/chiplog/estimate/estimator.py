@@ -27,6 +27,7 @@ from chiplog.estimate.jobs import HERE, measured_run
 from chiplog.estimate.model import RISK, RunEstimate, Term, TermName, Workload
 from chiplog.plan import Run
 from chiplog.record import Record
+from chiplog.text import duration
 
 FITS = 0.95  # share of such runs that must fit for a micro-batch to be recommended
 FORWARD = {"full": 1 / 3}  # of a pass; 1 / 2 where what is frozen has no gradient
@@ -131,6 +132,8 @@ def estimate_job(
     terms = _terms(job, work, place, history, trains)
     whole = history and history.elapsed()
     elapsed = whole or _sum(terms)
+    if elapsed and not whole and history and (least := history.at_least()):
+        elapsed = elapsed.above(least, f"a run of the same configuration was stopped after {duration(least)}")
     missing = [name for name, part in terms.items() if part is None] if elapsed and not whole else []
     peak, kind = history.peak() if history else (None, None)
     if peak is None and place and job:

@@ -26,6 +26,14 @@ class Guess(NamedTuple):
         """Of so many of it."""
         return self._replace(value=self.value * factor, quantile=lambda share: self.quantile(share) * factor)
 
+    def above(self, least: float, why: str) -> Guess:
+        """Where it is known to be more than `least`."""
+        return self._replace(
+            value=max(self.value, least),
+            quantile=lambda share: max(self.quantile(share), least),
+            assumed=(*self.assumed, why),
+        )
+
     def risk(self, limit: float) -> float:
         """Chance that it exceeds `limit`."""
         low, high = 0.0, 1.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 from chiplog.estimate.guess import Guess, spread_about
 from chiplog.estimate.model import Basis, TermName, Workload
@@ -30,34 +31,56 @@ LENGTH = {"dataset", "system_prompt", "prompt"}
 NEAR = {"lora_rank", "lora_alpha", "save_every_n_steps", "log_every_n_steps", "max_new_tokens"}
 # Settings that an evaluation's pace depends on, and its start and that of a training.
 ANSWERING, LOADING = {"model", "dtype", "device", "eval_batch_size", "max_new_tokens"}, {"model", "dtype", "device"}
+PACED = 20  # steps from which a run tells its pace
 BY_TOKENS = "training time grows with tokens, evaluation time with samples"
 
 
 class History:
-    """The completed runs of the same model and resources: the same, near ones, and what each term of one tells.
+    """The runs of the same model and resources: the same, near ones, and what each term of one tells.
 
-    They must be of the device that it will run on: those of other devices must not be given.
+    They must be of the device that it will run on: those of other devices must not be given. What did not complete
+    tells the pace of its steps, and, where its time limit ended it, that more than that was needed.
     """
 
     def __init__(self, run: Run, work: Workload, records: Sequence[Record]) -> None:
         self.run, self.work = run, work
         model, resources = run.config["model"], (run.resources.cpus, run.resources.gpus)
-        alike = [r for r in records if r.state is State.COMPLETED and r.config.get("model") == model]
-        alike = [r for r in alike if (r.usage.cpus, r.usage.gpus) == resources]
+        every = [r for r in records if r.config.get("model") == model]
+        every = [r for r in every if (r.usage.cpus, r.usage.gpus) == resources]
+        alike = [r for r in every if r.state is State.COMPLETED]
         self.loaded = [r for r in alike if not _differs(run.config, r.config) & LOADING]
         self.answered = [r for r in alike if r.kind == run.kind and not _differs(run.config, r.config) & ANSWERING]
-        alike = [r for r in alike if r.kind == run.kind and r.recipe == run.recipe]
-        differs = {r.key: _differs(run.config, r.config) - NEUTRAL for r in alike}
+        every = [r for r in every if r.kind == run.kind and r.recipe == run.recipe]
+        differs = {r.key: _differs(run.config, r.config) - NEUTRAL for r in every}
+        alike = [r for r in every if r.state is State.COMPLETED]
         self.same = [r for r in alike if not differs[r.key] and _same_work(r, work)]
-        self.paced = [r for r in alike if differs[r.key] <= COUNT]
+        self.paced = [r for r in every if differs[r.key] <= COUNT and (r.usage.steps or 0) >= PACED]
+        self.stopped = [r for r in every if not differs[r.key] and r.state is State.TIMEOUT and not r.usage.resumed]
         near = [r for r in alike if differs[r.key] <= COUNT | LENGTH | NEAR]
         self.near = _nearest(near, differs)
         self.alike_in_length = _nearest([r for r in near if not differs[r.key] & LENGTH], differs)
 
     def elapsed(self) -> Guess | None:
-        """Seconds of the job, from runs of the same configuration."""
+        """Seconds of the job, from runs of the same configuration; null where none completed.
+
+        One that its time limit ended counts with what it would have needed at its pace.
+        """
         whole = [r for r in self.same if r.usage.elapsed_s and not r.usage.resumed]
-        return _guess([r.usage.elapsed_s or 0.0 for r in whole], TIME_SPREAD, "same-configuration", whole)
+        if not whole:
+            return None
+        times = [r.usage.elapsed_s or 0.0 for r in whole] + [self._needed(r) for r in self.stopped]
+        return _guess(times, TIME_SPREAD, "same-configuration", [*whole, *self.stopped])
+
+    def at_least(self) -> float:
+        """Seconds that runs of the same configuration had taken when their time limit ended them."""
+        return max((r.usage.elapsed_s for r in self.stopped if is_amount(r.usage.elapsed_s)), default=0.0)
+
+    def _needed(self, record: Record) -> float:
+        """Seconds that a run which was stopped would have taken at its pace; without one, a spread more than it had."""
+        usage = record.usage
+        if is_amount(usage.train_s) and usage.steps:
+            return (usage.elapsed_s or 0.0) + usage.train_s * max(0.0, self.work.steps / usage.steps - 1)
+        return (usage.elapsed_s or 0.0) * math.exp(TIME_SPREAD)
 
     def pace(self) -> Guess | None:
         """Seconds of training, by the steps of runs whose steps are the same."""
@@ -126,6 +149,11 @@ class History:
 SCALED: tuple[float, Basis] = (TIME_SPREAD * SCALED_SPREAD, "scaled")
 
 
+def is_amount(value: float | None) -> TypeGuard[float]:
+    """Whether a figure of a log can be reckoned with."""
+    return value is not None and math.isfinite(value) and value > 0
+
+
 def _differs(one: Config, other: Config) -> set[str]:
     return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
 
@@ -151,7 +179,7 @@ def _guess(values: Sequence[float], spread: float, basis: Basis, records: Sequen
     """Of one more such value, on the log scale: Student's t, the spread pooled with the one before."""
     from scipy.special import stdtrit  # scipy.stats takes a second to import
 
-    sound = [(value, r) for value, r in zip(values, records, strict=True) if value > 0 and math.isfinite(value)]
+    sound = [(value, r) for value, r in zip(values, records, strict=True) if is_amount(value)]
     if not sound:
         return None
     logs = [math.log(value) for value, _ in sound]

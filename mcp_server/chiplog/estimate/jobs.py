@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 from chiplog.errors import ChiplogError, NotFoundError, PlanError
 from chiplog.estimate.gpus import Gpu, gpu
-from chiplog.estimate.history import TIME_SPREAD, name_of
+from chiplog.estimate.history import TIME_SPREAD, is_amount, name_of
 from chiplog.estimate.job import ALL_LINEAR, Job, Measured, MemoryKind, Method, Target
 from chiplog.estimate.memory import at_start
 from chiplog.estimate.shapes import Shape, find, known_as, shape_of
@@ -185,11 +184,6 @@ def _lengths(record: Record, micro: int, samples: int, ran_out: bool) -> tuple[i
     seq_len = -(-longest // micro)
     mean = usage.padded_tokens / samples if is_amount(usage.padded_tokens) and samples > 0 else float(seq_len)
     return seq_len, max(1.0, min(mean, float(seq_len)))
-
-
-def is_amount(value: float | None) -> TypeGuard[float]:
-    """Whether a figure of a log can be reckoned with."""
-    return value is not None and math.isfinite(value) and value > 0
 
 
 def _optimizer(name: str) -> Literal["adamw", "adamw8bit", "paged", "sgd"]:
