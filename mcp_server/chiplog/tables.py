@@ -91,7 +91,7 @@ def case_words(found: CaseEstimate, card: str) -> str:
     if found.steps_in_budget is not None:
         lines.append(f"{found.steps_in_budget:,} steps fit into {case.budget_gpu_hours:g} GPU hours.")
     evidence = list(dict.fromkeys([*_names(told.peak_mem), *_names(told.elapsed)]))
-    return "\n".join([*lines, *(f"note: {note}" for note in told.notes), f"Evidence: {listed(evidence, 6)}."])
+    return "\n".join([*lines, *(f"note: {note}" for note in told.notes), f"Evidence: {listed(evidence, 3)}."])
 
 
 def _figure(number: Estimate | None, words: Callable[[float], str]) -> str:

@@ -185,7 +185,8 @@ def largest_micro_batch(job: Job, place: Place, choices: Iterable[int]) -> int |
     if len({batch for batch, _ in held}) > 1 and (most := largest_batch(held, capacity)):
         return next((size for size in sizes if size <= most), None)
     for size in sizes:
-        wanted = job.model_copy(update={"micro_batch": size, "memory_kind": "reserved"})
+        passes = math.ceil(job.micro_batch * job.grad_accum / size)
+        wanted = job.model_copy(update={"micro_batch": size, "grad_accum": passes, "memory_kind": "reserved"})
         if guess("memory", wanted, place.known).quantile(FITS) <= capacity:
             return size
     return None

@@ -111,10 +111,10 @@ def largest_model(job: Job, place: Place, share: float = FITS) -> str | None:
 
 
 def smallest_card(job: Job, place: Place, cards: Iterable[Gpu], share: float = FITS) -> str | None:
-    """The card of least memory that would hold the job."""
+    """The card of least memory, of the same maker, that would hold the job."""
     reserved = guess("memory", job.model_copy(update={"memory_kind": "reserved"}), place.known)
     needed = reserved.value if share == 0.5 else reserved.quantile(share)
-    enough = [card for card in cards if card.memory_bytes >= needed]
+    enough = [card for card in cards if card.memory_bytes >= needed and _maker(card) == _maker(place.card)]
     return min(enough, key=lambda card: (card.memory_bytes, card.key)).key if enough else None
 
 
@@ -167,6 +167,11 @@ def _what_if(words: str, job: Job, place: Place) -> WhatIf:
     return WhatIf(change=words, reserved_bytes=reserved.value, step_s=step_s)
 
 
+def _maker(card: Gpu) -> bool:
+    """Whether AMD made it: programs of one maker's cards do not run on the other's as they are."""
+    return "AMD" in card.name
+
+
 def _holds(job: Job, place: Place, share: float) -> bool:
     reserved = guess("memory", job.model_copy(update={"memory_kind": "reserved"}), place.known)
     needed = reserved.value if share == 0.5 else reserved.quantile(share)
@@ -174,13 +179,15 @@ def _holds(job: Job, place: Place, share: float) -> bool:
 
 
 def _last(most: int, holds: Callable[[int], bool]) -> int | None:
-    """The largest number up to `most` for which something holds that ceases to hold once; None: not for 1."""
-    if not holds(1):
+    """The largest number up to `most` for which something holds; None: for no power of two.
+
+    What holds of more holds of less, though an estimate of less may be the less sure.
+    """
+    powers = [1 << n for n in range(most.bit_length())]
+    low = next((power for power in reversed(powers) if holds(power)), None)
+    if low is None:
         return None
-    low, high = 1, 2
-    while high <= most and holds(high):
-        low, high = high, high * 2
-    high = min(high, most + 1)
+    high = min(2 * low, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
