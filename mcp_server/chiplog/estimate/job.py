@@ -66,18 +66,19 @@ def spread(sharding: str, gpus: int) -> Spread:
     return Spread(weights, gradients, states, tensor, pipeline, context, expert, gathers=level == 3 and over > 1)
 
 
-WAYS = (r"(?<![a-z])tp|tensor[ _-]parallel\w*", r"(?<![a-z])pp|pipeline[ _-]parallel\w*",
-        r"(?<![a-z])cp|context[ _-]parallel\w*")  # fmt: skip
-EXPERTS = r"(?<![a-z])ep|expert[ _-]parallel\w*"
+BEGINS = r"(?<![a-wyz])"  # a word, or what an x joins: TP8xPP4
+WAYS = (rf"{BEGINS}tp|tensor[ _-](?:model[ _-])?parallel\w*", rf"{BEGINS}pp|pipeline[ _-](?:model[ _-])?parallel\w*",
+        rf"{BEGINS}cp|context[ _-]parallel\w*")  # fmt: skip
+EXPERTS = rf"{BEGINS}ep|expert[ _-](?:model[ _-])?parallel\w*"
 
 
 def _level(text: str) -> int:
     """What data parallelism divides, as ZeRO counts it: 1 states, 2 gradients too, 3 weights too; 0 nothing."""
     if stage := re.search(r"(?:zero|stage|(?<![a-z])z)[ _-]*([0-3])", text):
         return int(stage[1])
-    if re.search(r"no_shard|ddp(?![a-z])", text):
+    if re.search(r"(?:no[ _-]*|un)shard|ddp(?![a-z])|(?:fsdp|shard\w*)[ _]*[=:][ _]*(?:false|no|off|none)", text):
         return 0
-    if re.search(r"fsdp|shard|zero|deepspeed", text):
+    if re.search(r"fsdp|hsdp|shard|zero|deepspeed", text):
         return 2 if "grad_op" in text else 3
     return 1 if re.search(r"dist\w*[ _-]*opt", text) else 0
 
@@ -89,14 +90,16 @@ def _shards(text: str, rest: int, context: int) -> int:
     """
     if re.search(r"hybrid|hsdp", text):
         return min(rest, NODE)
-    stated = re.search(r"fsdp[ _=:-]*(\d+)", text)
+    stated = re.search(r"fsdp[ _=:-]*(\d{1,6})", text)
     degree = int(stated[1]) * context if stated and int(stated[1]) > 2 else rest
     return degree if rest % degree == 0 else rest
 
 
 def _degree(form: str, text: str, gpus: int) -> int:
     """Cards that a word divides something over: the number behind it, or all where the word is all that is said."""
-    found = re.search(rf"(?:{form})(?:[ _-]*size)?[ _=:-]*(\d+)?", text)
+    if before := re.search(rf"(?<!\d)(\d{{1,6}})[ -]?way[ -](?:{form})", text):
+        return max(1, int(before[1]))
+    found = re.search(rf"(?:{form})(?:[ _-]*size)?[ _=:(-]*(\d{{1,6}})?", text)
     if not found:
         return 1
     return max(1, int(found[1])) if found[1] else gpus if found[0].strip() == text.strip() else 1

@@ -221,7 +221,7 @@ def _measure(name: str, family: Family, sizes: _Sizes) -> Shape:
     layers, width, heads = (sizes.size(key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     head_dim, vocab, ffn = sizes.head_dim(width, heads), sizes.size("vocab_size"), _ffn(name, sizes)
     kv_heads = _kv_heads(name, sizes) or heads
-    if heads % kv_heads:
+    if heads % kv_heads and any(key in sizes.values for key in (_KV, *ALSO[_KV])):
         raise PlanError(f"config.json: {kv_heads} key and value heads do not divide {heads} heads: mend one")
     tied = sizes.flag(("tie_word_embeddings", family.tied))
     gated, vectors = family.gated, family.norm_vectors

@@ -6,6 +6,7 @@ A row is read leniently where people write in words, and strictly where they wri
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,7 +112,7 @@ def job_of(row: Row) -> Job:
     if shape is None:
         raise NotFoundError(f"unknown architecture: {row.model}")
     unsure = [name for name in ("micro_batch", "seq_len", "act_ckpt") if getattr(row, name) is None]
-    if {"micro_batch", "seq_len"} <= set(unsure):
+    if {"micro_batch", "seq_len"} <= set(unsure) and row.batch_size is None:
         raise NotFoundError("neither batch nor length is stated")
     method, framework = _method(row), row.framework or "unknown"
     code = style(framework)
@@ -127,15 +128,16 @@ def job_of(row: Row) -> Job:
         unsure.append("loss")
     bits = 4 if method == "qlora" else _bits(row.quant.lower())
     by_hand = re.search(r"accelerated|gptq|awq", f"{words} {row.quant.lower()}")
-    packed, micro_batch = row.packed is True, round(row.micro_batch or 2)
     alone = re.search(r"single[- ](?:gpu|device)", words)
     gpus = 1 if alone else round(row.n_gpus or 1)
+    packed = row.packed is True
     data = _data(words) or ("alpaca" if code == "torchtune" and row.packed is False else None)  # as its recipes do
     sharding = _sharding(row.sharding, framework, method, gpus)
     if shape.mixture_layers and gpus > 1 and (experts := re.search(r"(?<![a-z])ep[ _=-]?(\d+)(?![a-z\d])", words)):
         sharding = f"{sharding} EP{experts[1]}".strip()
     # FSDP divides tensors of one type alone. LitGPT's figures are those of a stream in fp32.
     upcast = bits == 4 and (plain_peft or code == "litgpt") and not by_hand and not spread(sharding, gpus).gathers
+    micro_batch = _micro_batch(row, gpus // spread(sharding, gpus).sample)
     longest, mean = _lengths(round(row.seq_len or 512), micro_batch, packed, words, data)
     return Job(
         framework=framework, model=row.model.lower(), shape=shape,
@@ -158,6 +160,13 @@ def job_of(row: Row) -> Job:
     )  # fmt: skip
 
 
+def _micro_batch(row: Row, copies: int) -> int:
+    """Samples of a pass: as stated, else what accumulation and `copies` of the model leave of the batch."""
+    if row.micro_batch or not row.batch_size:
+        return round(row.micro_batch or USUAL_BATCH)
+    return max(1, round(row.batch_size / (row.grad_accum or 1) / max(copies, 1)))
+
+
 def _accumulated(row: Row, at_once: int) -> int:
     """Passes a step, where they are not stated: those in which `at_once` samples make a batch."""
     return round(row.grad_accum or max((row.batch_size or 0) / at_once, 1))
@@ -170,6 +179,7 @@ def _says(form: str, words: str) -> bool:
     return any(not off and value not in OFF for off, value in found)
 
 
+USUAL_BATCH = 2  # where nothing is said of it
 OFF = ("false", "no", "none", "off", "0")
 
 
@@ -241,9 +251,9 @@ def _lengths(limit: int, micro_batch: int, packed: bool, words: str, data: str |
     """
     mean, longest = LENGTHS[data] if data else (None, limit)
     if mean and not re.search(r"bucket|padding[- ]free|group\w*[- _]by[- _]length", words):
-        mean *= sum(1 / n for n in range(1, micro_batch + 1))
-    if stated := re.search(r"mean tokens/step (\d+)", words):
-        mean = int(stated[1]) / micro_batch
+        mean *= math.log(micro_batch) + 0.5772 + 0.4228 / micro_batch  # the harmonic number, within 2 %
+    if stated := re.search(r"mean tokens/step (\d{1,9})(?!\d)", words):
+        mean = max(1, int(stated[1])) / micro_batch
     return (limit, None) if packed or mean is None else (min(limit, longest), min(limit, mean))
 
 
@@ -261,13 +271,16 @@ def _checkpointing(value: bool | str | None, framework: str) -> Checkpointing:
     if isinstance(value, str):
         value = value.lower()
         value = {"true": True, "yes": True, "false": False, "no": False, "none": False, "off": False}.get(value, value)
-    return "full" if value is True or value == "full" else "selective" if value else "none"
+        value = False if value in ("0", "nothing", "") else value
+    if isinstance(value, str):
+        return "selective" if re.search(r"sel|sac|op|layer", value) and "full" not in value else "full"
+    return "full" if value else "none"
 
 
 def _attention(words: str) -> Literal["usual", "flash", "eager"]:
     if _says("eager", words):
         return "eager"
-    return "flash" if re.search(r"flash|\bfa[23]?\b|xformers", words) else "usual"
+    return "flash" if _says(r"flash[a-z_0-9 -]*|fa[23]?|xformers", words) else "usual"
 
 
 def _loss(words: str, framework: str) -> Literal["plain", "fused", "chunked", "cut"]:
