@@ -218,8 +218,46 @@ def test_a_run_that_ran_out_of_memory_raises_what_is_foretold_behind_it():
 
 
 def test_a_card_that_cannot_compute_in_a_type_is_a_reason_and_no_end():
-    found = backtest([row(), row(suite="other", dtype="fp8")], "cold")
-    assert found["memory"]["n"] == 1 and "fp8" in next(iter(found["uncovered"]))
+    found = backtest([row(tokens_per_s=100), row(suite="other", dtype="fp8", tokens_per_s=100)], "cold")
+    assert (found["memory"]["n"], found["tokens_per_s"]["n"]) == (2, 1)
+    assert "tokens/s:" in next(iter(found["uncovered"])) and "fp8" in next(iter(found["uncovered"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"gpu": "RTX 9999", "tokens_per_s": 9, "oom": False}, ["tokens/s: unknown GPU: RTX 9999", "oom: unknown GPU"]),
+        ({"gpu": None, "runtime_s": 9}, ["runtime: no GPU is stated"]),
+        ({"tokens_per_s": 9, "tokens_scope": "per GPU, unmasked labels"}, ["tokens/s: of labels alone"]),
+        ({"runtime_s": 9, "steps": None, "samples": None}, ["runtime: steps are not stated"]),
+        ({"gpu": "A100", "gpu_mem_gb": None, "oom": True}, ["oom: A100 may have several memories"]),
+        (
+            dict.fromkeys(("peak_mem_gb", "tokens_per_s", "s_per_step", "runtime_s", "oom")),
+            ["nothing was measured"],
+        ),
+    ],
+)
+def test_a_figure_that_cannot_be_asked_for_is_counted_with_its_reason(change: dict[str, Any], words: list[str]):
+    found = backtest([row(), row(suite="other", **change)], "cold")["uncovered"]
+    assert all(any(text in reason for reason in found) for text in words), found
+
+
+@pytest.mark.parametrize(("scope", "n_gpus"), [("total over GPUs", 4), ("whole job", 4), ("per GPU", 1), ("", 1)])
+def test_tokens_a_second_are_of_whom_the_scope_says(scope: str, n_gpus: int):
+    told = [
+        evidence.measured(as_row(row(tokens_per_s=800, tokens_scope=text, n_gpus=4, sharding="FSDP"), Row)).pass_s
+        for text in (scope, "per GPU")
+    ]
+    assert told[0] == pytest.approx(n_gpus * (told[1] or 0))
+
+
+def test_a_batch_without_its_passes_is_one_pass():
+    stated = [job_of(as_row(row(micro_batch=None, grad_accum=accum, batch_size=16), Row)) for accum in (None, 4)]
+    assert [(job.micro_batch, job.grad_accum) for job in stated] == [(16, 1), (4, 4)]
+
+
+def test_a_count_before_a_gpu_is_no_part_of_its_name():
+    assert gpu("8x H100-80GB SXM").key == gpu("H100-80GB SXM x8").key == gpu("h100-80gb-sxm").key
 
 
 def test_cold_evidence_leaves_out_what_the_table_itself_is_from():
@@ -309,7 +347,7 @@ def test_a_row_that_cannot_be_read_is_counted_with_its_column(column: str, value
 )
 def test_words_may_be_anything(odd: dict[str, Any]):
     found = backtest([row(**odd)], "cold")
-    assert found["memory"]["n"] == 1 and not found["uncovered"]
+    assert found["memory"]["n"] == 1 and all("unknown GPU: 7" in reason for reason in found["uncovered"])
 
 
 def test_a_sweep_that_cannot_be_read_is_counted():

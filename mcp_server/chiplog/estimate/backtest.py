@@ -7,6 +7,7 @@ file has.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from chiplog.errors import ChiplogError, RecordError
 from chiplog.estimate import forecast
 from chiplog.estimate.batch import largest_batch
-from chiplog.estimate.evidence import measured, passes, shipped
+from chiplog.estimate.evidence import is_unmasked, measured, passes, shipped, why_no_pace
 from chiplog.estimate.forecast import Forecast, Quantity
 from chiplog.estimate.gpus import gpu
 from chiplog.estimate.job import Measured
@@ -79,8 +80,9 @@ def tell(rows: Sequence[Values], protocol: Protocol, progress: Progress | None =
         raise RecordError(f"there is no protocol {protocol!r}: choose from {', '.join(get_args(Protocol))}")
     typed, uncovered = _typed(rows, Row)
     runs, reasons = covered(typed)
-    sources, tables = ({str(values.get(name)) for values in rows} for name in ("source", "suite"))
-    others = [row for row in shipped() if row.source not in sources and row.suite not in tables]
+    sources = {_where(str(values.get("source"))) for values in rows}
+    tables = {str(values.get("suite")) for values in rows}
+    others = [row for row in shipped() if _where(row.source) not in sources and row.suite not in tables]
     background = [run for run, _ in covered(others)[0]]
     peaks = list(foretold("memory", runs, background, protocol, progress))
     steps = list(foretold("pass", runs, background, protocol, progress))
@@ -88,12 +90,17 @@ def tell(rows: Sequence[Values], protocol: Protocol, progress: Progress | None =
         protocol,
         peaks,
         steps,
-        memory=[one for told in peaks if (one := _peak(told)) and _on_one_card(told.row)],
-        other=[one for told in peaks if (one := _peak(told)) and not _on_one_card(told.row)],
+        memory=[one for told in peaks if (one := _peak(told)) and _on_one_card(told.row, told.run)],
+        other=[one for told in peaks if (one := _peak(told)) and not _on_one_card(told.row, told.run)],
         rates=[one for told in steps if (one := _rate(told))],
         runtimes=[one for told in steps if (one := _runtime(told))],
         uncovered=uncovered + reasons,
     )
+
+
+def _where(source: str) -> str:
+    """The file that a row is from, at whatever commit and in whatever part of it."""
+    return re.sub(r"@[0-9A-Za-z._-]+", "", source).partition("#")[0]
 
 
 def summarise(told: Tellings, sweeps: Sequence[Values] | None = None) -> dict[str, Any]:
@@ -108,7 +115,7 @@ def summarise(told: Tellings, sweeps: Sequence[Values] | None = None) -> dict[st
         "oom": _oom(told.peaks),
         "batch": batches(tried) if sweeps is not None else None,
         "memory_other": _figures(told.other),
-        "by_suite": _by_suite(told.memory, told.rates),
+        "by_suite": _by_suite(told),
         "uncovered": dict(uncovered.most_common()),
     }
 
@@ -131,10 +138,30 @@ def covered(rows: Sequence[Row]) -> tuple[list[tuple[Measured, Row]], Counter[st
     reasons: Counter[str] = Counter()
     for row in rows:
         try:
-            runs.append((measured(row), row))
-        except ChiplogError as error:
+            run = measured(row)
+        except (ChiplogError, ArithmeticError, ValueError) as error:
             reasons[str(error)] += 1
+            continue
+        runs.append((run, row))
+        reasons.update(_not_asked(run, row))
     return runs, reasons
+
+
+def _not_asked(run: Measured, row: Row) -> Iterator[str]:
+    """The figures of a covered row that nothing can be asked of, each with its reason."""
+    why = why_no_pace(row, run.job)
+    if row.tokens_per_s and (why or is_unmasked(row)):
+        yield f"tokens/s: {why or 'of labels alone'}"
+    if row.runtime_s and (why or not passes(row, run.job)):
+        yield f"runtime: {why or 'steps are not stated'}"
+    if row.oom is not None and not _card_is_known(run):
+        yield f"oom: {why or f'{row.gpu} may have several memories'}"
+    if not (row.peak_mem_gb or row.tokens_per_s or row.s_per_step or row.runtime_s or row.oom is not None):
+        yield "nothing was measured"
+
+
+def _card_is_known(run: Measured) -> bool:
+    return bool(run.job.gpu) and "gpu" not in run.job.unsure
 
 
 def foretold(
@@ -150,7 +177,7 @@ def foretold(
         for run, row in inside:
             ask = partial(forecast.forecast, quantity, place=table, known=known, leave_out=table)
             has = run.peak_bytes if quantity == "memory" else run.pass_s
-            ends = quantity == "memory" and row.oom is not None and run.job.gpu
+            ends = quantity == "memory" and row.oom is not None and _card_is_known(run)
             reserving = run.job.model_copy(update={"memory_kind": "reserved"})
             if has or ends:
                 yield Told(row, run, ask(run.job) if has else None, ask(reserving) if ends else None)
@@ -160,8 +187,9 @@ def foretold(
             progress(number + 1, len(tables), f"tables, {quantity}")
 
 
-def _on_one_card(row: Row) -> bool:
-    return row.n_gpus == 1 and row.method.lower() in TUNED
+def _on_one_card(row: Row, run: Measured) -> bool:
+    text = re.sub(r"[^a-z]", "", row.method.lower())
+    return (row.n_gpus or run.job.gpus) == 1 and "pretrain" not in text and text.startswith(TUNED)
 
 
 def _peak(told: Told) -> Foretold | None:
@@ -172,7 +200,7 @@ def _peak(told: Told) -> Foretold | None:
 def _rate(told: Told) -> Foretold | None:
     """Tokens a second of a card: the faster pass is the larger rate."""
     figure, run = told.figure, told.run
-    if not (figure and run.pass_s and told.row.tokens_per_s):
+    if not (figure and run.pass_s and told.row.tokens_per_s) or is_unmasked(told.row):
         return None
     tokens = run.job.mean_tokens / run.job.spread.sample
     return Foretold(told.row, tokens / run.pass_s, tokens / figure.value, tokens / figure.high, tokens / figure.low)
@@ -240,10 +268,13 @@ def _figures(told: Sequence[Foretold]) -> dict[str, float | int | None]:
     }
 
 
-def _by_suite(memory: Sequence[Foretold], rates: Sequence[Foretold]) -> dict[str, dict[str, Any]]:
+def _by_suite(told: Tellings) -> dict[str, dict[str, Any]]:
     tables: dict[str, dict[str, list[Foretold]]] = defaultdict(lambda: defaultdict(list))
-    for quantity, told in (("memory", memory), ("tokens_per_s", rates)):
-        for one in told:
+    figures = {
+        "memory": told.memory, "tokens_per_s": told.rates, "runtime": told.runtimes, "memory_other": told.other,
+    }  # fmt: skip
+    for quantity, each in figures.items():
+        for one in each:
             tables[one.row.suite][quantity].append(one)
     return {name: {quantity: _figures(told) for quantity, told in both.items()} for name, both in tables.items()}
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from chiplog.errors import NotFoundError
-from chiplog.estimate.gpus import gpu
+from chiplog.errors import NotFoundError, PlanError
+from chiplog.estimate.gpus import Gpu, any_of, gpu
 from chiplog.estimate.job import Job, Measured
 from chiplog.estimate.table import Row, job_of
 
@@ -24,26 +26,53 @@ def shipped() -> tuple[Row, ...]:
 def measured(row: Row) -> Measured:
     """A row as a measured run. Raises a ChiplogError, whose words are the reason, where it is not covered."""
     job = job_of(row)
+    certain = True
     if job.gpu:
         try:
             job = job.model_copy(update={"gpu": gpu(job.gpu, row.gpu_mem_gb).key})
         except NotFoundError:
-            job = job.model_copy(update={"gpu": None})
+            card, certain = _nearly(job.gpu, row.gpu_mem_gb), False
+            job = job.model_copy(update={"gpu": card and card.key, "unsure": (*job.unsure, "gpu")})
     peak = row.peak_mem_gb
-    if peak and "total" in row.mem_scope:
+    if peak and _is_total(row.mem_scope):
         peak = peak / job.gpus
-    ran_out = row.oom and job.gpu
-    if ran_out:
+    if row.oom and job.gpu and certain:
         job = job.model_copy(update={"memory_kind": "reserved"})
     return Measured(
         job=job,
         place=row.suite,
         source=f"{row.source} ({row.model} {row.method}, {job.micro_batch} x {job.seq_len} tokens)",
         peak_bytes=peak * GB if peak and not row.oom else None,
-        pass_s=_pass_s(row, job),
-        above_bytes=gpu(job.gpu).memory_bytes if ran_out and job.gpu else None,
+        pass_s=None if why_no_pace(row, job) else _pass_s(row, job),
+        above_bytes=gpu(job.gpu).memory_bytes if row.oom and job.gpu and certain else None,
         rough="approx" in row.quality or "extrapolated" in row.quality,
     )
+
+
+def _nearly(name: str, memory_gb: float | None) -> Gpu | None:
+    """A card of that name, of whatever memory."""
+    with suppress(NotFoundError):
+        return any_of(name, memory_gb)
+    return None
+
+
+def why_no_pace(row: Row, job: Job) -> str | None:
+    """Why a row's speed tells nothing of a pass; null where it does."""
+    if not job.gpu:
+        return f"unknown GPU: {row.gpu}" if row.gpu else "no GPU is stated"
+    try:
+        gpu(job.gpu).peak(job.dtype)
+    except PlanError as error:
+        return str(error)
+    return None
+
+
+def _is_total(scope: str) -> bool:
+    """Whether a figure is of all cards together."""
+    scope = scope.lower()
+    if re.match(r"\W*(?:per[ _-]?|each|=?per_)(?:gpu|device|card|rank)", scope) or "=per_gpu" in scope:
+        return False
+    return bool(re.search(r"total|whole|job|global|aggregate|\bsum\b|\ball\b", scope))
 
 
 def passes(row: Row, job: Job) -> float | None:
@@ -57,14 +86,16 @@ def passes(row: Row, job: Job) -> float | None:
     return None
 
 
+def is_unmasked(row: Row) -> bool:
+    """Whether its tokens a second are of labels alone, which say nothing of what was computed."""
+    return "unmasked" in row.tokens_scope.lower()
+
+
 def _pass_s(row: Row, job: Job) -> float | None:
     """Seconds of one pass: from tokens a second of the cards that share it, from a step, or from the whole run."""
-    rate, scope = row.tokens_per_s, row.tokens_scope.lower()
-    if not job.gpu:
-        return None
-    gpu(job.gpu).peak(job.dtype)  # that it can compute in this type
-    if rate and "unmasked" not in scope:
-        each = rate / job.gpus if scope.startswith("total") and "=per_gpu" not in scope else rate
+    rate = row.tokens_per_s
+    if rate and not is_unmasked(row):
+        each = rate / job.gpus if _is_total(row.tokens_scope) else rate
         return job.mean_tokens / (each * job.spread.sample)
     if row.s_per_step:
         return row.s_per_step / job.grad_accum

@@ -107,8 +107,26 @@ def gpu(name: str, memory_gb: float | None = None) -> Gpu:
     return gpus()[found[0]]
 
 
+def any_of(name: str, memory_gb: float | None = None) -> Gpu:
+    """As `gpu`, but of cards of several memories the first, which computes as the others do, nearly.
+
+    Raises NotFoundError where there is none.
+    """
+    try:
+        return gpu(name, memory_gb)
+    except NotFoundError:
+        asked = _parse(name)
+        if asked.profile or asked.memory_gb or memory_gb:
+            raise
+        found = [key for key, spoken in _spoken().items() if asked.model in {each.model for each in spoken}]
+        if not found:
+            raise
+        return gpus()[found[0]]
+
+
 def _parse(name: str) -> Spoken:
     text = re.sub(r"[_:]", " ", name.lower())
+    text = re.sub(r"^\s*\d{1,4} ?x ?(?=[a-z])|(?<=\S) x ?\d{1,4}\s*$", "", text)  # how many of it
     profile, text = PROFILE.search(text), PROFILE.sub(" ", text)
     memory, text = MEMORY.search(text), MEMORY.sub(" ", text)
     words = re.findall(r"[a-z0-9]+", text)

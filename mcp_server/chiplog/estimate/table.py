@@ -189,9 +189,9 @@ def _method(row: Row) -> Method:
         raise NotFoundError("the method is not stated")
     if "full" in text or text in ("sft", "pretrain", "pretraining"):
         return "full"
-    if text in ("qlora", "qdora", "lora4bit", "qalora"):
+    if re.match(r"q(?:a?lora|dora)|lora4bit", text):
         return "qlora"
-    return "lora" if text in ("lora", "dora", "rslora") else "adapter"
+    return "lora" if re.fullmatch(r"(?:rs)?(?:lora|dora)(?:r?\d*|bf16|fp16|fp8|fp32)", text) else "adapter"
 
 
 ATTENTION = r"self_attn|\battention\b"  # its four layers
