@@ -14,9 +14,9 @@ from chiplog.plan import Value
 from chiplog.record import Evidence, Record, State
 from chiplog.running import RunStatus
 from chiplog.schema import Frozen
-from chiplog.sizing import Totals
 from chiplog.studies import Study
 from chiplog.summary import Comparison, Row
+from chiplog.totals import Totals
 
 
 class Answer(Frozen):

@@ -23,18 +23,9 @@ from chiplog.recipes import choose_recipe, load_recipe, manual
 from chiplog.render import code_files, find_gpu
 from chiplog.schema import Frozen, plain_errors
 from chiplog.settings import Settings
-from chiplog.sizing import (
-    DatasetReports,
-    PlannedRun,
-    Sizing,
-    Totals,
-    check_room,
-    devices,
-    make_totals,
-    refuse_over_budget,
-    stop_on,
-)
+from chiplog.sizing import DatasetReports, PlannedRun, Sizing, devices, stop_on
 from chiplog.studies import study_plan
+from chiplog.totals import Totals, check_room, make_totals, refuse_over_budget
 
 
 class Request(Frozen):

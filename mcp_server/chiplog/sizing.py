@@ -1,10 +1,8 @@
-"""What the runs of a plan will need, each from the records of the device that it will run on, and all together."""
+"""What each run of a plan will need, from the records of the device that it will run on."""
 
 from __future__ import annotations
 
-import heapq
 import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,19 +14,16 @@ from pydantic import Field
 
 from chiplog.checks import Check, Report, warning
 from chiplog.checks.dataset import DatasetReport, check_dataset
-from chiplog.engines.local import available_gpus, gpu_name
+from chiplog.engines.local import gpu_name
 from chiplog.errors import ChiplogError, NotFoundError, PlanError
-from chiplog.estimate import NAMED, Estimate, RunEstimate, Workload, workload
+from chiplog.estimate import RunEstimate, Workload, workload
 from chiplog.estimate.gpus import Gpu, gpu, gpus
 from chiplog.estimate.job import Job
-from chiplog.estimate.jobs import control_job, measured_run, planned_job
-from chiplog.estimate.model import BASES
-from chiplog.estimate.shapes import known_as
+from chiplog.estimate.jobs import called, control_job, measured_run, planned_job
 from chiplog.estimate.tokens import Steps
 from chiplog.estimate.workload import training_steps
 from chiplog.ledger import Ledger
-from chiplog.machine import available_cpus
-from chiplog.plan import Plan, Run
+from chiplog.plan import Run
 from chiplog.record import Record, State
 from chiplog.render import find_gpu
 from chiplog.schema import Frozen
@@ -39,7 +34,6 @@ if TYPE_CHECKING:
     from chiplog.estimate.estimator import Known, Place
 
 OWN_RUNS, OTHER_RUNS = 100, 50  # of a model on a device, and of any model there, the newest: what estimates rest on
-UNSURE = 0.05  # chance of running out of memory, or share of what is free on disk, from which it is said
 
 
 class PlannedRun(Frozen):
@@ -49,22 +43,6 @@ class PlannedRun(Frozen):
     steps: int = Field(description="Optimiser steps that it will take; 0 for a control.")
     trained: Steps | None = Field(description="How its recipe makes them of the samples; null for a control.")
     estimate: RunEstimate = Field(description="What it will need.")
-
-
-class Totals(Frozen):
-    """What all runs will need together; runs without evidence are counted, not guessed."""
-
-    runs: int = Field(description="Jobs in all.")
-    controls: int = Field(description="Of these, evaluations of a base model.")
-    unknown: int = Field(description="Runs whose time nothing tells yet.")
-    in_sequence_s: Estimate | None = Field(description="Seconds one after another; null if a run is unknown.")
-    in_parallel_s: float | None = Field(
-        description="Seconds with as many at once as jobs_at_once, CPUs and GPUs allow; null: not known."
-    )
-    gpu_hours: float | None = Field(description="GPU hours; null if a run is unknown.")
-    cost: float | None = Field(default=None, description="Price of these; null if a GPU has none in chiplog.toml.")
-    disk_bytes: int | None = Field(default=None, description="Bytes that they leave on disk; null: not known.")
-    disk_free_bytes: int | None = Field(default=None, description="Bytes that are free there.")
 
 
 class DatasetReports:
@@ -105,7 +83,7 @@ class Sizing:
         from chiplog.estimate.estimator import estimate_run  # numpy and scipy take a while to import
 
         trained, work = _work(run, self.datasets.of(run))
-        device, model = _device(run, self.settings), run.config["model"]
+        device, model = device_of(run, self.settings), run.config["model"]
         place = self.place(device, model)
         found = estimate_run(run, work, self._on(device, model), _job(run, trained, place), place)
         return PlannedRun(run=run, steps=work.steps, trained=trained, estimate=found)
@@ -164,7 +142,7 @@ class Sizing:
         found = row.estimate
         if not found.reserved_mem or not found.capacity_bytes or (found.out_of_memory or 0.0) <= 0.5:
             return
-        place = self.place(_device(row.run, self.settings), row.run.config["model"])
+        place = self.place(device_of(row.run, self.settings), row.run.config["model"])
         job = _job(row.run, row.trained, place)
         assert place and job, "a run without them has no capacity"
         needs = f"{size(found.reserved_mem.value)} ({size(found.reserved_mem.low)} to {size(found.reserved_mem.high)})"
@@ -182,8 +160,7 @@ class Sizing:
             return f"set micro_batch_size to {micro}; batch_size stays {batch}, in {row.estimate.grad_accum} passes"
         single = job.model_copy(update={"micro_batch": 1})
         length = largest(single, place, "seq_len")
-        cards = [card for each in self.settings.gpus if (card := card_of(each.card or each.name))]
-        card = smallest_card(single, place, cards) or smallest_card(single, place, gpus().values())
+        card = smallest_card(single, place, own_cards(self.settings)) or smallest_card(single, place, gpus().values())
         ways = [f"max_seq_len {length} with micro_batch_size 1"] if length else []
         ways += [f"a GPU such as {card} with micro_batch_size 1"] if card else []
         return f"take {' or '.join(ways)}" if ways else "take a smaller model, or shard it over several GPUs"
@@ -234,15 +211,13 @@ def fitting_batch(record: Record, ledger: Ledger, settings: Settings) -> int | N
     """Of a run that ran out of a GPU's memory, the largest divisor of its micro-batch that would fit; null: unknown."""
     if record.state is not State.OUT_OF_MEMORY or not record.usage.device:
         return None
-    from chiplog.estimate.estimator import largest_micro_batch
+    from chiplog.estimate.estimator import divisors, largest_micro_batch
 
     place = Sizing(DatasetReports(), ledger, settings).place(record.usage.device, record.model or "")
     run = place and measured_run(record, place.card)
     if not (place and run):
         return None
-    micro = run.job.micro_batch
-    smaller = [size for size in range(1, micro) if micro % size == 0]
-    return largest_micro_batch(run.job, place, smaller)
+    return largest_micro_batch(run.job, place, divisors(run.job.micro_batch)[:-1])
 
 
 @lru_cache(maxsize=1024)
@@ -255,6 +230,11 @@ def card_of(device: str) -> Gpu | None:
     return None
 
 
+def own_cards(settings: Settings) -> list[Gpu]:
+    """The cards that chiplog.toml names and the catalogue has."""
+    return [card for each in settings.gpus if (card := card_of(each.card or each.name))]
+
+
 def same_card(one: Gpu, other: Gpu) -> bool:
     """Whether they are the same card with the same memory, whatever its form."""
     form = re.compile(r"-(?:sxm|pcie|nvl)\d*")
@@ -263,88 +243,13 @@ def same_card(one: Gpu, other: Gpu) -> bool:
 
 def same_model(one: str, other: str) -> bool:
     """Whether two names or folders are of the same published model, or called alike."""
-    names = [known_as(re.sub(r"^q?lora_", "", name)) or Path(name).name.lower() for name in (one, other)]
-    return one == other or names[0] == names[1]
+    return called(one) == called(other)
 
 
 def _kind(device: str) -> str:
     """The word that all names of a card have: the a100 of `a100-80gb-sxm`, the 4090 of `rtx-4090`."""
     words = (card.key if (card := card_of(device)) else device).lower().split("-")
     return next((word for word in words if re.search(r"\d", word) and not word.endswith("gb")), words[0])
-
-
-def make_totals(rows: Sequence[PlannedRun], settings: Settings) -> Totals:
-    """Sums over the runs. The ends of the interval add up too, which is wider than it need be."""
-    times = [(row.run, row.estimate.elapsed) for row in rows]
-    known = [time for _, time in times if time]
-    complete = len(known) == len(rows)
-    together = None
-    names = sorted({name for time in known for name in time.evidence})
-    if complete and known:
-        together = Estimate(
-            value=sum(time.value for time in known),
-            low=sum(time.low for time in known),
-            high=sum(time.high for time in known),
-            coverage=None,
-            basis=BASES[max(BASES.index(time.basis) for time in known)],
-            evidence=names[:NAMED],
-            n_evidence=len(names),
-        )
-    costs = [row.estimate.cost for row in rows]
-    disks = [row.estimate.disk_bytes for row in rows]
-    return Totals(
-        runs=len(rows),
-        controls=sum(row.run.kind == "control" for row in rows),
-        unknown=len(rows) - len(known),
-        in_sequence_s=together,
-        in_parallel_s=_parallel([(run, time.value) for run, time in times if time], settings) if complete else None,
-        gpu_hours=sum(time.value * run.resources.gpus for run, time in times if time) / 3600 if complete else None,
-        cost=sum(cost for cost in costs if cost is not None) if None not in costs else None,
-        disk_bytes=sum(disk for disk in disks if disk is not None) if None not in disks else None,
-        disk_free_bytes=_free(settings.experiments),
-    )
-
-
-def refuse_over_budget(plan: Plan, rows: Sequence[PlannedRun], settings: Settings) -> None:
-    """Raises PlanError for a plan that needs more GPU hours, or costs more, than it may, with how much would fit."""
-    limits = [
-        ("GPU hours", "gpu_hours", plan.gpu_hours or settings.budget.gpu_hours),
-        ("in cost", "cost", settings.budget.cost),
-    ]
-    for words, field, limit in limits:
-        needs = [getattr(row.estimate, field) or 0.0 for row in rows]
-        if limit and sum(needs) > limit:
-            within, total = 0, 0.0
-            for need in sorted(needs):
-                total += need
-                within += total <= limit
-            raise PlanError(
-                f"the plan needs about {sum(needs):.1f} {words} and the budget is {limit:g}: within it are the "
-                f"{within} shortest of its {len(rows)} runs, or {limit / sum(needs):.0%} of the training; "
-                "take fewer values, fewer seeds or fewer epochs, or raise the budget"
-            )
-
-
-def check_room(rows: Sequence[PlannedRun], totals: Totals, settings: Settings) -> list[Check]:
-    """Runs that may run out of memory, a disk that may not hold what they leave, a budget that cannot be checked."""
-    found = []
-    if settings.budget.gpu_hours and totals.unknown:
-        words = f"nothing tells the time of {totals.unknown} runs, so the plan may need more GPU hours than it may"
-        found.append(warning("budget", words, "Probe them with max_steps 20 first"))
-    if settings.budget.cost and totals.cost is None:
-        words = "nothing tells what the plan costs: a run's time is not known, or a GPU has no price_per_hour"
-        found.append(warning("budget", words, "Give the price in chiplog.toml, and probe the runs"))
-    for row in rows:
-        if (chance := row.estimate.out_of_memory) and chance > UNSURE:
-            micro = row.estimate.micro_batch_size
-            mend = f"micro_batch_size {micro} fits 95 % of such runs" if micro else "Probe it with max_steps 20 first"
-            found.append(
-                warning("memory", f"{row.run.name} runs out of GPU memory with a chance of {chance:.0%}", mend)
-            )
-    if totals.disk_bytes and totals.disk_free_bytes is not None and totals.disk_bytes > totals.disk_free_bytes:
-        words = f"the runs leave up to {size(totals.disk_bytes)} and {size(totals.disk_free_bytes)} are free"
-        found.append(warning("disk", words, "Free some, or set [paths] experiments to another disk"))
-    return found
 
 
 def _work(run: Run, report: DatasetReport) -> tuple[Steps | None, Workload]:
@@ -361,10 +266,10 @@ def _work(run: Run, report: DatasetReport) -> tuple[Steps | None, Workload]:
 
 def devices(runs: Sequence[Run], settings: Settings) -> list[str]:
     """What the runs will run on, each once."""
-    return list(dict.fromkeys(_device(run, settings) for run in runs))
+    return list(dict.fromkeys(device_of(run, settings) for run in runs))
 
 
-def _device(run: Run, settings: Settings) -> str:
+def device_of(run: Run, settings: Settings) -> str:
     """What it will run on: cpu, or the name of a GPU; of one that no file names, what this machine has."""
     if not run.resources.gpus:
         return "cpu"
@@ -380,42 +285,4 @@ def _job(run: Run, trained: Steps | None, place: Place | None) -> Job | None:
         if trained is None:
             return control_job(run.config, place.card)
         return planned_job(run.config, trained, card=place.card, gpus=run.resources.gpus)
-    return None
-
-
-def _parallel(jobs: Sequence[tuple[Run, float]], settings: Settings) -> float | None:
-    """Seconds until the last job ends if each starts, in order, as soon as what it needs is free; null: not known."""
-    have: dict[str, int] = {}
-    for run, _ in jobs:
-        device, asked = _device(run, settings), run.resources
-        if device == "cpu" and not settings.slurm:
-            have[device] = available_cpus()
-        elif device != "cpu":
-            named = next((g for g in settings.gpus if g.name == device), None)
-            count = named.count if named else len(available_gpus()) if not settings.slurm else None
-            have[device] = count or settings.budget.jobs_at_once or 0
-        elif settings.budget.jobs_at_once:
-            have[device] = settings.budget.jobs_at_once * asked.cpus
-        if have.get(device, 0) < (asked.cpus if device == "cpu" else asked.gpus):
-            return None
-    free = {device: [0.0] * count for device, count in have.items()}
-    slots = [0.0] * (settings.budget.jobs_at_once or len(jobs))
-    last = 0.0
-    for run, seconds in jobs:
-        device = _device(run, settings)
-        n = run.resources.cpus if device == "cpu" else run.resources.gpus
-        taken = [heapq.heappop(free[device]) for _ in range(n)]
-        end = max(*taken, heapq.heappop(slots)) + seconds
-        for _ in taken:
-            heapq.heappush(free[device], end)
-        heapq.heappush(slots, end)
-        last = max(last, end)
-    return last
-
-
-def _free(folder: Path) -> int | None:
-    """Bytes free on the disk that a folder is or will be on."""
-    there = next((place for place in (folder, *folder.parents) if place.exists()), None)
-    with suppress(OSError):
-        return shutil.disk_usage(there).free if there else None
     return None

@@ -10,9 +10,10 @@ from chiplog.estimate import Estimate
 from chiplog.estimate.case import CaseEstimate
 from chiplog.plan import Value, columns
 from chiplog.record import State
-from chiplog.sizing import PlannedRun, Totals
+from chiplog.sizing import PlannedRun
 from chiplog.summary import Row
 from chiplog.text import clock, duration, percent, size
+from chiplog.totals import Totals
 
 MEM_WORDS = {
     "host_rss": "host",

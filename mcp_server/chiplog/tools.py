@@ -50,7 +50,7 @@ from chiplog.render import refuse_credentials, render, write_experiment
 from chiplog.report import write_summary
 from chiplog.schema import Progress
 from chiplog.settings import load_settings
-from chiplog.sizing import DatasetReports, PlannedRun, Sizing, card_of, make_totals
+from chiplog.sizing import DatasetReports, PlannedRun, Sizing, own_cards
 from chiplog.summary import summarize
 from chiplog.tables import (
     bullets,
@@ -64,6 +64,7 @@ from chiplog.tables import (
     totals_words,
 )
 from chiplog.text import duration
+from chiplog.totals import make_totals
 
 Name = Annotated[str, Field(description="Name of the experiment (its date may be left out), or its folder.")]
 Confirm = Annotated[bool, Field(description="Set once the user has agreed.")]
@@ -331,8 +332,7 @@ def _of_case(case: Case) -> EstimateAnswer:
     if place is None:
         gpu(case.gpu)  # says what is wrong with the name
     assert place, "a card of the catalogue has its place"
-    own = [card for each in settings.gpus if (card := card_of(each.card or each.name))]
-    found = estimate_case(case, place, own or [*gpus().values()])
+    found = estimate_case(case, place, own_cards(settings) or [*gpus().values()])
     then = ["plan_experiment plans it; a run of max_steps 20 on that GPU narrows the intervals"]
     return EstimateAnswer(
         summary=case_words(found, place.card.name), next=then, experiment=None, rows=[], totals=None, case=found

@@ -39,6 +39,7 @@ ORDER = [
     "figure",
     "studies",
     "sizing",
+    "totals",
     "planning",
     "running",
     "tables",

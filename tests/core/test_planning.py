@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from chiplog import sizing
+from chiplog import totals
 from chiplog.engines import local
 from chiplog.errors import PlanError
 from chiplog.estimate.gpus import gpu
@@ -172,14 +172,13 @@ def test_on_a_cluster_a_run_gets_the_limit_that_2_percent_would_exceed_unless_th
 
 
 def test_totals_add_up_and_runs_share_the_cpus(lab: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sizing, "available_cpus", lambda: 2)
+    monkeypatch.setattr(totals, "available_cpus", lambda: 2)
     Ledger().put([done(lab, "S", "finetune", "cpu", 100.0), done(lab, "S_base", "control", "cpu", 30.0)])
     three = plan(seeds=[0, 1, 2])  # seeds change no time: each is the same configuration
     assert [row.estimate.elapsed and round(row.estimate.elapsed.value) for row in three.rows] == [100, 100, 100, 30]
-    totals = three.totals
-    assert totals.unknown == 0 and totals.controls == 1 and totals.gpu_hours == 0
-    assert totals.in_sequence_s and totals.in_sequence_s.value == pytest.approx(330)
-    assert totals.in_parallel_s == pytest.approx(200)  # 100 + 100 on one CPU, 100 + 30 on the other
+    assert three.totals.unknown == 0 and three.totals.controls == 1 and three.totals.gpu_hours == 0
+    assert three.totals.in_sequence_s and three.totals.in_sequence_s.value == pytest.approx(330)
+    assert three.totals.in_parallel_s == pytest.approx(200)  # 100 + 100 on one CPU, 100 + 30 on the other
     assert plan(seeds=[0, 1], control="none", cpus=2).totals.in_parallel_s is None  # no run with 2 CPUs is known
 
 

@@ -18,7 +18,7 @@ from chiplog.estimate.questions import estimate_case
 from chiplog.ledger import Ledger
 from chiplog.ledger.scan import scan
 from chiplog.planning import Planned, make_plan, make_request
-from chiplog.record import Record
+from chiplog.record import OutOfMemory, Record, State
 from chiplog.settings import load_settings
 from tests.conftest import make_model, write_safetensors
 
@@ -105,9 +105,19 @@ def test_1b_packed_to_2048_tokens_fits_as_it_did(batch: int, card: str, fits: bo
 
 
 def test_a_run_that_ran_out_of_memory_makes_the_next_one_smaller(prior: Record, shipped: Known):
-    told = packed(16, "a100-80gb", shipped).estimate
-    assert told.micro_batch_size and told.micro_batch_size < 16
-    assert told.micro_batch_size * told.grad_accum == 16
+    """The real run at batch 16 died on its 80 GB; so, here, does one of the batch that was recommended without it."""
+    card = gpu("a100-80gb")
+    before = packed(16, "a100-80gb", shipped).estimate.micro_batch_size
+    used = prior.usage.model_copy(update={"device": "NVIDIA A100-SXM4-80GB", "steps": None, "train_s": None})
+    died = prior.model_copy(
+        update={
+            "state": State.OUT_OF_MEMORY, "oom": OutOfMemory(kind="gpu", capacity_bytes=card.memory_bytes),
+            "config": {**prior.config, "batch_size": before, "micro_batch_size": before}, "usage": used,
+        }
+    )  # fmt: skip
+    after = packed(16, "a100-80gb", learn([died])).estimate
+    assert before and after.micro_batch_size and after.micro_batch_size < before
+    assert after.micro_batch_size * after.grad_accum == 16
 
 
 def test_the_plan_of_10_000_words_is_estimated_from_the_packed_prior(lab: Path, prior: Record):

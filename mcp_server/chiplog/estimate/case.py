@@ -75,7 +75,7 @@ class WhatIf(Frozen):
 class Explanation(Frozen):
     """Which terms the numbers come from, and what would change them."""
 
-    moment: str = Field(description="When most is held.")
+    moment: str = Field(description="When most is held, by the bare physics.")
     memory_bytes: dict[str, float] = Field(description="Bytes on the card at that moment, by what they are.")
     memory_factor: float = Field(description="How many times what the physics say past runs make of it.")
     pass_s: dict[str, float] = Field(description="Seconds of a forward and backward pass, by what they grow with.")

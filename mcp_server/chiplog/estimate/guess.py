@@ -1,4 +1,4 @@
-"""A number that is not sure: its median, and any quantile of what it may turn out to be."""
+"""A number that is not sure: what is thought of it, and any quantile of what it may turn out to be."""
 
 from __future__ import annotations
 

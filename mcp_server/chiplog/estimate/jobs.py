@@ -81,7 +81,7 @@ def job_of_config(
     dtype: dict[str, Literal["bf16", "fp16", "fp32"]] = {"fp32": "fp32", "fp16": "fp16"}
     unsure = [] if own or "activation_checkpointing" in config else ["act_ckpt"]
     return Job(
-        framework=framework, model=known_as(_bare(model)) or Path(model).name.lower(), shape=shape_at(model),
+        framework=framework, model=called(model), shape=shape_at(model),
         method=METHODS.get(kind, "adapter"), dora=kind == "dora",
         rank=_count(config.get("lora_rank")) or 16, targets=_targets(config.get("lora_targets")),
         dtype=dtype.get(str(config.get("dtype")), "bf16"), weight_bits=4 if kind == "qlora" else 16,
@@ -195,6 +195,11 @@ def _sharding(config: Mapping[str, Any]) -> str:
     """How several GPUs divide the model, as a log of DeepSpeed says; else as torchtune does."""
     stage = config.get("zero_stage")
     return f"ZeRO-{stage}" if stage in (1, 2, 3) else "DDP" if stage == 0 else "FSDP"
+
+
+def called(model: str) -> str:
+    """The entry of the catalogue that a name or folder means, else its last part."""
+    return known_as(_bare(model)) or Path(model).name.lower()
 
 
 def _bare(model: str) -> str:

@@ -13,6 +13,7 @@ import re
 from typing import Literal, NamedTuple
 
 from chiplog.estimate.job import ALL_LINEAR, Job, style
+from chiplog.estimate.kinds import ONE_MATRIX, has_kernels, kind_of, own_code
 from chiplog.estimate.shapes import Shape
 
 GIB = 2**30
@@ -25,56 +26,6 @@ SELECTIVE = 0.3
 ROPE = 131072  # positions of which torchtune keeps sines and cosines in fp32 for Llama 3
 FOUR_BIT = 0.54  # bytes a weight in blocks of 64, the scales quantised too
 PARTS = ("weights", "states", "layers", "head")
-
-
-class Kind(NamedTuple):
-    """What a layer of an architecture keeps otherwise than Llama's, in bytes a value."""
-
-    norms: int = 2  # inputs that are normed; two norms of one input count once
-    norm: int = 4  # of a norm's input: in fp32 for RMS norms, in 16 bits for layer norms
-    scale: int = 2  # more of it where the norm's weight is trained
-    qk_norm: int = 0  # as scale, where queries and keys are normed too
-    act: tuple[int, int] = (2, 6)  # of the MLP's width: plain, gated
-    down: int = 2  # of the MLP's width where its last matrix reads it for its own gradient
-    more: int = 0  # of the width: masks of dropout after attention and MLP, or the gate of a shared expert
-    logit: int = 0  # of a logit, more than others: a soft cap keeps its own, T5 takes the loss in 16 bits
-    fused: bool = False  # values are a view of queries, keys and values, which all stay
-    copies: bool = False  # what attention gives is copied before its output layer
-    scores: int = 0  # of a score, where no fused kernel can be used
-
-
-LAYER_NORM = Kind(norm=2, scale=0)
-KINDS = {
-    "apertus": Kind(qk_norm=2, act=(7, 0), down=4),
-    "bloom": LAYER_NORM._replace(scores=6),
-    "falcon": LAYER_NORM._replace(norms=1),  # but in the first, whose heads all have keys of their own
-    "gemma": Kind(scale=4),
-    "gemma2": Kind(norms=4, scale=4, scores=8, logit=2),
-    "gemma3": Kind(norms=4, scale=4, qk_norm=4),
-    "gemma3_text": Kind(norms=4, scale=4, qk_norm=4),
-    "gpt2": LAYER_NORM._replace(act=(8, 0), more=2),  # its GELU is written out in Python
-    "gpt_bigcode": LAYER_NORM._replace(more=2),
-    "gpt_neox": LAYER_NORM._replace(norms=1, fused=True, copies=True),
-    "mpt": LAYER_NORM._replace(scores=6),
-    "mt5": Kind(norm=6, act=(3, 13), more=2, logit=-6),
-    "olmo": Kind(scale=0),
-    "olmo2": Kind(scale=4, qk_norm=4),
-    "olmo3": Kind(scale=4, qk_norm=4),
-    "olmoe": Kind(qk_norm=2),
-    "opt": LAYER_NORM._replace(more=2, down=0),  # ReLU keeps what it gives
-    "phi": LAYER_NORM._replace(act=(8, 0), copies=True),
-    "phi3": Kind(fused=True, copies=True),
-    "qwen2_moe": Kind(more=2),
-    "qwen3": Kind(qk_norm=2),
-    "qwen3_moe": Kind(qk_norm=2),
-    "seed_oss": Kind(more=2),
-    "stablelm": LAYER_NORM._replace(copies=True),
-    "starcoder2": LAYER_NORM,
-    "t5": Kind(norm=6, act=(3, 13), more=2, logit=-6),
-}
-# Programs whose norms, gates and loss are kernels of their own, which keep what they read alone (Transformer Engine).
-KERNELS = ("nemo", "megatron")
-FUSED = {"bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "phi3"}  # queries, keys and values by one matrix
 
 
 class Parts(NamedTuple):
@@ -100,7 +51,7 @@ def moments(job: Job) -> dict[str, Parts]:
     scratch = held["scratch"] * _share(job, spread.states)
     layer = layer_bytes(job) * tokens * (COMPILED if job.compile else 1.0)
     # More of an input that tensor parallelism gathers; Megatron gathers it anew.
-    whole = 0.0 if _kernels(job) else (spread.tensor - 1) * 2 * shape.width * tokens
+    whole = 0.0 if has_kernels(job) else (spread.tensor - 1) * 2 * shape.width * tokens
     layer += 2 * whole
     kept = stream_bytes(job) * tokens
     head = head_bytes(job) * tokens + 2 * whole  # and of its gradient
@@ -150,7 +101,7 @@ def trained_params(job: Job) -> int:
 
 def layer_bytes(job: Job) -> float:
     """Bytes that one layer keeps of a token for its backward pass, in 16-bit types; a mean over the layers."""
-    shape, kind, full = job.shape, _kind(job), job.method == "full"
+    shape, kind, full = job.shape, kind_of(job), job.method == "full"
     width, q, kv = shape.width, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     ffn, routed, crossed = _active_ffn(shape), _routed(shape), _crossed(shape)
     # Under autocast each matrix reads a 16-bit copy of its own; else one input is kept, once for all that read it.
@@ -171,14 +122,14 @@ def layer_bytes(job: Job) -> float:
     attention += 2 * (q + kv) if kind.fused else 0
     attention += 2 * q if "o" in read and (scores or kind.copies) else 0
     attention += 2 * width if read & {"q", "k", "v"} else 0
-    attention += 0 if shape.family in FUSED else 2 * own
+    attention += 0 if shape.family in ONE_MATRIX else 2 * own
     kept += (1 + crossed) * attention
 
     kept += kind.act[shape.gated] * ffn + 2 * routed * width
     if "mlp" in read:
         kept += kind.down * ffn + 2 * routed * width
         kept += 0 if shape.parallel and "q" in read and not own else 2 * width
-        kept += own if shape.gated and shape.family not in FUSED else 0
+        kept += own if shape.gated and shape.family not in ONE_MATRIX else 0
     if not full:
         adapters = adapted(job)
         kept += (copied + job.dropout) * sum(a.used * a.ins for a in adapters) if casts else 0
@@ -192,7 +143,7 @@ def layer_bytes(job: Job) -> float:
 
 def score_bytes(job: Job) -> int:
     """Bytes that attention keeps of the score of two tokens in a head; none in one kernel."""
-    usual = _kind(job).scores
+    usual = kind_of(job).scores
     return {"usual": usual, "flash": 0, "eager": usual or 6}[job.attention]
 
 
@@ -207,10 +158,10 @@ def head_bytes(job: Job) -> float:
     A plain loss holds three copies of the logits in fp32 when its gradient is taken: the softmax, what comes in and
     what goes out.
     """
-    shape, kind, full = job.shape, _kind(job), job.method == "full"
+    shape, kind, full = job.shape, kind_of(job), job.method == "full"
     code = style(job.framework)
     if job.loss == "plain":
-        logit = {"litgpt": 6.0, "unsloth": 8.0}.get(code, 8.0 if _kernels(job) else 12.0) + kind.logit
+        logit = {"litgpt": 6.0, "unsloth": 8.0}.get(code, 8.0 if has_kernels(job) else 12.0) + kind.logit
         logit *= COMPILED if job.compile and code != "own" else 1  # programs of their own compile layers alone
     elif job.loss == "cut":  # a chunk of logits about as large as the hidden state, and the gradient of that
         return 4.0 * shape.width + (kind.norm + kind.scale * full) * shape.width
@@ -315,45 +266,6 @@ def _bytes_trained(job: Job, trained: int) -> dict[str, float]:
     return {"gradient": gradient, "states": states, "scratch": gradient if at_once else 0}
 
 
-def _kind(job: Job) -> Kind:
-    """How the framework's code writes the architecture; torchtune and LitGPT write all on one pattern."""
-    kind = KINDS.get(job.shape.family, Kind())
-    if job.shape.family == "falcon" and job.shape.kv_heads == job.shape.heads:
-        kind = kind._replace(norms=2)
-    if _own_code(job):  # RMS norms that scale in fp32, no dropout, queries, keys and values apart
-        plain, scale = Kind(), 4 if kind.norm == 4 else kind.scale
-        if _kernels(job):
-            plain, scale = Kind(act=(2, 4)), 0
-        logit = kind.logit if style(job.framework) == "litgpt" else 0  # torchtune caps the hidden state instead
-        kind = kind._replace(
-            norm=2 if _kernels(job) else kind.norm,
-            scale=scale,
-            qk_norm=kind.qk_norm and 4,
-            act=plain.act,
-            down=plain.down,
-            more=0,
-            logit=logit,
-            fused=False,
-            copies=False,
-            scores=0,
-        )
-    if job.upcast or job.autocast:  # the stream in fp32, matrices in 16 bits
-        kind = kind._replace(norm=4, scale=4 if kind.scale else 0)
-    if job.upcast:  # 4-bit layers give fp32, of which attention takes copies in 16 bits
-        kind = kind._replace(act=(2 * kind.act[0], 2 * kind.act[1]), fused=False)
-    if job.dtype == "fp32":  # which norms need not copy; everything else is twice as large
-        kind = kind._replace(norm=2, scale=min(kind.scale, 2))
-    return kind
-
-
-def _kernels(job: Job) -> bool:
-    return any(name in job.framework.lower() for name in KERNELS)
-
-
-def _own_code(job: Job) -> bool:
-    return style(job.framework) in ("torchtune", "litgpt", "own")
-
-
 def _widened(job: Job) -> float:
     """Share of the layers in which keys and values are repeated for every query head; those of one head never are.
 
@@ -363,7 +275,7 @@ def _widened(job: Job) -> float:
     padded = job.micro_batch > 1 and not job.packed and job.mean_len is not None and job.mean_len < job.seq_len
     if shape.kv_heads == 1:
         return 0.0
-    if _own_code(job) or padded or shape.family == "falcon":
+    if own_code(job) or padded or shape.family == "falcon":
         return 1.0
     return shape.window_layers / shape.layers if shape.window and job.seq_len >= shape.window else 0.0
 
@@ -399,8 +311,8 @@ def adapted(job: Job) -> list[Adapter]:
 
     transformers keeps a layer's experts in one tensor, which PEFT's adapters of linear layers pass over.
     """
-    shape, own = job.shape, _own_code(job)
-    fused = shape.family in FUSED and not own
+    shape, own = job.shape, own_code(job)
+    fused = shape.family in ONE_MATRIX and not own
     width, q, kv = shape.width, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     every = 1 + _crossed(shape)
     outs = [out for name, out in (("q", q), ("k", kv), ("v", kv)) if name in job.targets]
