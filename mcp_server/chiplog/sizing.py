@@ -14,8 +14,9 @@ from pydantic import Field
 
 from chiplog.checks import Check, Report, warning
 from chiplog.checks.dataset import DatasetReport, check_dataset
+from chiplog.checks.lookup import resolve_model
 from chiplog.engines.local import gpu_name
-from chiplog.errors import ChiplogError, NotFoundError, PlanError
+from chiplog.errors import ChiplogError, NotFoundError, PlanError, SettingsError
 from chiplog.estimate import RunEstimate, Workload, workload
 from chiplog.estimate.gpus import Gpu, gpu, gpus
 from chiplog.estimate.job import Job
@@ -119,7 +120,7 @@ class Sizing:
     def _card(self, device: str) -> Gpu | None:
         """The card that a device is, as chiplog.toml says, by its name, or by the runs of the ledger on such a one."""
         named = next((gpu for gpu in self.settings.gpus if gpu.name == device), None)
-        card = card_of((named and named.card) or device)
+        card = _named_card(named.card, device) if named and named.card else card_of(device)
         if card and re.search(r"sxm|pcie|nvl", device):
             return card
         like = [name for name in self.ledger.distinct("device") if _kind(device) in re.split(r"[-_ ]", name.lower())]
@@ -228,6 +229,26 @@ def card_of(device: str) -> Gpu | None:
     with suppress(NotFoundError):
         return gpu(device)
     return None
+
+
+def _named_card(card: str, device: str) -> Gpu:
+    """The card that chiplog.toml says a GPU is. Raises SettingsError for one that the catalogue lacks."""
+    try:
+        return gpu(card)
+    except NotFoundError as error:
+        raise SettingsError(f"chiplog.toml, card of the GPU {device}: {error}") from error
+
+
+def find_shape(model: str, settings: Settings) -> str:
+    """Where the shape of a model is read: its folder, if it is one of ours, else its name in the catalogue.
+
+    Raises OutsideRootsError for a path that chiplog may not read.
+    """
+    if Path(model).suffix == ".json":
+        return str(settings.allowed(model))
+    with suppress(NotFoundError):
+        return str(settings.allowed(resolve_model(model, settings.model_roots, settings.workspace)))
+    return model
 
 
 def own_cards(settings: Settings) -> list[Gpu]:

@@ -50,7 +50,7 @@ from chiplog.render import refuse_credentials, render, write_experiment
 from chiplog.report import write_summary
 from chiplog.schema import Progress
 from chiplog.settings import load_settings
-from chiplog.sizing import DatasetReports, PlannedRun, Sizing, own_cards
+from chiplog.sizing import DatasetReports, PlannedRun, Sizing, find_shape, own_cards
 from chiplog.summary import summarize
 from chiplog.tables import (
     bullets,
@@ -328,6 +328,7 @@ def _of_case(case: Case) -> EstimateAnswer:
     from chiplog.estimate.questions import estimate_case  # numpy and scipy take a while to import
 
     settings = load_settings()
+    case = case.model_copy(update={"model": find_shape(case.model, settings)})
     place = Sizing(DatasetReports(), Ledger(), settings).place(case.gpu, case.model)
     if place is None:
         gpu(case.gpu)  # says what is wrong with the name

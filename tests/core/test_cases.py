@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from chiplog.cli import app
 from chiplog.diagnosis import diagnose
-from chiplog.errors import ChiplogError, NotFoundError, PlanError
+from chiplog.errors import ChiplogError, NotFoundError, OutsideRootsError, PlanError, SettingsError
 from chiplog.estimate.case import CaseEstimate, make_case
 from chiplog.estimate.estimator import Known, Place, guess, largest_micro_batch, learn
 from chiplog.estimate.gpus import gpu, gpus
@@ -332,3 +332,22 @@ def test_what_fits_does_not_hang_on_how_sure_an_estimate_of_less_is():
     assert (surely.micro_batch or 0) >= (found.estimate.micro_batch_size or 0)
     assert (likely.micro_batch or 0) >= (surely.micro_batch or 0) and (likely.seq_len or 0) >= (surely.seq_len or 0)
     assert "mi" not in (likely.gpu or "")[:2]
+
+
+def test_a_case_reads_models_under_the_roots_and_nowhere_else(lab: Path, tmp_path: Path):
+    from chiplog.tools import estimate_resources
+
+    found = estimate_resources(case={**CASE, "model": "small", "seq_len": 16}).case
+    assert found and found.case.model == str(lab / "models" / "small")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for outside in (str(tmp_path), str(tmp_path / "config.json")):
+        with pytest.raises(OutsideRootsError, match="outside the folders that chiplog may touch"):
+            estimate_resources(case={**CASE, "model": outside})
+
+
+def test_a_card_in_chiplog_toml_that_is_none_is_named(workspace: Path):
+    from chiplog.tools import estimate_resources
+
+    (workspace / "chiplog.toml").write_text("[[gpus]]\nname = 'a100-80gb'\ncard = 'a10000'\n")
+    with pytest.raises(SettingsError, match="card of the GPU a100-80gb: there is no GPU 'a10000' in the catalogue"):
+        estimate_resources(case=CASE)
