@@ -9,6 +9,11 @@ import struct
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A change fails for what it did, not for the seed of the day; `--hypothesis-profile=default` tries new examples.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 # Where the tests run in the background, Ctrl-C is ignored, and so it would be in every child.
 signal.signal(signal.SIGINT, signal.default_int_handler)

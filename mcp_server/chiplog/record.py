@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Self, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 from chiplog.errors import RecordError
 from chiplog.files import write_atomic
@@ -103,7 +104,8 @@ class OutOfMemory(Frozen):
     in_use_bytes: float | None = Field(default=None, description="Bytes that the process held.")
 
 
-class Evidence(Frozen):
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))  # a log of many runs has tens of thousands
+class Evidence:
     """A line of a log that a figure comes from."""
 
     of: str = Field(description="The figure.")

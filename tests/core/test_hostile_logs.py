@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from chiplog import ledger
+from chiplog.errors import RecordError
 from chiplog.ledger.parse import parse_log
-from chiplog.ledger.reader import Pattern
+from chiplog.ledger.reader import MANY, Pattern
 from chiplog.record import Record
 from tests.core.test_parsers import BAR, GPU_OOM, KERAS, LIGHTNING, MAXTEXT, MEGATRON, SACCT, TORCHTUNE, TRAINER
 
@@ -77,7 +78,12 @@ def bounded(seconds: int = HANGS_S) -> Iterator[None]:
     assert peak < MEMORY, f"{peak >> 20} MiB"
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(
+    max_examples=120,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    phases=set(Phase) - {Phase.explain},  # which traces every line, and so takes longer than any hang
+)
 @given(
     st.lists(
         st.one_of(
@@ -92,6 +98,8 @@ def bounded(seconds: int = HANGS_S) -> Iterator[None]:
 @example([b"Epoch 1: 5%|  | 5/100 [00:01<00:10, 5.00it/s, loss=1.0]\r" * 60_000])
 @example([b"loss: " * 600_000])
 @example([b"iteration 1/2 | " * 200_000])
+@example([TRAINER.encode() * 4_000])
+@example([SACCT.encode() * 16_000])
 def test_no_bytes_make_a_parser_raise_hang_or_grow(tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes]):
     file = tmp_path_factory.mktemp("fuzz") / "a.log"
     file.write_bytes(b"".join(pieces)[:LARGEST])
@@ -111,6 +119,13 @@ def test_no_expression_runs_away(wanted: Pattern):
             with bounded(RUNS_AWAY_S):
                 for _ in wanted.regex.finditer(text):
                     pass
+
+
+def test_a_table_of_too_many_jobs_is_refused(tmp_path: Path):
+    file = tmp_path / "jobs.txt"
+    file.write_text("JobID|State\n" + "".join(f"{job}|FAILED\n" for job in range(300_000)))
+    with bounded(), pytest.raises(RecordError, match=f"more than {MANY:,} jobs.*--starttime"):
+        parse_log(file)
 
 
 def test_a_log_of_gigabytes_is_read_at_its_ends(tmp_path: Path):

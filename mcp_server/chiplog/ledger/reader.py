@@ -60,10 +60,11 @@ def pattern(regex: bytes, *hints: bytes) -> Pattern:
 class Found:
     """One match: where it begins, its named groups as text, its line, and what stands before it there."""
 
-    __slots__ = ("_match", "offset")
+    __slots__ = ("_line", "_match", "offset")
 
     def __init__(self, offset: int, match: re.Match[bytes]) -> None:
         self.offset, self._match = offset, match
+        self._line: str | None = None
 
     def __getitem__(self, name: str) -> str:
         return self._match[name].decode(errors="replace").strip()
@@ -85,11 +86,13 @@ class Found:
 
     @property
     def line(self) -> str:
-        """Its line, cut to what can be shown."""
-        text, at = self._match.string, self._match.start()
-        stop = text.find(b"\n", at, at + LINE)
-        whole = text[self._line_start : stop if stop >= 0 else at + LINE]
-        return whole.decode(errors="replace").strip()[: 2 * LINE]
+        """Its line, cut to what can be shown; one text, however many figures come from it."""
+        if self._line is None:
+            text, at = self._match.string, self._match.start()
+            stop = text.find(b"\n", at, at + LINE)
+            whole = text[self._line_start : stop if stop >= 0 else at + LINE]
+            self._line = whole.decode(errors="replace").strip()[: 2 * LINE]
+        return self._line
 
     @property
     def before(self) -> str:

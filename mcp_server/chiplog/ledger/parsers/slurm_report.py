@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 
+from chiplog.errors import RecordError
 from chiplog.ledger.draft import Draft
-from chiplog.ledger.reader import Found, LogReader, pattern
+from chiplog.ledger.reader import MANY, Found, LogReader, pattern
 from chiplog.ledger.units import LARGEST, seconds, size, whole
 from chiplog.record import OutOfMemory, State
 
@@ -78,13 +81,15 @@ def ended(draft: Draft, text: str, found: Found) -> None:
 
 def _sacct(log: LogReader) -> list[Draft]:
     """One draft a job; its steps give what only they know, such as the largest memory."""
-    lines = list(log.whole.before(log.start + TABLE).all(LINE))
-    rows = _table([log.text(found.offset, found.end).decode(errors="replace") for found in lines])
     jobs: dict[str, Draft] = {}
-    for found, cells in zip(lines, rows, strict=True):
+    for found, cells in _rows(log):
         job, _, step = (cells.get("JobID") or cells.get("JobIDRaw", "")).partition(".")
         if not re.fullmatch(r"\d+(?:_\d+|_\[[\d,%-]+\]|\+\d+)?", job):
             continue
+        if job not in jobs and len(jobs) == MANY:
+            raise RecordError(
+                f"{log.path} tells of more than {MANY:,} jobs: write it in parts (sacct --starttime, --endtime)"
+            )
         draft = jobs.setdefault(job, Draft(log.whole, "slurm"))
         draft.set("job_id", job)
         memory = size(cells.get("MaxRSS", ""))
@@ -108,18 +113,27 @@ def _sacct(log: LogReader) -> list[Draft]:
     return list(jobs.values())
 
 
-def _table(lines: list[str]) -> list[dict[str, str]]:
-    """The cells of each line of a parsable or an aligned table, by column."""
-    head = lines[0]
-    if "|" in head:
-        names = head.split("|")
-        return [dict(zip(names, line.split("|"), strict=False)) for line in lines]
-    names = head.split()
-    rule = next((line for line in lines[1:3] if re.fullmatch(r"[ -]+", line.strip() or "x")), None)
-    if not rule:
-        return [dict(zip(names, line.split(), strict=False)) for line in lines]
-    spans = [match.span() for match in re.finditer(r"-+", rule)]
-    return [{n: line[a:b].strip() for n, (a, b) in zip(names, spans, strict=False)} for line in lines]
+def _rows(log: LogReader) -> Iterator[tuple[Found, dict[str, str]]]:
+    """Each line of a parsable or an aligned table, and its cells by column."""
+    lines = log.whole.before(log.start + TABLE).all(LINE)
+    first = list(itertools.islice(lines, 3))
+    if not first:
+        return
+    head, *after = (_text(log, found) for found in first)
+    names = head.split("|") if "|" in head else head.split()
+    rule = next((line for line in after if re.fullmatch(r"[ -]+", line.strip() or "x")), None)
+    spans = [match.span() for match in re.finditer(r"-+", rule or "")]
+    for found in itertools.chain(first, lines):
+        line = _text(log, found)
+        if "|" in head:
+            cells = line.split("|")
+        else:
+            cells = [line[a:b].strip() for a, b in spans] if rule else line.split()
+        yield found, dict(zip(names, cells, strict=False))
+
+
+def _text(log: LogReader, found: Found) -> str:
+    return log.text(found.offset, found.end).decode(errors="replace")
 
 
 def _time(text: str | None) -> str | None:
