@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from contextlib import suppress
 from functools import cache
@@ -84,6 +85,15 @@ def passes(row: Row, job: Job) -> float | None:
     if row.samples and row.epochs:
         return row.samples * row.epochs / job.micro_batch / job.copies
     return None
+
+
+def beyond_passes(row: Row, run: Measured) -> float | None:
+    """Log of a run's time over that of its passes: what starting, evaluating and saving take; null where a pass was
+    not timed apart."""
+    done = passes(row, run.job)
+    if not (done and row.runtime_s and run.pass_s) or not (row.s_per_step or (row.tokens_per_s and not is_unmasked(row))):
+        return None
+    return math.log(row.runtime_s / (done * run.pass_s))
 
 
 def is_unmasked(row: Row) -> bool:
