@@ -9,7 +9,7 @@ import pytest
 
 from chiplog.errors import NotFoundError, PlanError, RecordError
 from chiplog.estimate import evidence, forecast, memory, speed
-from chiplog.estimate.backtest import Protocol, backtest, batches, covered, foretold
+from chiplog.estimate.backtest import Protocol, backtest, batches, covered, foretold, tell
 from chiplog.estimate.gpus import gpu
 from chiplog.estimate.table import Row, Sweep, as_row, job_of
 
@@ -74,7 +74,10 @@ def test_a_card_that_cannot_compute_in_a_type_is_a_reason_and_no_end():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"gpu": "RTX 9999", "tokens_per_s": 9, "oom": False}, ["tokens/s: unknown GPU: RTX 9999", "oom: unknown GPU"]),
+        (
+            {"gpu": "RTX 9999", "gpu_mem_gb": None, "oom": False},
+            ["tokens/s: unknown GPU: RTX 9999", "oom: unknown GPU"],
+        ),
         ({"gpu": None, "runtime_s": 9}, ["runtime: no GPU is stated"]),
         ({"tokens_per_s": 9, "tokens_scope": "per GPU, unmasked labels"}, ["tokens/s: of labels alone"]),
         ({"runtime_s": 9, "steps": None, "samples": None}, ["runtime: steps are not stated"]),
@@ -197,6 +200,9 @@ def test_cards_share_the_samples_but_not_those_that_share_one(sharding: str, pas
 @pytest.mark.parametrize(("given", "field", "value"), [
     ({"method": "LoRA"}, "method", "lora"), ({"method": "QLoRA"}, "weight_bits", 4),
     ({"quant": "NF4"}, "weight_bits", 4), ({"lora_targets": "?"}, "unsure", ("act_ckpt", "lora_targets")),
+    ({"quant": "GPTQ"}, "weight_bits", 4), ({"quant": "hqq w8"}, "weight_bits", 8),
+    ({"dtype": "half"}, "dtype", "fp16"), ({"dtype": "float"}, "dtype", "fp32"),
+    ({"mem_kind": "nvml"}, "memory_kind", "card"),
     ({"dtype": "BF16"}, "dtype", "bf16"), ({"dtype": "Float8"}, "dtype", "fp8"), ({"method": "DoRA"}, "dora", True),
     ({"notes": "compile=False; liger=False"}, "compile", False), ({"notes": "+ Compile"}, "compile", True),
     ({"notes": "compile=False; liger=False"}, "loss", "plain"), ({"notes": "Liger kernel"}, "loss", "cut"),
@@ -217,6 +223,26 @@ def test_cards_share_the_samples_but_not_those_that_share_one(sharding: str, pas
 ])  # fmt: skip
 def test_what_a_row_says_in_words(given: dict[str, Any], field: str, value: Any):
     assert getattr(job_of(as_row(row(**given), Row)), field) == value
+
+
+@pytest.mark.parametrize(("memory_gb", "ran_out"), [(8, True), (16, False)])
+def test_a_card_of_which_the_memory_alone_is_stated_is_asked_what_it_holds(memory_gb: float, ran_out: bool):
+    """A packed 1B model needs 12 GB at batch 2 of 2,048 tokens."""
+    given = row(gpu=f"{memory_gb} GB of some card", gpu_mem_gb=memory_gb, oom=ran_out, seq_len=2048, runtime_s=None)
+    found = backtest([given], "cold")
+    assert found["oom"] == {"n": 1, "n_oom": ran_out, "recall": 1.0 if ran_out else None,
+                            "precision": 1.0 if ran_out else None}  # fmt: skip
+    assert list(found["uncovered"]) == [f"tokens/s: unknown GPU: {memory_gb} GB of some card"]
+
+
+def test_what_runs_of_a_table_take_beyond_their_passes_is_learnt():
+    """Here half as long again, of which a table that is not known says nothing."""
+    rows = [row(steps=100, s_per_step=0.11, tokens_per_s=None, runtime_s=16.5, lora_rank=n) for n in (8, 16, 32, 64)]
+    cold, history = (tell(rows, protocol).runtimes for protocol in ("cold", "history"))
+    assert [one.value for one in cold] == pytest.approx([cold[0].value] * 4, rel=0.05)
+    assert abs(math.log(history[3].value / 16.5)) < 0.05 < abs(math.log(history[0].value / 16.5))
+    assert all(one.low < 16.5 < one.high for one in history)
+    assert history[3].high / history[3].low < 0.7 * history[0].high / history[0].low
 
 
 def test_no_method_is_a_reason_and_not_a_guess():

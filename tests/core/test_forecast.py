@@ -241,6 +241,9 @@ def test_intervals_hold_on_made_runs(quantity: forecast.Quantity):
     ("DDP", 8, (1, 1, 1), 1), ("none", 8, (1, 1, 1), 1), ("", 8, (1, 1, 1), 1), ("TP4 PP8", 64, (32, 32, 32), 32),
     ("tp=2", 8, (2, 2, 2), 2), ("TP2 distributed optimizer", 8, (2, 2, 8), 2), ("FSDP2", 8, (8, 8, 8), 1),
     ("FSDP4 CP2 TP8 PP8", 512, (512, 512, 512), 128), ("HYBRID_SHARD", 32, (8, 8, 8), 1), ("TP0", 1, (1, 1, 1), 1),
+    ("model-parallel-size 8", 16, (8, 8, 8), 8), ("device_map='auto'", 2, (2, 2, 2), 2), ("ulysses", 4, (1, 1, 1), 4),
+    ("ZeRO-3 SP 4", 16, (16, 16, 16), 4), ("TP8 SP", 8, (8, 8, 8), 8),
+    ("tensor model parallel size 4 pipeline-model-parallel-size 2", 8, (8, 8, 8), 8),
 ])  # fmt: skip
 def test_sharding_divides_what_it_says(text: str, gpus: int, divided: tuple[int, ...], shared: int):
     one = job(sharding=text, gpus=gpus)
@@ -311,6 +314,14 @@ def test_expert_parallelism_divides_experts_alone():
     assert held[0] > 1.8 * held[1] and held[1] == pytest.approx(held[2])
     dense = [memory.peak(job(sharding=how, **full)) for how in ("FSDP EP2", "FSDP")]
     assert dense[0] == dense[1]
+
+
+def test_programs_for_pretraining_divide_a_cards_experts_further():
+    full = {"framework": "torchtitan", "method": "full", "gpus": 8}
+    one, two = (memory.moments(job("mixtral-8x7b", sharding=how, **full))["step"] for how in ("FSDP", "FSDP EP2"))
+    assert one.states == pytest.approx(two.states) and two.weights < one.weights  # it gathers half as many experts
+    whole = memory.moments(job("mixtral-8x7b", sharding="DDP EP2", **full))["step"]
+    assert whole.weights > 3 * two.weights
 
 
 def test_logits_that_are_never_whole_hold_little():

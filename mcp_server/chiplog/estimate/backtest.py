@@ -17,9 +17,8 @@ from typing import Any, Literal, NamedTuple, get_args
 from chiplog.errors import ChiplogError, RecordError
 from chiplog.estimate import forecast
 from chiplog.estimate.batch import largest_batch
-from chiplog.estimate.evidence import beyond_passes, is_unmasked, measured, passes, shipped, why_no_pace
+from chiplog.estimate.evidence import beyond_passes, capacity_bytes, is_unmasked, measured, passes, shipped, why_no_pace
 from chiplog.estimate.forecast import Forecast, Quantity
-from chiplog.estimate.gpus import gpu
 from chiplog.estimate.job import Measured
 from chiplog.estimate.table import Kind, Row, Sweep, as_row
 from chiplog.schema import Progress
@@ -172,14 +171,10 @@ def _not_asked(run: Measured, row: Row) -> Iterator[str]:
         yield f"tokens/s: {why or 'of labels alone'}"
     if row.runtime_s and (why or not passes(row, run.job)):
         yield f"runtime: {why or 'steps are not stated'}"
-    if row.oom is not None and not _card_is_known(run):
+    if row.oom is not None and not capacity_bytes(row, run.job):
         yield f"oom: {why or f'{row.gpu} may have several memories'}"
     if not (row.peak_mem_gb or row.tokens_per_s or row.s_per_step or row.runtime_s or row.oom is not None):
         yield "nothing was measured"
-
-
-def _card_is_known(run: Measured) -> bool:
-    return bool(run.job.gpu) and "gpu" not in run.job.unsure
 
 
 def foretold(
@@ -196,7 +191,7 @@ def foretold(
         for run, row in inside:
             ask = partial(forecast.forecast, quantity, place=table, known=known, leave_out=table)
             has = run.peak_bytes if quantity == "memory" else run.pass_s
-            ends = quantity == "memory" and row.oom is not None and _card_is_known(run)
+            ends = quantity == "memory" and row.oom is not None and capacity_bytes(row, run.job)
             reserving = run.job.model_copy(update={"memory_kind": "reserved"})
             if has or ends:
                 yield Told(row, run, ask(run.job) if has else None, ask(reserving) if ends else None, Beyond.of(beyond))
@@ -240,7 +235,9 @@ def _runtime(told: Told) -> Foretold | None:
 def _oom(peaks: Sequence[Told]) -> dict[str, Any]:
     """Of runs whose card is known: how many that ran out of memory were foretold to, and how many foretold did."""
     asked = [
-        (told.held.value > gpu(told.run.job.gpu or "").memory_bytes, bool(told.row.oom)) for told in peaks if told.held
+        (told.held.value > capacity, bool(told.row.oom))
+        for told in peaks
+        if told.held and (capacity := capacity_bytes(told.row, told.run.job))
     ]
     hits, said, ran_out = (
         sum(of) for of in ([a and b for a, b in asked], [a for a, _ in asked], [b for _, b in asked])

@@ -15,6 +15,7 @@ from chiplog.estimate.table import Row, job_of
 
 SHIPPED = Path(__file__).parent / "data" / "evidence.jsonl"
 GB = 1e9
+USABLE = 0.975  # GiB that a process can use of each GB that a card is sold by: the mean of those that were seen
 
 
 @cache
@@ -27,17 +28,17 @@ def shipped() -> tuple[Row, ...]:
 def measured(row: Row) -> Measured:
     """A row as a measured run. Raises a ChiplogError, whose words are the reason, where it is not covered."""
     job = job_of(row)
-    certain = True
     if job.gpu:
         try:
             job = job.model_copy(update={"gpu": gpu(job.gpu, row.gpu_mem_gb).key})
         except NotFoundError:
-            card, certain = _nearly(job.gpu, row.gpu_mem_gb), False
+            card = _nearly(job.gpu, row.gpu_mem_gb)
             job = job.model_copy(update={"gpu": card and card.key, "unsure": (*job.unsure, "gpu")})
+    capacity = capacity_bytes(row, job)
     peak = row.peak_mem_gb
     if peak and _is_total(row.mem_scope):
         peak = peak / job.gpus
-    if row.oom and job.gpu and certain:
+    if row.oom and capacity:
         job = job.model_copy(update={"memory_kind": "reserved"})
     return Measured(
         job=job,
@@ -45,9 +46,16 @@ def measured(row: Row) -> Measured:
         source=f"{row.source} ({row.model} {row.method}, {job.micro_batch} x {job.seq_len} tokens)",
         peak_bytes=peak * GB if peak and not row.oom else None,
         pass_s=None if why_no_pace(row, job) else _pass_s(row, job),
-        above_bytes=gpu(job.gpu).memory_bytes if row.oom and job.gpu and certain else None,
+        above_bytes=capacity if row.oom else None,
         rough="approx" in row.quality or "extrapolated" in row.quality,
     )
+
+
+def capacity_bytes(row: Row, job: Job) -> float | None:
+    """What a process could use of a row's card, where that is known; of one that only its memory names, about that."""
+    if job.gpu and "gpu" not in job.unsure:
+        return gpu(job.gpu).memory_bytes
+    return None if job.gpu or not row.gpu or not row.gpu_mem_gb else USABLE * row.gpu_mem_gb * 2**30
 
 
 def _nearly(name: str, memory_gb: float | None) -> Gpu | None:
@@ -91,7 +99,9 @@ def beyond_passes(row: Row, run: Measured) -> float | None:
     """Log of a run's time over that of its passes: what starting, evaluating and saving take; null where a pass was
     not timed apart."""
     done = passes(row, run.job)
-    if not (done and row.runtime_s and run.pass_s) or not (row.s_per_step or (row.tokens_per_s and not is_unmasked(row))):
+    if not (done and row.runtime_s and run.pass_s) or not (
+        row.s_per_step or (row.tokens_per_s and not is_unmasked(row))
+    ):
         return None
     return math.log(row.runtime_s / (done * run.pass_s))
 

@@ -39,7 +39,7 @@ class Spread(NamedTuple):
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
-    expert: int = 1  # experts, and no further
+    expert: int = 1  # experts; whether data parallelism divides them further, the program decides
     gathers: bool = False  # whether a layer's weights are gathered before it computes
 
     @property
@@ -67,8 +67,11 @@ def spread(sharding: str, gpus: int) -> Spread:
 
 
 BEGINS = r"(?<![a-wyz])"  # a word, or what an x joins: TP8xPP4
-WAYS = (rf"{BEGINS}tp|tensor[ _-](?:model[ _-])?parallel\w*", rf"{BEGINS}pp|pipeline[ _-](?:model[ _-])?parallel\w*",
-        rf"{BEGINS}cp|context[ _-]parallel\w*")  # fmt: skip
+WAYS = (  # device_map gives each card some of the layers; Megatron's sequence parallelism has no degree of its own
+    rf"{BEGINS}tp|tensor[ _-](?:model[ _-])?parallel\w*|(?<!(?:tensor|peline)[ _-]){BEGINS}model[ _-]parallel\w*",
+    rf"{BEGINS}pp|pipeline[ _-](?:model[ _-])?parallel\w*|device_map\W*(?:auto|balanced)[\w'\"]*",
+    rf"{BEGINS}cp|context[ _-]parallel\w*|ulysses\w*|(?:{BEGINS}sp|sequence[ _-]parallel\w*)(?=[ _=:(-]*\d)",
+)
 EXPERTS = rf"{BEGINS}ep|expert[ _-](?:model[ _-])?parallel\w*"
 
 

@@ -216,7 +216,8 @@ def _gathered(job: Job) -> float:
     # Those of a pipeline's stage stay through the passes of a step.
     share = 1 / spread.pipeline if spread.pipeline > 1 else 2 / (shape.layers + shape.encoder_layers)
     wide = (FOUR_BIT if job.weight_bits == 4 else 1) if job.weight_bits < 16 else 4 if job.dtype == "fp32" else 2
-    inner = (shape.n_params - outer) * (1 - _expert_share(job))
+    experts = _expert_share(job)
+    inner = (shape.n_params - outer) * (1 - experts + _divided_again(job) * experts / spread.expert)
     return (inner * share * wide + 2 * outer) / spread.tensor
 
 
@@ -230,8 +231,14 @@ def _hands_over_late(job: Job) -> bool:
 
 def _share(job: Job, over: int) -> float:
     """Share of the parameters that a card holds where those outside of experts are divided over so many cards."""
-    experts = _expert_share(job)
-    return (1 - experts) / over + experts / (job.spread.expert * job.spread.tensor * job.spread.pipeline)
+    experts, spread = _expert_share(job), job.spread
+    apart = spread.expert * spread.tensor * spread.pipeline
+    return (1 - experts) / over + experts / (max(over, apart) if _divided_again(job) else apart)
+
+
+def _divided_again(job: Job) -> bool:
+    """Whether data parallelism divides a card's experts too, as programs for pretraining do; others leave them out."""
+    return style(job.framework) == "own"
 
 
 def _expert_share(job: Job) -> float:

@@ -219,9 +219,11 @@ def _targets(text: str, method: Method) -> frozenset[Target]:
 
 
 def _bits(quant: str) -> Literal[4, 8, 16]:
-    if re.search(r"4[- _]?bit|nf4|int4|\bw4", quant):
+    if re.search(r"4[- _]?bit|[nf][fp]4|int4|\bw4", quant):
         return 4
-    return 8 if re.search(r"8[- _]?bit|int8", quant) else 16
+    if re.search(r"8[- _]?bit|int8|\bw8", quant):
+        return 8
+    return 4 if re.search(r"gptq|awq|hqq|quip|aqlm", quant) else 16  # nearly always of 4 bits
 
 
 def _dtype(text: str) -> Literal["bf16", "fp16", "fp32", "fp8"]:
@@ -229,7 +231,9 @@ def _dtype(text: str) -> Literal["bf16", "fp16", "fp32", "fp8"]:
         return "fp8"
     if "bf16" in text or "bfloat16" in text:
         return "bf16"
-    return "fp16" if "16" in text else "fp32" if "32" in text else "bf16"
+    if "16" in text or "half" in text:
+        return "fp16"
+    return "fp32" if re.search(r"32|float|single|full", text) else "bf16"
 
 
 # Tokens of a mean and of about the longest sample of public instruction data.
@@ -315,4 +319,8 @@ def _optimizer(text: str) -> Literal["adamw", "adamw8bit", "paged", "sgd"]:
 def _memory_kind(text: str) -> MemoryKind:
     if "alloc" in text or "active" in text:
         return "allocated"
-    return "card" if re.search(r"gpu|vram|card|smi|used|device", text) and "reserved" not in text else "reserved"
+    return (
+        "card"
+        if re.search(r"gpu|vram|card|smi|used|device|nvml|nvitop|wandb|system", text) and "reserved" not in text
+        else "reserved"
+    )
