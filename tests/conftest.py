@@ -15,8 +15,9 @@ from hypothesis import settings
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
-# Where the tests run in the background, Ctrl-C is ignored, and so it would be in every child.
+# Where the tests run in the background, these are ignored, and so they would be in every child.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parents[1]
 FAKE_RECIPES = ROOT / "tests" / "core" / "fake_recipes"
@@ -28,13 +29,17 @@ TEMPLATE = (
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty workspace with its own ledger and queue; the current folder is it."""
+    """An empty workspace with its own ledger and queue; the current folder is it. Its sacct knows no job."""
     folder = tmp_path / "workspace"
     folder.mkdir()
     (folder / "chiplog.toml").write_text("")
     monkeypatch.setenv("CHIPLOG_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.delenv("CHIPLOG_WORKSPACE", raising=False)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sacct").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "sacct").chmod(0o755)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]]))
     monkeypatch.chdir(folder)
     return folder
 
