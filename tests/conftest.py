@@ -27,19 +27,31 @@ TEMPLATE = (
 )
 
 
+@pytest.fixture(scope="session")
+def no_jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a sacct that knows no job."""
+    folder = tmp_path_factory.mktemp("no_jobs")
+    (folder / "sacct").write_text("#!/bin/sh\n")
+    (folder / "sacct").chmod(0o755)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def only_our_slurm(no_jobs: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asks the Slurm of the machine, which may be there, or be installed and not set up."""
+    if not request.node.get_closest_marker("slurm"):
+        monkeypatch.setenv("PATH", str(no_jobs), prepend=os.pathsep)
+
+
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty workspace with its own ledger and queue; the current folder is it. Its sacct knows no job."""
+    """An empty workspace with its own ledger and queue; the current folder is it."""
     folder = tmp_path / "workspace"
     folder.mkdir()
     (folder / "chiplog.toml").write_text("")
     monkeypatch.setenv("CHIPLOG_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.delenv("CHIPLOG_WORKSPACE", raising=False)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "sacct").write_text("#!/bin/sh\n")
-    (tmp_path / "bin" / "sacct").chmod(0o755)
-    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]]))
     monkeypatch.chdir(folder)
     return folder
 

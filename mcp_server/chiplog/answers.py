@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from chiplog.calibration import Calibration
@@ -11,12 +13,18 @@ from chiplog.estimate import RunEstimate
 from chiplog.estimate.case import CaseEstimate
 from chiplog.ledger.scan import Scanned
 from chiplog.plan import Value
+from chiplog.progress import RunStatus
 from chiplog.record import Evidence, Record, State
-from chiplog.running import RunStatus
 from chiplog.schema import Frozen
 from chiplog.studies import Study
 from chiplog.summary import Comparison, Row
 from chiplog.totals import Totals
+
+# What several tools take.
+Name = Annotated[str, Field(description="Name of the experiment (its date may be left out), or its folder.")]
+Confirm = Annotated[bool, Field(description="Set once the user has agreed.")]
+Limit = Annotated[int, Field(ge=1, le=1000, description="Rows to answer with at most.")]
+Runs = Annotated[list[str] | None, Field(description="Only these runs; null: all.")]
 
 
 class Answer(Frozen):
@@ -88,6 +96,11 @@ class StatusAnswer(Answer):
 
 class CancelAnswer(Answer):
     cancelled: list[str] = Field(description="Runs whose jobs were ended.")
+
+
+class PruneAnswer(Answer):
+    pruned: list[str] = Field(description="Runs whose checkpoints were removed.")
+    freed_bytes: int = Field(description="Bytes that this freed.")
 
 
 class RecordsAnswer(Answer):

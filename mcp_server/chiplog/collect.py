@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from chiplog.engines import Job, engine_for
+from chiplog.deviation import read_deviation
+from chiplog.engines import Job, engine_for, followed, withdrawn
 from chiplog.errors import RecordError
 from chiplog.folder import ExperimentFolder, Submission
 from chiplog.ledger import Ledger
@@ -32,7 +33,7 @@ def collect(folder: ExperimentFolder, ledger: Ledger) -> list[Record]:
     runs = {run.name: run for run in folder.runs()}
     submissions = folder.submissions()
     known = {record.key: record for record in read_records(folder.path / "records.jsonl")}
-    jobs = jobs_of(submissions)
+    jobs = jobs_of(folder, submissions)
     newest = {submission.run: submission for submission in submissions}
     revision = _revision(folder)
     for submission in submissions:
@@ -73,12 +74,20 @@ def is_evaluated(folder: ExperimentFolder, run: str) -> bool:
         return False
 
 
-def jobs_of(submissions: list[Submission]) -> dict[str, Job]:
-    """How the submitted jobs stand, by key: one question to each engine, however many jobs."""
+def jobs_of(folder: ExperimentFolder, submissions: Sequence[Submission]) -> dict[str, Job]:
+    """How what was submitted stands, by key: one question to each engine, however many jobs."""
     found: dict[str, Job] = {}
     for name in sorted({submission.engine for submission in submissions}):
-        ids = [submission.job_id for submission in submissions if submission.engine == name]
-        found |= {f"{name}:{job.id}": job for job in engine_for(name).jobs(ids)}
+        own = [submission for submission in submissions if submission.engine == name]
+        jobs = {job.id: job for job in engine_for(name).jobs([number for one in own for number in one.job_ids])}
+        for one in own:
+            first = jobs.get(one.job_id)
+            if one.cancelled and (first is None or first.state is State.UNKNOWN):
+                first = withdrawn(one.job_id, one.run)
+            if first:
+                job = followed(first, jobs.get(one.eval_job_id or ""))
+                # Slurm's logs are named as the scripts say, in the run's folder.
+                found[one.key] = job.model_copy(update={"log": folder.path / "runs" / one.run / job.log})
     return found
 
 
@@ -97,7 +106,8 @@ def _record(
         usage = train_usage(events)
         packages = next((event.packages for event in events if isinstance(event, Start)), {})
         if run.kind != "control":
-            steps["train"] = State.COMPLETED if (run_folder / "DONE").is_file() else state
+            trained = (run_folder / "DONE").is_file() or (job is not None and job.part == "evaluation")
+            steps["train"] = State.COMPLETED if trained else state
         evaluation = None
         try:
             evaluation = read_scores(run_folder / "eval" / "scores.json")
@@ -109,10 +119,12 @@ def _record(
             steps["eval"] = State.COMPLETED
         elif steps.get("train", State.COMPLETED) is State.COMPLETED:
             steps["eval"] = State.INCOMPLETE if state is State.COMPLETED else state
+        elif state.ended:
+            steps["eval"] = State.CANCELLED  # it waits for a training that ended well
+    deviation = read_deviation(run_folder) if newest else None
     told = _told(job)
     if told and told.state is State.OUT_OF_MEMORY and state is State.FAILED:
         state = told.state
-    elapsed = _seconds(job.started, job.ended) if job and job.started and job.ended else None
     return Record(
         key=submission.key,
         experiment=folder.path.name,
@@ -123,6 +135,7 @@ def _record(
         job_id=submission.job_id,
         attempt=submission.attempt,
         state=state,
+        deviation=deviation.words if deviation else None,
         oom=told.oom if told else None,
         logs=told.logs if told else [],
         evidence=told.evidence if told else [],
@@ -133,7 +146,7 @@ def _record(
         metrics=metrics,
         usage=usage.model_copy(
             update={
-                "elapsed_s": elapsed,
+                "elapsed_s": job.ran_s if job and job.ended else None,
                 "cpus": run.resources.cpus,
                 "gpus": run.resources.gpus,
                 "time_limit_s": run.resources.time_limit_s,
@@ -166,7 +179,3 @@ def _last_error(log: Path) -> str | None:
         text = file.read().decode(errors="replace")
     lines = ERROR_LINE.findall(text.replace("\r", "\n"))
     return lines[-1].strip()[:500] if lines else None
-
-
-def _seconds(start: str, end: str) -> float:
-    return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()

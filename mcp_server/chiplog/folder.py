@@ -4,32 +4,52 @@ from __future__ import annotations
 
 import fcntl
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from chiplog.errors import NotFoundError, RenderError
+from chiplog.errors import NotFoundError, RecordError, RenderError
+from chiplog.files import write_atomic
 from chiplog.plan import NAME, Plan, Run, expand, read_plan
 from chiplog.recipes import manual
 from chiplog.record import Prediction, read_lines, write_lines
 from chiplog.schema import Frozen
 from chiplog.settings import Settings
 
+CLOSING = "closing.json"
+
+
+class Closing(Frozen):
+    """How the last submission ends: its last job submits the runs that found no room, and summarises."""
+
+    engine: str = Field(description="Engine that has the job.")
+    job_id: str = Field(description="Its id.")
+    runs: list[str] = Field(description="Runs that wait for room in the queue.")
+
 
 class Submission(Frozen):
-    """One job that was submitted for a run."""
+    """What was submitted for a run: its training and its evaluation, or one of both."""
 
     run: str = Field(pattern=f"^{NAME.pattern}$", description="Name of the run.")
     engine: str = Field(description="Engine that has the job.")
     job_id: str = Field(description="Id that the engine gave it.")
+    eval_job_id: str | None = Field(
+        default=None, description="Id of the job that evaluates what it trained; null: there is none beside it."
+    )
     attempt: int = Field(ge=1, description="Which attempt at the run, from 1.")
     predicted: Prediction | None = Field(default=None, description="What was foretold at submission.")
+    cancelled: bool = Field(default=False, description="Whether its jobs were asked to end.")
 
     @property
     def key(self) -> str:
         return f"{self.engine}:{self.job_id}"
+
+    @property
+    def job_ids(self) -> list[str]:
+        """Its jobs, in the order in which they run."""
+        return [self.job_id, *([self.eval_job_id] if self.eval_job_id else [])]
 
 
 class ExperimentFolder:
@@ -67,9 +87,30 @@ class ExperimentFolder:
         """Every job that was submitted, oldest first, as `read_lines` reads them."""
         return read_lines(self.path / "jobs.jsonl", Submission)
 
+    def cancelled(self, keys: Collection[str]) -> None:
+        """Notes that what was submitted under these keys was asked to end."""
+        lines = [one.model_copy(update={"cancelled": True}) if one.key in keys else one for one in self.submissions()]
+        write_lines(self.path / "jobs.jsonl", lines)
+
     def add(self, submissions: Sequence[Submission]) -> None:
         """Notes jobs that the engine has taken: all of them or none."""
         write_lines(self.path / "jobs.jsonl", [*self.submissions(), *submissions])
+
+    def closing(self) -> Closing | None:
+        """How the last submission ends; null for one that has no last job."""
+        try:
+            return Closing.model_validate_json((self.path / CLOSING).read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            raise RecordError(f"{self.path / CLOSING} cannot be read ({error}): remove it and submit again") from error
+
+    def close(self, closing: Closing | None) -> None:
+        """Notes how the last submission ends."""
+        if closing:
+            write_atomic(self.path / CLOSING, closing.model_dump_json().encode() + b"\n")
+        else:
+            (self.path / CLOSING).unlink(missing_ok=True)
 
     def refuse_change(self, files: Mapping[str, bytes]) -> None:
         """Raises RenderError if jobs were submitted and what they read would change under them."""

@@ -54,6 +54,9 @@ class Resources(Frozen):
     time_limit_s: int | None = Field(
         default=None, ge=1, description="Seconds after which the job is ended; null: no limit."
     )
+    eval_time_limit_s: int | None = Field(
+        default=None, ge=1, description="The same of the job that evaluates what was trained; null: time_limit_s."
+    )
 
 
 class Experiment(Frozen):
@@ -70,6 +73,7 @@ class Experiment(Frozen):
     )
     resources: Resources = Field(default=Resources(), description="What one run asks for.")
     time_limits_s: dict[str, int] = Field(default={}, description="Time limits of single runs, by name, in seconds.")
+    eval_time_limits_s: dict[str, int] = Field(default={}, description="The same of their evaluations.")
 
 
 class Plan(Frozen):
@@ -223,8 +227,12 @@ def _expand_one(plan: Plan, experiment: Experiment, manual: Callable[[str], Manu
 def _limited(runs: Iterable[Run], experiment: Experiment) -> Iterator[Run]:
     """The runs with their own time limits, where the experiment has such."""
     for run in runs:
-        limit = experiment.time_limits_s.get(run.name, run.resources.time_limit_s)
-        yield run.model_copy(update={"resources": run.resources.model_copy(update={"time_limit_s": limit})})
+        asked = run.resources
+        limits = {
+            "time_limit_s": experiment.time_limits_s.get(run.name, asked.time_limit_s),
+            "eval_time_limit_s": experiment.eval_time_limits_s.get(run.name, asked.eval_time_limit_s),
+        }
+        yield run.model_copy(update={"resources": asked.model_copy(update=limits)})
 
 
 def _control(run: Run, name: str, varied: dict[str, Value], config: Config) -> Run:

@@ -190,7 +190,7 @@ def _check_recipe(experiment: Experiment, models: Mapping[str, ModelReport]) -> 
 
 def _check_gpu(run: Run, settings: Settings) -> None:
     """Refuses GPUs that chiplog.toml does not name, or, where it names no cluster and no GPU, this machine lacks."""
-    gpu, asked = find_gpu(run, settings), run.resources.gpus
+    gpu, asked = find_gpu(run.resources, settings), run.resources.gpus
     if not asked:
         return
     if len(settings.gpus) > 1 and not gpu:
@@ -266,10 +266,16 @@ def _check_warm_up(rows: Sequence[PlannedRun]) -> list[Check]:
 
 def _with_time_limits(plan: Plan, rows: Sequence[PlannedRun]) -> Plan:
     """The estimated limits, for runs whose plan has none of its own. No evidence: the partition's own limit."""
-    limits = {
-        row.run.name: row.estimate.time_limit_s
-        for row in rows
-        if row.estimate.time_limit_s and row.run.resources.time_limit_s is None
-    }
-    kept = [e.model_copy(update={"time_limits_s": {**limits, **e.time_limits_s}}) for e in plan.experiments]
+    free = [row for row in rows if row.run.resources.time_limit_s is None]
+    limits = {row.run.name: row.estimate.time_limit_s for row in free if row.estimate.time_limit_s}
+    evaluating = {row.run.name: row.estimate.eval_time_limit_s for row in free if row.estimate.eval_time_limit_s}
+    kept = [
+        e.model_copy(
+            update={
+                "time_limits_s": {**limits, **e.time_limits_s},
+                "eval_time_limits_s": {**evaluating, **e.eval_time_limits_s},
+            }
+        )
+        for e in plan.experiments
+    ]
     return plan.model_copy(update={"experiments": kept})

@@ -180,6 +180,7 @@ class Record(Frozen):
     state: State = Field(description="How the job ended, or how it stands.")
     reason: str | None = Field(default=None, description="Why it ended so, in words.")
     exit_code: int | None = Field(default=None, description="Exit status of the job.")
+    deviation: str | None = Field(default=None, description="What it did otherwise than planned, and why.")
     oom: OutOfMemory | None = Field(default=None, description="What was said when memory ran out.")
     steps: dict[str, State] = Field(default={}, description="State of each step of the job: train, eval.")
     config: Config = Field(default={}, description="Every setting that the job read, as far as known.")

@@ -22,10 +22,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from chiplog.bundle import bundle, study_folder
 from chiplog.errors import ConfirmationNeeded, NotFoundError, RenderError
 from chiplog.files import write_atomic
-from chiplog.plan import Plan, Run, columns, dump_plan
+from chiplog.plan import Plan, Resources, Run, columns, dump_plan
 from chiplog.provenance import packages, revision, revision_text
 from chiplog.recipes import load_recipe
-from chiplog.settings import Gpu, Settings
+from chiplog.settings import Gpu, Settings, Slurm
 from chiplog.text import clock
 
 # What a credential looks like: Hugging Face, OpenAI and Anthropic (in `sk-learn-experiments`, words are short), GitHub,
@@ -38,6 +38,7 @@ NO_PLACE = r"(?<!PATH)(?<!FILE)(?<!DIR)(?<!CACHE)"
 SECRET = re.compile(rf"{KEY}|{NAMED}\w*{NO_PLACE}\s*=\s*[\"']?[A-Za-z0-9+/_-]{{8,}}", re.IGNORECASE)
 CODE_SECRET = re.compile(rf"{KEY}|{NAMED}[\"'\]]*\s*[=:]\s*([\"'])(?=[A-Z+/_-]*\d)[A-Z0-9+/_-]{{8,}}\1", re.IGNORECASE)
 DIFF_LINES = 60
+WARNED_S = 120  # before its time limit, a training is told to save its state and stop
 # Held while what belongs together is written: who ends the process from another thread waits for it.
 WRITING = threading.RLock()
 
@@ -67,10 +68,13 @@ def render(plan: Plan, runs: Sequence[Run], settings: Settings) -> dict[str, byt
     for run in runs:
         folder = f"runs/{run.name}"
         files[f"{folder}/config.yaml"] = _config_text(run).encode()
-        files[f"{folder}/run.sbatch"] = _script(jinja, plan, run, settings, train=True)
+        files[f"{folder}/run.sbatch"] = _script(jinja, plan, run, settings, train=run.kind != "control")
         if run.kind != "control":
             files[f"{folder}/eval.sbatch"] = _script(jinja, plan, run, settings, train=False)
-    files["submit.sh"] = jinja.get_template("submit.sh.j2").render(plan=plan, runs=runs).encode()
+    trained, controls = ([r.name for r in runs if (r.kind == "control") == which] for which in (False, True))
+    submit = jinja.get_template("submit.sh.j2").render(plan=plan, trained=trained, controls=controls)
+    files["submit.sh"] = submit.encode()
+    files["close.sbatch"] = _closing(jinja, plan, settings)
     files["README.md"] = _readme(jinja, plan, runs)
     refuse_credentials(files)
     return files | _code(plan)
@@ -98,54 +102,87 @@ def _config_text(run: Run) -> str:
 
 
 def _script(jinja: Environment, plan: Plan, run: Run, settings: Settings, *, train: bool) -> bytes:
-    """`run.sbatch` (trains, then evaluates) or `eval.sbatch` (evaluates alone)."""
-    evaluate = "python ../../code/recipes/evaluate.py --config config.yaml"
-    commands = [evaluate] if run.kind == "control" else [f"{evaluate} --adapter adapter"]
-    if train and run.kind != "control":
-        commands.insert(0, f"python {shlex.quote(f'../../code/recipes/{run.recipe}.py')} --config config.yaml")
-    what = "evaluates the base model" if run.kind == "control" else "fine-tunes, then evaluates"
+    """`run.sbatch` (trains; of a control evaluates) or `eval.sbatch` (evaluates what was trained)."""
+    command, what = "python ../../code/recipes/evaluate.py --config config.yaml", "evaluates the base model"
+    if train:
+        command, what = (
+            f"python {shlex.quote(f'../../code/recipes/{run.recipe}.py')} --config config.yaml",
+            "fine-tunes",
+        )
+    elif run.kind != "control":
+        command, what = f"{command} --adapter adapter", "evaluates what was fine-tuned"
+    resources = run.resources if train or run.kind == "control" else _evaluating(run.resources)
     text = jinja.get_template("run.sbatch.j2").render(
-        job_name=run.name if train else f"{run.name}_eval",
-        purpose=f"{run.name} of {plan.name}: {what if train else 'evaluates what was fine-tuned, again'}.",
-        resources=run.resources,
-        sbatch_options=sbatch_options(run, settings),
-        setup=settings.slurm.setup if settings.slurm else [],
+        job_name=run.name if train or run.kind == "control" else f"{run.name}_eval",
+        purpose=f"{run.name} of {plan.name}: {what}.",
+        resources=resources,
+        sbatch_options=sbatch_options(resources, settings) + _warned(resources, train),
+        setup=settings.slurm.setup_lines if settings.slurm else [],
         to_workspace=os.path.relpath(settings.workspace, settings.experiments / plan.name / "runs" / run.name),
-        commands=commands,
+        command=command,
     )
     return text.encode()
 
 
-def sbatch_options(run: Run, settings: Settings) -> list[str]:
-    """The options that depend on the cluster and on what the run asks for."""
-    gpu = find_gpu(run, settings)
-    slurm = settings.slurm
-    options: list[str] = []
-    if slurm and slurm.account:
-        options.append(f"--account={slurm.account}")
-    if partition := (gpu and gpu.partition) or (slurm and slurm.partition):
-        options.append(f"--partition={partition}")
-    if run.resources.gpus:
+def _evaluating(resources: Resources) -> Resources:
+    """What the evaluation of a run asks for: one GPU, where it has any, and its own time."""
+    return resources.model_copy(
+        update={"gpus": min(resources.gpus, 1), "time_limit_s": resources.eval_time_limit_s or resources.time_limit_s}
+    )
+
+
+def _warned(resources: Resources, train: bool) -> list[str]:
+    """The option by which a training is told that its time is nearly over, early enough to save its state."""
+    limit = resources.time_limit_s
+    return [f"--signal=B:USR1@{min(WARNED_S, limit // 4)}"] if train and limit else []
+
+
+def _closing(jinja: Environment, plan: Plan, settings: Settings) -> bytes:
+    text = jinja.get_template("close.sbatch.j2").render(
+        plan=plan,
+        sbatch_options=sbatch_options(Resources(), settings),
+        setup=settings.slurm.setup_lines if settings.slurm else [],
+        to_workspace=os.path.relpath(settings.workspace, settings.experiments / plan.name),
+    )
+    return text.encode()
+
+
+def sbatch_options(resources: Resources, settings: Settings) -> list[str]:
+    """The options that depend on the cluster and on what a job asks for."""
+    gpu = find_gpu(resources, settings)
+    slurm = settings.slurm or Slurm()
+    partition = slurm.partition if resources.gpus else slurm.cpu_partition or slurm.partition
+    options = [
+        f"--{name}={value}"
+        for name, value in {
+            "account": slurm.account,
+            "partition": (gpu and gpu.partition) or partition,
+            "qos": slurm.qos,
+            "reservation": slurm.reservation,
+        }.items()
+        if value
+    ]
+    if resources.gpus:
         kind = gpu.gres.split(":")[1] if gpu and gpu.gres and gpu.gres.count(":") == 2 else None
-        options.append("--gres=" + ":".join(filter(None, ["gpu", kind, str(run.resources.gpus)])))
+        options.append("--gres=" + ":".join(filter(None, ["gpu", kind, str(resources.gpus)])))
     if gpu and gpu.constraint:
         options.append(f"--constraint={gpu.constraint}")
-    if run.resources.time_limit_s:
-        options.append(f"--time={clock(run.resources.time_limit_s)}")
+    if resources.time_limit_s:
+        options.append(f"--time={clock(resources.time_limit_s)}")
     return options
 
 
-def find_gpu(run: Run, settings: Settings) -> Gpu | None:
-    """The GPU that a run asks for by name, or the only one there is; null for a run on the CPU."""
-    if not run.resources.gpus:
+def find_gpu(resources: Resources, settings: Settings) -> Gpu | None:
+    """The GPU that a job asks for by name, or the only one there is; null for a job on the CPU."""
+    if not resources.gpus:
         return None
-    if run.resources.gpu is None:
+    if resources.gpu is None:
         return settings.gpus[0] if len(settings.gpus) == 1 else None
     for gpu in settings.gpus:
-        if gpu.name == run.resources.gpu:
+        if gpu.name == resources.gpu:
             return gpu
     named = ", ".join(gpu.name for gpu in settings.gpus) or "none"
-    raise NotFoundError(f"chiplog.toml has no GPU {run.resources.gpu!r}: it has {named}; add it under [[gpus]]")
+    raise NotFoundError(f"chiplog.toml has no GPU {resources.gpu!r}: it has {named}; add it under [[gpus]]")
 
 
 def _readme(jinja: Environment, plan: Plan, runs: Sequence[Run]) -> bytes:
@@ -175,6 +212,7 @@ def _code(plan: Plan) -> dict[str, bytes]:
     files = {f"code/{name}": file.read_bytes() for name, file in code_files(plan).items()}
     for name, file in code_files(plan).items():
         _refuse_credential(files[f"code/{name}"], CODE_SECRET, str(file), "that file")
+    files["code/job.sh"] = (bundle() / "templates" / "job.sh").read_bytes()
     files["code/REVISION"] = revision_text(revision(bundle())).encode()
     files["code/environment.txt"] = "".join(f"{name}=={version}\n" for name, version in packages().items()).encode()
     return files

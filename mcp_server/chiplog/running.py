@@ -1,47 +1,22 @@
-"""Submitting an experiment's runs, following them, and ending them."""
+"""Following an experiment's runs, and ending them."""
 
 from __future__ import annotations
 
-import statistics
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import Field
-
-from chiplog.collect import is_evaluated, jobs_of
+from chiplog.collect import jobs_of
 from chiplog.engines import Job, engine_for
-from chiplog.errors import ChiplogError, EngineError, NotFoundError, PlanError, RenderError
-from chiplog.files import write_atomic
+from chiplog.errors import ChiplogError, EngineError, NotFoundError
 from chiplog.folder import ExperimentFolder, Submission
-from chiplog.ledger.metrics import Start, Step, of_job, read_events
-from chiplog.plan import Run, read_config
-from chiplog.record import Prediction, State
-from chiplog.render import WRITING, refuse_links
-from chiplog.schema import Frozen
-from chiplog.sizing import PlannedRun
-from chiplog.trainer_files import load_trainer_file
+from chiplog.ledger.metrics import of_job, read_events
+from chiplog.progress import RunStatus, describe
+from chiplog.record import State
 
 POLL_S = 0.5
 TAIL_BYTES = 64_000
-
-
-class RunStatus(Frozen):
-    """How one run stands."""
-
-    run: str = Field(description="Name of the run.")
-    state: State | None = Field(description="State of its last job; null if it was never submitted.")
-    reason: str | None = Field(description="Why, where there is something to say.")
-    attempt: int = Field(description="Which attempt this is; 0 before the first.")
-    job_id: str | None = Field(description="Id of its last job.")
-    elapsed_s: float | None = Field(description="Seconds since it started, or that it took.")
-    step: int | None = Field(description="Optimiser steps done.")
-    total_steps: int | None = Field(description="Optimiser steps planned.")
-    loss: float | None = Field(description="Loss of the last step.")
-    training_left_s: float | None = Field(description="Seconds of training left, at the median speed of its own steps.")
-    log: str | None = Field(description="File that its output goes to.")
 
 
 def pick_runs(folder: ExperimentFolder, names: Sequence[str] | None) -> list[str]:
@@ -62,135 +37,61 @@ def pick_runs(folder: ExperimentFolder, names: Sequence[str] | None) -> list[str
     return [name for name in known if not names or name in names]
 
 
-def to_submit(folder: ExperimentFolder, names: Sequence[str]) -> list[Run]:
-    """The runs that have no job that waits, runs or completed with scores: new ones, and those that ended otherwise.
-
-    A run whose training is done only evaluates when it is submitted again. Raises RenderError if something is gone
-    that their jobs would read, or is not what the plan says.
-    """
-    standing = {name: job.state for name, (_, job) in latest_jobs(folder).items() if job}
-    settled = {
-        name
-        for name, state in standing.items()
-        if not state.ended or (state is State.COMPLETED and is_evaluated(folder, name))
-    }
-    runs = [run for run in folder.runs() if run.name in names and run.name not in settled]
-    needed = [f"code/recipes/{name}.py" for name in sorted({run.recipe or "evaluate" for run in runs})]
-    needed += ["code/REVISION", *(f"runs/{run.name}/{file}" for run in runs for file in ("config.yaml", "run.sbatch"))]
-    if gone := [name for name in needed if runs and not (folder.path / name).is_file()]:
-        raise RenderError(f"{folder.path} lacks {', '.join(gone[:3])}: set it up again with setup_experiment_dirs")
-    for run in runs:
-        if read_config(folder.path / "runs" / run.name / "config.yaml") != run.config:
-            raise RenderError(
-                f"runs/{run.name}/config.yaml is not what plan.yaml says: set {folder.path.name} up again with "
-                "setup_experiment_dirs, or plan what you want under another name"
-            )
-    return runs
-
-
 def latest_jobs(folder: ExperimentFolder) -> dict[str, tuple[Submission, Job | None]]:
     """The last submission of each run, and its job as the engine sees it."""
     newest = {submission.run: submission for submission in folder.submissions()}
-    jobs = jobs_of(list(newest.values()))
+    jobs = jobs_of(folder, list(newest.values()))
     return {run: (submission, jobs.get(submission.key)) for run, submission in newest.items()}
 
 
-def check_data_unchanged(folder: ExperimentFolder) -> None:
-    """Raises PlanError if a data set is gone or differs from what was planned."""
-    plan = folder.plan
-    for key, path in plan.datasets.items():
-        rows = load_trainer_file("rows")
-        try:
-            found = rows.file_hash(Path(path))
-        except (rows.RowsError, OSError) as error:
-            raise PlanError(f"the data set {key} ({path}) cannot be read any more: {error}") from error
-        if found != plan.dataset_sha256.get(key, found):
-            raise PlanError(
-                f"the data set {key} ({path}) has changed since it was planned: plan again, or put the old one back"
-            )
-
-
-def submit(folder: ExperimentFolder, rows: Sequence[PlannedRun], engine_name: str) -> list[Submission]:
-    """Queues one job a run, each with its prediction on record before it starts.
-
-    Raises EngineError if the engine refuses. Whatever stops it, the folder is as it was and nothing runs of it.
-    """
-    engine = engine_for(engine_name)
-    attempts = {submission.run: submission.attempt for submission in folder.submissions()}
-    predictions = {row.run.name: _prediction(row) for row in rows}
-    names = {run: f"runs/{run}/estimate.json" for run in predictions}
-    refuse_links(folder.path, names.values())
-    before = {name: (folder.path / name).read_bytes() for name in names.values() if (folder.path / name).is_file()}
-    jobs: list[Job] = []
-    with WRITING:
-        try:
-            for run, prediction in predictions.items():
-                write_atomic(folder.path / names[run], prediction.model_dump_json(indent=1).encode() + b"\n")
-            jobs = engine.submit([folder.path / "runs" / run / "run.sbatch" for run in predictions])
-            done = [
-                Submission(run=run, engine=engine_name, job_id=job.id, attempt=attempts.get(run, 0) + 1, predicted=said)
-                for (run, said), job in zip(predictions.items(), jobs, strict=True)
-            ]
-            folder.add(done)
-        except BaseException:
-            if jobs:
-                engine.cancel([job.id for job in jobs])  # a job that nobody knows of would run twice
-            with suppress(OSError):
-                for name in names.values():
-                    (folder.path / name).unlink(missing_ok=True)
-                    if name in before:
-                        write_atomic(folder.path / name, before[name])
-            raise
-    return done
-
-
-def _prediction(row: PlannedRun) -> Prediction:
-    estimate = row.estimate
-    elapsed, peak = estimate.elapsed, estimate.peak_mem
-    return Prediction(
-        elapsed_s=(elapsed.value, elapsed.low, elapsed.high) if elapsed else None,
-        peak_mem_bytes=(peak.value, peak.low, peak.high) if peak else None,
-        mem_kind=estimate.mem_kind,
-        basis=estimate.basis,
-        mem_basis=peak.basis if peak else None,
-        longest_pass_tokens=row.trained.tokens_longest_pass if row.trained else None,
-    )
-
-
-def status(folder: ExperimentFolder, runs: Sequence[str]) -> list[RunStatus]:
+def status(folder: ExperimentFolder, names: Sequence[str]) -> list[RunStatus]:
     """How the runs of these names stand: one question to the engine, and a look at each run's metrics."""
-    standing = latest_jobs(folder)
-    return [_status(folder, run, *standing.get(run, (None, None))) for run in runs]
+    standing, waiting = latest_jobs(folder), waiting_runs(folder)
+    try:
+        planned = {run.name: run for run in folder.runs()}
+    except ChiplogError:  # a plan or code that is broken does not hide the jobs
+        planned = {}
+    found = []
+    for name in names:
+        submission, job = standing.get(name, (None, None))
+        if name in waiting:
+            found.append(_waits(name, waiting[name]))
+        elif submission and job:
+            events = of_job(read_events(folder.path / "runs" / name / "metrics.jsonl"), job.started)
+            found.append(
+                describe(
+                    name, job, submission.attempt, submission.job_id, events, planned.get(name), submission.predicted
+                )
+            )
+        elif submission:
+            gone = _nothing(name, State.UNKNOWN, "the engine no longer knows its job")
+            found.append(gone.model_copy(update={"attempt": submission.attempt, "job_id": submission.job_id}))
+        else:
+            found.append(_nothing(name, None, "not submitted yet"))
+    return found
 
 
-def _status(folder: ExperimentFolder, run: str, submission: Submission | None, job: Job | None) -> RunStatus:
-    state = job.state if job else State.UNKNOWN if submission else None
-    events = of_job(read_events(folder.path / "runs" / run / "metrics.jsonl"), job.started if job else None)
-    steps = [event for event in events if isinstance(event, Step)]
-    total = next((event.total_steps for event in events if isinstance(event, Start)), None)
-    left = None
-    if steps and total and state is State.RUNNING:
-        left = statistics.median(step.seconds for step in steps[-50:]) * (total - steps[-1].step)
-    return RunStatus(
-        run=run,
-        state=state,
-        reason=job.reason if job else "the engine no longer knows its job" if submission else "not submitted yet",
-        attempt=submission.attempt if submission else 0,
-        job_id=submission.job_id if submission else None,
-        elapsed_s=_elapsed(job),
-        step=steps[-1].step if steps else None,
-        total_steps=total,
-        loss=steps[-1].loss if steps else None,
-        training_left_s=left,
-        log=str(job.log) if job else None,
-    )
+def _nothing(name: str, state: State | None, reason: str) -> RunStatus:
+    """A run of which no job is known."""
+    unknown = dict.fromkeys(("job_id", "elapsed_s", "step", "total_steps", "loss", "training_left_s", "log"))
+    return RunStatus(run=name, state=state, reason=reason, attempt=0, **unknown)  # pyright: ignore[reportArgumentType]
 
 
-def _elapsed(job: Job | None) -> float | None:
-    if not job or not job.started:
-        return None
-    end = datetime.fromisoformat(job.ended) if job.ended else datetime.now(UTC)
-    return (end - datetime.fromisoformat(job.started)).total_seconds()
+def waiting_runs(folder: ExperimentFolder) -> dict[str, Job | None]:
+    """The runs that wait for room in the queue, and the job that submits them."""
+    closing = folder.closing()
+    if not closing or not closing.runs:
+        return {}
+    job = next(iter(engine_for(closing.engine).jobs([closing.job_id])), None)
+    return dict.fromkeys(closing.runs, job)
+
+
+def _waits(name: str, job: Job | None) -> RunStatus:
+    """A run that found no room; `job` is the one that submits it."""
+    if job and not job.state.ended:
+        return _nothing(name, State.PENDING, f"waits for room in the queue: job {job.id} submits it")
+    what = f"ended {job.state}" if job else "is gone"
+    return _nothing(name, None, f"the job that was to submit it {what}: submit the experiment again")
 
 
 def wait(
@@ -240,8 +141,8 @@ def cancel(folder: ExperimentFolder, names: Sequence[str] | None) -> list[str]:
 
     Raises EngineError if there is none to end.
     """
-    standing = latest_jobs(folder)
-    if unknown := [name for name in names or [] if name not in standing]:
+    standing, waiting = latest_jobs(folder), waiting_runs(folder)
+    if unknown := [name for name in names or [] if name not in {**standing, **waiting}]:
         raise NotFoundError(
             f"{unknown[0]!r} has no job: those of {', '.join(sorted(standing)) or 'no run'} were submitted"
         )
@@ -250,8 +151,34 @@ def cancel(folder: ExperimentFolder, names: Sequence[str] | None) -> list[str]:
         for name, (submission, job) in standing.items()
         if job and not job.state.ended and (not names or name in names)
     ]
-    if not chosen:
+    dropped = [name for name in waiting if not names or name in names]
+    if not chosen and not dropped:
         raise EngineError("no job of these runs waits or runs: there is nothing to cancel")
+    closing = folder.closing()
+    if closing and dropped:  # first: a job that ends meanwhile would submit them
+        folder.close(closing.model_copy(update={"runs": [name for name in waiting if name not in dropped]}))
+    if closing and not names:
+        engine_for(closing.engine).cancel([closing.job_id])
+    folder.cancelled({submission.key for submission in chosen})
     for name in sorted({submission.engine for submission in chosen}):
-        engine_for(name).cancel([submission.job_id for submission in chosen if submission.engine == name])
-    return [submission.run for submission in chosen]
+        engine_for(name).cancel(
+            [job for submission in chosen if submission.engine == name for job in submission.job_ids]
+        )
+    return [*(submission.run for submission in chosen), *dropped]
+
+
+def prunable(folder: ExperimentFolder, names: Sequence[str]) -> dict[str, int]:
+    """The runs that are trained and have checkpoints still, and the bytes of these."""
+    found = {}
+    for name in names:
+        run = folder.path / "runs" / name
+        if (run / "DONE").is_file() and (run / "checkpoints").is_dir() and not (run / "checkpoints").is_symlink():
+            files = [file for file in (run / "checkpoints").rglob("*") if file.is_file() and not file.is_symlink()]
+            found[name] = sum(file.stat().st_size for file in files)
+    return found
+
+
+def prune(folder: ExperimentFolder, names: Sequence[str]) -> None:
+    """Removes the checkpoints of these runs. Raises OSError for what cannot be removed."""
+    for name in names:
+        shutil.rmtree(folder.path / "runs" / name / "checkpoints")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,8 +54,27 @@ class Slurm(Frozen):
 
     account: Word | None = Field(default=None, description="Account to charge.")
     partition: Word | None = Field(default=None, description="Partition for jobs whose GPU names none.")
+    cpu_partition: Word | None = Field(default=None, description="Partition for jobs without a GPU; null: partition.")
+    qos: Word | None = Field(default=None, description="Quality of service.")
+    reservation: Word | None = Field(default=None, description="Reservation.")
+    modules: list[Word] = Field(default=[], description="Modules to load, before the set-up lines.")
     setup: list[Line] = Field(default=[], description="Shell lines that make the environment, run on the cluster only.")
-    max_submit: int | None = Field(default=None, ge=1, description="Jobs that may stand in the queue at once.")
+    stagger_s: int = Field(
+        default=0, ge=0, description="Seconds between the starts of an array's jobs, where they share a cache."
+    )
+    max_submit: int | None = Field(
+        default=None, ge=1, description="Jobs that may stand in the queue at once; null: as many as Slurm allows."
+    )
+
+    def partitions(self, gpus: Sequence[Gpu]) -> list[str]:
+        """Every partition that is named, each once."""
+        named = [*(gpu.partition for gpu in gpus), self.partition, self.cpu_partition]
+        return list(dict.fromkeys(name for name in named if name))
+
+    @property
+    def setup_lines(self) -> list[str]:
+        """What makes the environment: the modules, then the set-up lines."""
+        return [*(f"module load {name}" for name in self.modules), *self.setup]
 
 
 class Gpu(Frozen):

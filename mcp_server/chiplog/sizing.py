@@ -177,6 +177,12 @@ class Sizing:
         return self._records[device, model]
 
 
+def estimated(runs: Sequence[Run], settings: Settings) -> list[PlannedRun]:
+    """Runs of a plan that stands, with estimates as of now."""
+    sizing = Sizing(DatasetReports(), Ledger(), settings)
+    return [sizing.row(run) for run in runs]
+
+
 def _devices(ledger: Ledger, card: Gpu) -> list[str]:
     """The names under which a card stands in the ledger."""
     return [name for name in ledger.distinct("device") if (other := card_of(name)) and same_card(card, other)]
@@ -294,7 +300,7 @@ def device_of(run: Run, settings: Settings) -> str:
     """What it will run on: cpu, or the name of a GPU; of one that no file names, what this machine has."""
     if not run.resources.gpus:
         return "cpu"
-    named = find_gpu(run, settings)
+    named = find_gpu(run.resources, settings)
     return named.name if named else gpu_name()
 
 

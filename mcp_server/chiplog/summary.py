@@ -77,6 +77,7 @@ class Summary(Frozen):
         description="Each arm with its control, and arms that differ in one variable."
     )
     not_shown: list[str] = Field(description="What this experiment does not show.")
+    deviations: list[str] = Field(default=[], description="What runs did otherwise than planned, and why.")
     run_s: float | None = Field(description="Seconds of all runs added up.")
     gpu_hours: float = Field(description="GPU hours of all runs.")
 
@@ -121,6 +122,7 @@ def summarize(folder: ExperimentFolder, records: Sequence[Record]) -> Summary:
             *(left_out if scored else []),
             *_not_shown(rows, comparisons, runs, [name for name, found in answers.items() if not found]),
         ],
+        deviations=[f"{run.name}: {words}" for run in runs if run.name in last and (words := last[run.name].deviation)],
         run_s=sum(elapsed) if elapsed else None,
         gpu_hours=gpu_s / 3600,
     )

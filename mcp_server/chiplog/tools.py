@@ -5,7 +5,7 @@ A tool that spends takes `confirm` and raises ConfirmationNeeded without it; one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -13,24 +13,25 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 
 from chiplog import collect as collecting
-from chiplog import planning, running
+from chiplog import planning
 from chiplog.answers import (
-    CancelAnswer,
+    Confirm,
     EstimateAnswer,
+    Limit,
+    Name,
     PlanAnswer,
     PlanRow,
     RecordsAnswer,
     SetupAnswer,
-    StatusAnswer,
-    SubmitAnswer,
     SummaryAnswer,
 )
 from chiplog.calibration import against_actual
-from chiplog.errors import ChiplogError, ConfirmationNeeded, PlanError, in_words
+from chiplog.errors import PlanError
 from chiplog.estimate.case import NEEDED, Case, make_case
 from chiplog.estimate.gpus import gpu, gpus
 from chiplog.folder import ExperimentFolder, find_experiment
 from chiplog.inputs import check_dataset, check_model, check_words, create_dataset, list_studies
+from chiplog.jobs import cancel_experiment, experiment_status, prune_checkpoints, submit_experiment
 from chiplog.ledger import Ledger
 from chiplog.past_runs import (
     calibration_report,
@@ -42,34 +43,27 @@ from chiplog.past_runs import (
     search_runs,
     show_run,
 )
-from chiplog.plan import Run, Value, dump_plan, expand
+from chiplog.plan import Value, dump_plan, expand
 from chiplog.planning import Request
 from chiplog.recipes import manual
-from chiplog.record import State
 from chiplog.render import refuse_credentials, render, write_experiment
 from chiplog.report import write_summary
 from chiplog.schema import Progress
 from chiplog.settings import load_settings
-from chiplog.sizing import DatasetReports, PlannedRun, Sizing, find_shape, own_cards
+from chiplog.sizing import DatasetReports, PlannedRun, Sizing, estimated, find_shape, own_cards
 from chiplog.summary import summarize
 from chiplog.tables import (
     bullets,
     case_words,
     cut_note,
-    listed,
     note_words,
     plan_table,
     probe_words,
     summary_table,
     totals_words,
 )
-from chiplog.text import duration
 from chiplog.totals import make_totals
 
-Name = Annotated[str, Field(description="Name of the experiment (its date may be left out), or its folder.")]
-Confirm = Annotated[bool, Field(description="Set once the user has agreed.")]
-Limit = Annotated[int, Field(ge=1, le=1000, description="Rows to answer with at most.")]
-Runs = Annotated[list[str] | None, Field(description="Only these runs; null: all.")]
 LISTED = 20
 
 
@@ -162,9 +156,8 @@ def setup_experiment_dirs(experiment: Name, confirm: Confirm = False) -> SetupAn
         folder.refuse_change(files)
         written = write_experiment(folder.path, files, confirm=confirm)
     what = f"{len(written)} files written" if written else "everything was there already"
-    then = [f"submit_experiment(experiment={folder.path.name!r}) runs it on this machine"]
-    if settings.slurm:
-        then.append("bash submit.sh on a login node runs it on Slurm; chiplog does not follow those jobs yet")
+    where = "on Slurm" if settings.slurm else "on this machine"
+    then = [f"submit_experiment(experiment={folder.path.name!r}) runs it {where}"]
     return SetupAnswer(
         summary=f"{folder.path}: {len(runs)} runs, {what}.",
         next=then,
@@ -172,78 +165,6 @@ def setup_experiment_dirs(experiment: Name, confirm: Confirm = False) -> SetupAn
         written=written[:LISTED],
         n_written=len(written),
     )
-
-
-def submit_experiment(experiment: Name, runs: Runs = None, confirm: Confirm = False) -> SubmitAnswer:
-    """Submits the runs that have no job yet or whose job did not complete. Asks first; twice submits nothing twice."""
-    settings = load_settings()
-    folder = find_experiment(experiment, settings)
-    with folder.locked():
-        chosen = running.to_submit(folder, running.pick_runs(folder, runs))
-        if not chosen:
-            return SubmitAnswer(
-                summary="Every run has a job that waits, runs or completed: nothing to submit.", jobs={}
-            )
-        running.check_data_unchanged(folder)
-        rows = _planned(chosen)
-        if not confirm:
-            names = listed([run.name for run in chosen])
-            words = totals_words(make_totals(rows, settings))
-            raise ConfirmationNeeded(f"Submit {len(chosen)} runs to this machine ({names})? {words}")
-        done = running.submit(folder, rows, "local")
-    return SubmitAnswer(
-        summary=f"Submitted {len(done)} runs to this machine; they go on when this command ends.",
-        next=[f"experiment_status(experiment={folder.path.name!r})"],
-        jobs={submission.run: submission.job_id for submission in done},
-    )
-
-
-def experiment_status(
-    experiment: Name,
-    runs: Runs = None,
-    log_of: Annotated[str | None, Field(description="Run whose log's last lines are wanted.")] = None,
-    lines: Annotated[int, Field(ge=1, le=500, description="How many lines of the log.")] = 20,
-    wait_s: Annotated[float, Field(ge=0, le=600, description="Seconds to wait for the jobs to end.")] = 0,
-    limit: Limit = 50,
-    progress: Progress | None = None,
-) -> StatusAnswer:
-    """How the runs stand: state, step, loss, time left; with log_of the end of a log. Can wait for the jobs to end."""
-    folder = find_experiment(experiment, load_settings())
-    rows = running.wait(folder, running.pick_runs(folder, runs), wait_s, progress)
-    tail: list[str] = []
-    if log_of:
-        chosen = running.pick_runs(folder, [log_of])
-        tail = running.log_tail(running.status(folder, chosen)[0], lines)
-    unwritten = None
-    if any(row.state and row.state.ended for row in rows):
-        try:
-            collecting.collect(folder, Ledger())
-        except (ChiplogError, OSError) as error:  # how the runs stand is known all the same
-            unwritten = f"Their records could not be written: {in_words(error)}"
-    counts = {state: sum(row.state is state for row in rows) for state in State}
-    words = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "nothing submitted"
-    shown = [_status_words(row) for row in rows[:limit] if row.state is not State.COMPLETED]
-    done = all(row.state and row.state.ended for row in rows)
-    name = folder.path.name
-    then = f"summarize_experiment(experiment={name!r})" if done else f"experiment_status(experiment={name!r}) later"
-    return StatusAnswer(
-        summary="\n".join(
-            line for line in [f"{name}: {words}.", *shown, cut_note(len(rows), limit), unwritten, *tail] if line
-        ),
-        next=[then],
-        ok=all(not row.state or not row.state.ended or row.state is State.COMPLETED for row in rows),
-        runs=rows[:limit],
-        log_tail=tail,
-    )
-
-
-def cancel_experiment(experiment: Name, runs: Runs = None, confirm: Confirm = False) -> CancelAnswer:
-    """Ends the jobs of an experiment that wait or run; a training that runs saves a checkpoint first."""
-    folder = find_experiment(experiment, load_settings())
-    if not confirm:
-        raise ConfirmationNeeded(f"Cancel the jobs of {listed(runs or [folder.path.name])} that wait or run?")
-    ended = running.cancel(folder, runs)
-    return CancelAnswer(summary=f"Cancelled {', '.join(ended)}.", cancelled=ended)
 
 
 def collect_records(experiment: Name, limit: Limit = 50) -> RecordsAnswer:
@@ -273,6 +194,8 @@ def summarize_experiment(experiment: Name, limit: Limit = 50) -> SummaryAnswer:
     not_shown = bullets(summary.not_shown, limit) or ["- nothing is left open by this design"]
     cut = cut_note(len(summary.rows), limit)
     lines = [plan.question, "", table, *([cut] if cut else []), "", "Shown:", *shown, "", "Not shown:", *not_shown]
+    if summary.deviations:
+        lines += ["", "Otherwise than planned:", *bullets(summary.deviations, limit)]
     return SummaryAnswer(
         summary="\n".join(lines),
         next=[f"read {files[0]}"],
@@ -309,7 +232,7 @@ def estimate_resources(
 def _of_experiment(name: str, limit: int) -> EstimateAnswer:
     settings = load_settings()
     folder = find_experiment(name, settings)
-    rows = _planned(folder.runs() if folder.is_set_up else expand(folder.plan, manual))
+    rows = estimated(folder.runs() if folder.is_set_up else expand(folder.plan, manual), settings)
     totals, table = make_totals(rows, settings), plan_table(rows[:limit])
     evidence = sorted({name for row in rows if row.estimate.elapsed for name in row.estimate.elapsed.evidence})
     lines = [table, cut_note(len(rows), limit), totals_words(totals)]
@@ -340,12 +263,6 @@ def _of_case(case: Case) -> EstimateAnswer:
     )
 
 
-def _planned(runs: Sequence[Run]) -> list[PlannedRun]:
-    """Runs of a plan that stands, with estimates as of now."""
-    sizing = Sizing(DatasetReports(), Ledger(), load_settings())
-    return [sizing.row(run) for run in runs]
-
-
 def _plan_row(row: PlannedRun) -> PlanRow:
     return PlanRow(
         run=row.run.name,
@@ -355,17 +272,6 @@ def _plan_row(row: PlannedRun) -> PlanRow:
         time_limit_s=row.run.resources.time_limit_s,
         estimate=row.estimate,
     )
-
-
-def _status_words(row: running.RunStatus) -> str:
-    parts = [f"{row.run}: {row.state or 'not submitted'}"]
-    if row.step is not None:
-        parts.append(f"step {row.step} of {row.total_steps}, loss {row.loss:.4g}")
-    if row.training_left_s is not None:
-        parts.append(f"{duration(row.training_left_s)} of training left")
-    if row.reason and (not row.state or row.state.ended):
-        parts.append(row.reason)
-    return ", ".join(parts)
 
 
 class Tool(NamedTuple):
@@ -387,6 +293,7 @@ TOOLS = [
     Tool(submit_experiment),
     Tool(experiment_status),
     Tool(cancel_experiment, destroys=True),
+    Tool(prune_checkpoints, destroys=True),
     Tool(collect_records),
     Tool(summarize_experiment),
     Tool(estimate_resources, reads_only=True),

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from chiplog import running, tools
+from chiplog import running, submitting, tools
 from chiplog.collect import collect
-from chiplog.engines import LocalEngine, engine_for
+from chiplog.engines import Batch, LocalEngine, engine_for
 from chiplog.errors import ChiplogError, EngineError, NotFoundError, RecordError, RenderError
 from chiplog.folder import ExperimentFolder, Submission, find_experiment
 from chiplog.ledger import Ledger
@@ -195,7 +195,7 @@ def test_what_is_no_script_is_not_queued(folder: ExperimentFolder):
     file = folder.path / "runs" / "rank4" / "run.sbatch"
     file.write_bytes(b"")
     with pytest.raises(EngineError, match=r"does not begin with #!"):
-        LocalEngine().submit([file])
+        LocalEngine().submit([Batch(script=file, folder=file.parent)], "test")
 
 
 ODD_LINES = [
@@ -362,13 +362,13 @@ def test_a_run_that_lacks_a_file_is_not_submitted_and_another_is(folder: Experim
     for run in ("rank4", "S_base"):
         failed = end_job(folder, run, State.FAILED)
         folder.add([Submission(run=run, engine="local", job_id=failed, attempt=2)])
-    (folder.path / "runs" / "rank4" / "run.sbatch").unlink()
-    with pytest.raises(RenderError, match=r"lacks runs/rank4/run\.sbatch: set it up again"):
-        running.to_submit(folder, running.pick_runs(folder, None))
-    assert [run.name for run in running.to_submit(folder, ["S_base"])] == ["S_base"]
+    (folder.path / "runs" / "rank4" / "eval.sbatch").unlink()
+    with pytest.raises(RenderError, match=r"lacks runs/rank4/eval\.sbatch: set it up again"):
+        submitting.to_submit(folder, running.pick_runs(folder, None))
+    assert [run.name for run in submitting.to_submit(folder, ["S_base"])] == ["S_base"]
     shutil.rmtree(folder.path / "code")
     with pytest.raises(RenderError, match=r"lacks code/recipes/evaluate\.py"):
-        running.to_submit(folder, ["S_base"])
+        submitting.to_submit(folder, ["S_base"])
 
 
 def test_a_log_that_is_gone_or_no_text_stops_nothing(folder: ExperimentFolder):

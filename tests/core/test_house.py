@@ -33,6 +33,8 @@ ORDER = [
     "render",
     "engines",
     "folder",
+    "chain",
+    "deviation",
     "collect",
     "compare",
     "summary",
@@ -41,7 +43,9 @@ ORDER = [
     "sizing",
     "totals",
     "planning",
+    "progress",
     "running",
+    "submitting",
     "tables",
     "calibration",
     "report",
@@ -49,10 +53,12 @@ ORDER = [
     "inputs",
     "diagnosis",
     "past_runs",
+    "jobs",
     "tools",
     "init",
     "server",
     "cli",
+    "__main__",
 ]
 # The planner never imports what a job needs.
 HEAVY = {"torch", "transformers", "torchtune", "datasets", "pandas", "trainer", "tasks", "recipes"}

@@ -69,7 +69,7 @@ def fail(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("where", ["_start_worker", "jobs", "add"])
+@pytest.mark.parametrize("where", ["_start_worker", "release", "add"])
 def test_a_submission_that_is_interrupted_leaves_no_job_and_no_prediction(
     folder: ExperimentFolder, monkeypatch: pytest.MonkeyPatch, where: str
 ):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
-from chiplog.engines import Job, LocalEngine
+from chiplog.engines import After, Batch, Job, LocalEngine
 from chiplog.engines.job import read_options, seconds
+from chiplog.engines.local import ADDED
 from chiplog.errors import EngineError
 from chiplog.machine import available_cpus
 from chiplog.record import State
@@ -28,6 +29,14 @@ def script(tmp_path: Path, name: str, body: str, *options: str) -> Path:
     return folder / "run.sbatch"
 
 
+def queued(engine: LocalEngine, *scripts: Path) -> list[Job]:
+    """Jobs of these scripts, each in its own folder, which may run."""
+    batches = [Batch(script=file, folder=file.parent) for file in scripts]
+    ids = [number for batch in engine.submit(batches, "test") for number in batch]
+    engine.release(ids)
+    return engine.jobs(ids)
+
+
 def ended(engine: LocalEngine, jobs: list[Job], limit_s: float = 60) -> dict[str, Job]:
     ids = [job.id for job in jobs]
     give_up = time.monotonic() + limit_s
@@ -40,15 +49,16 @@ def ended(engine: LocalEngine, jobs: list[Job], limit_s: float = 60) -> dict[str
 
 
 def test_each_way_to_end_has_its_state(engine: LocalEngine, tmp_path: Path):
-    jobs = engine.submit(
-        [
+    jobs = queued(
+        engine,
+        *[
             script(tmp_path, "fine", "echo done"),
             script(tmp_path, "bad", "exit 3"),
             script(tmp_path, "killed", "kill -9 $$"),
             script(tmp_path, "slow", "sleep 60", "--time=00:00:01"),
             script(tmp_path, "again", '[ "$SLURM_RESTART_COUNT" = 2 ] || exit 75'),
             script(tmp_path, "for_ever", "exit 75"),
-        ]
+        ],
     )
     found = ended(engine, jobs)
     assert {name: (job.state, job.exit_code, job.restarts) for name, job in found.items()} == {
@@ -57,7 +67,7 @@ def test_each_way_to_end_has_its_state(engine: LocalEngine, tmp_path: Path):
         "killed": (State.FAILED, 137, 0),
         "slow": (State.TIMEOUT, 143, 0),
         "again": (State.COMPLETED, 0, 2),
-        "for_ever": (State.FAILED, 75, 5),
+        "for_ever": (State.FAILED, 75, 10),
     }
     assert found["fine"].log.read_text() == "done\n" and found["fine"].log.name == f"slurm-{found['fine'].id}.out"
     assert "DUE TO TIME LIMIT ***" in found["slow"].log.read_text()
@@ -70,7 +80,7 @@ def test_a_job_that_is_told_to_end_may_finish_its_checkpoint(engine: LocalEngine
         "signal.signal(signal.SIGTERM, end)\nprint('up', flush=True)\ntime.sleep(60)\n"
     )
     body = "python ../train.py"
-    jobs = engine.submit([script(tmp_path, "job", body)])
+    jobs = queued(engine, script(tmp_path, "job", body))
     log = tmp_path / "job" / f"slurm-{jobs[0].id}.out"
     while not (log.is_file() and "up" in log.read_text()):
         time.sleep(0.1)
@@ -81,7 +91,7 @@ def test_a_job_that_is_told_to_end_may_finish_its_checkpoint(engine: LocalEngine
 
 def test_a_job_that_waits_never_starts_once_it_is_cancelled(engine: LocalEngine, tmp_path: Path):
     cpus = f"--cpus-per-task={available_cpus()}"
-    jobs = engine.submit([script(tmp_path, "first", "sleep 2", cpus), script(tmp_path, "second", "echo no", cpus)])
+    jobs = queued(engine, script(tmp_path, "first", "sleep 2", cpus), script(tmp_path, "second", "echo no", cpus))
     engine.cancel([jobs[1].id])
     found = ended(engine, jobs)
     assert found["first"].state is State.COMPLETED and found["second"].state is State.CANCELLED
@@ -90,14 +100,14 @@ def test_a_job_that_waits_never_starts_once_it_is_cancelled(engine: LocalEngine,
 
 def test_no_more_jobs_run_at_once_than_there_are_cpus(engine: LocalEngine, tmp_path: Path):
     cpus = f"--cpus-per-task={available_cpus()}"
-    jobs = engine.submit([script(tmp_path, name, "sleep 0.5", cpus) for name in ("a", "b")])
+    jobs = queued(engine, *[script(tmp_path, name, "sleep 0.5", cpus) for name in ("a", "b")])
     found = ended(engine, jobs)
     assert found["a"].ended and found["b"].started and found["a"].ended <= found["b"].started
 
 
 def test_scripts_find_the_variables_that_slurm_sets(engine: LocalEngine, tmp_path: Path):
     body = 'echo "$SLURM_JOB_NAME $SLURM_SUBMIT_DIR $SLURM_CPUS_PER_TASK $SLURM_JOB_ID $(pwd)"'
-    jobs = engine.submit([script(tmp_path, "job", body)])
+    jobs = queued(engine, script(tmp_path, "job", body))
     words = ended(engine, jobs)["job"].log.read_text().split()
     assert words == ["job", str(tmp_path / "job"), "1", jobs[0].id, str(tmp_path / "job")]
 
@@ -106,7 +116,7 @@ def test_a_name_that_a_shell_would_read_is_only_a_name(engine: LocalEngine, tmp_
     folder = tmp_path / 'odd "name" $(touch pwned) `x` ü'
     folder.mkdir()
     (folder / "run.sbatch").write_text("#!/bin/bash\n#SBATCH --job-name=x\n\npwd\n")
-    jobs = engine.submit([folder / "run.sbatch"])
+    jobs = queued(engine, folder / "run.sbatch")
     assert ended(engine, jobs)["x"].log.read_text().strip() == str(folder)
     assert not list(tmp_path.rglob("pwned"))
 
@@ -114,35 +124,68 @@ def test_a_name_that_a_shell_would_read_is_only_a_name(engine: LocalEngine, tmp_
 def test_more_than_the_machine_has_is_refused_and_nothing_is_queued(engine: LocalEngine, tmp_path: Path):
     good, greedy = script(tmp_path, "good", "true"), script(tmp_path, "greedy", "true", "--cpus-per-task=9999")
     with pytest.raises(EngineError, match="9999 CPUs"):
-        engine.submit([good, greedy])
+        queued(engine, good, greedy)
     with engine.open() as queue:
         assert queue.execute("SELECT count(*) FROM jobs").fetchone()[0] == 0
 
 
-@pytest.mark.parametrize("step", ["_start_worker", "jobs"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, EngineError])
-def test_what_was_queued_by_a_submission_that_failed_never_runs(
-    engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: type[BaseException]
-):
-    def fail(*_: object) -> NoReturn:
-        raise error
-
-    monkeypatch.setattr(LocalEngine, "_start_worker", lambda self: None)
-    live = engine.submit([script(tmp_path, "earlier", "true")])
-    monkeypatch.setattr(LocalEngine, step, fail)
-    with pytest.raises(error):
-        engine.submit([script(tmp_path, "new", "true"), tmp_path / "earlier" / "run.sbatch"])
-    with engine.open() as queue:
-        states = {row["name"]: row["state"] for row in queue.execute("SELECT name, state FROM jobs")}
-    assert states == {"earlier": State.PENDING, "new": State.CANCELLED} and len(live) == 1
+def test_what_is_held_never_runs_and_is_found_by_its_tag(engine: LocalEngine, tmp_path: Path):
+    held = engine.submit([Batch(script=script(tmp_path, "held", "touch ran"), folder=tmp_path)], "mine")
+    ended(engine, queued(engine, script(tmp_path, "other", "true")))
+    assert engine.queue("mine").held == held[0] and engine.queue("others").held == []
+    assert engine.jobs(held[0])[0].state is State.PENDING and not (tmp_path / "ran").exists()
+    engine.cancel(held[0])
+    assert engine.jobs(held[0])[0].state is State.CANCELLED and engine.queue("mine").held == []
 
 
-def test_a_log_of_the_queue_that_cannot_be_written_leaves_no_job(engine: LocalEngine, tmp_path: Path):
+def test_an_array_runs_its_script_once_for_each_index(engine: LocalEngine, tmp_path: Path):
+    file = script(tmp_path, "array", 'echo "$SLURM_ARRAY_JOB_ID $SLURM_ARRAY_TASK_ID $SLURM_JOB_ID"')
+    file.write_text(file.read_text().replace("slurm-%j.out", "%a/slurm-%A_%a.out"))
+    for index in (3, 7, 8):
+        (tmp_path / f"home{index}").mkdir()
+        (tmp_path / "array" / str(index)).symlink_to(tmp_path / f"home{index}")
+    (ids,) = engine.submit([Batch(script=file, folder=file.parent, indices=(3, 7, 8), at_once=1)], "test")
+    engine.release(ids)
+    jobs = engine.jobs(ids)
+    give_up = time.monotonic() + 60
+    while not all(job.state.ended for job in jobs) and time.monotonic() < give_up:
+        jobs = engine.jobs(ids)
+    array = ids[0].partition("_")[0]
+    assert [job.id for job in jobs] == ids == [f"{array}_{index}" for index in (3, 7, 8)]
+    for job, index in zip(jobs, (3, 7, 8), strict=True):
+        assert job.log == tmp_path / f"home{index}" / f"slurm-{array}_{index}.out"
+        assert job.log.read_text().split()[:2] == [array, str(index)] and job.state is State.COMPLETED
+    assert all(first.ended <= then.started for first, then in itertools.pairwise(jobs) if first.ended and then.started)
+
+
+def test_jobs_wait_for_what_they_come_after(engine: LocalEngine, tmp_path: Path):
+    """Of an array, for the element of the same index; what waits for one that failed never runs."""
+    train = script(tmp_path, "train", '[ "$SLURM_ARRAY_TASK_ID" != 1 ]')
+    then = [script(tmp_path, name, "true") for name in ("evaluate", "close")]
+    batches = [
+        Batch(script=train, folder=train.parent, indices=(0, 1)),
+        Batch(script=then[0], folder=tmp_path, indices=(0, 1), after=(After(kind="aftercorr", batch=0),)),
+        Batch(script=then[1], folder=tmp_path, after=(After(kind="afterany", batch=1),)),
+    ]
+    ids = engine.submit(batches, "test")
+    engine.release([number for batch in ids for number in batch])
+    found = ended(engine, engine.jobs(ids[2]))
+    states = [job.state for job in engine.jobs([*ids[0], *ids[1]])]
+    assert states == [State.COMPLETED, State.FAILED, State.COMPLETED, State.CANCELLED]
+    assert "Dependency" in str(engine.jobs(ids[1])[1].reason) and found["close"].state is State.COMPLETED
+
+
+def test_a_script_is_told_that_its_time_is_nearly_over(engine: LocalEngine, tmp_path: Path):
+    body = "trap 'echo told; exit 75' USR1\n[ \"$SLURM_RESTART_COUNT\" = 1 ] && exit\nsleep 60 & wait"
+    jobs = queued(engine, script(tmp_path, "job", body, "--time=00:00:03", "--signal=B:USR1@2"))
+    found = ended(engine, jobs)["job"]
+    assert (found.state, found.restarts, found.log.read_text()) == (State.COMPLETED, 1, "told\n")
+
+
+def test_a_log_of_the_queue_that_cannot_be_written_is_named(engine: LocalEngine, tmp_path: Path):
     (tmp_path / "queue" / "queue.log").mkdir(parents=True)
     with pytest.raises(OSError, match=r"queue\.log"):
-        engine.submit([script(tmp_path, "job", "true")])
-    with engine.open() as queue:
-        assert [row["state"] for row in queue.execute("SELECT state FROM jobs")] == [State.CANCELLED]
+        queued(engine, script(tmp_path, "job", "true"))
 
 
 @pytest.mark.parametrize(
@@ -166,17 +209,20 @@ def test_options_after_the_first_command_do_not_count(tmp_path: Path):
 
 
 def test_a_new_queue_does_not_count_from_the_same_number_again(tmp_path: Path):
-    first = LocalEngine(tmp_path / "a").submit([script(tmp_path, "one", "true")])
+    first = queued(LocalEngine(tmp_path / "a"), script(tmp_path, "one", "true"))
     time.sleep(1.1)
-    second = LocalEngine(tmp_path / "b").submit([script(tmp_path, "two", "true")])
+    second = queued(LocalEngine(tmp_path / "b"), script(tmp_path, "two", "true"))
     assert first[0].id != second[0].id and int(second[0].id) > 1000
 
 
-def test_a_script_that_waits_or_runs_is_not_queued_again(engine: LocalEngine, tmp_path: Path):
-    file = script(tmp_path, "one", "sleep 1")
-    jobs = engine.submit([file])
-    assert [job.id for job in engine.submit([file])] == [jobs[0].id]
-    ended(engine, jobs)
-    again = engine.submit([file])
-    assert again[0].id != jobs[0].id
-    ended(engine, again)
+def test_a_queue_of_an_older_version_goes_on(engine: LocalEngine, tmp_path: Path):
+    with engine.open() as queue:
+        for column in ADDED:
+            queue.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
+        queue.execute(
+            "INSERT INTO jobs (id, name, script, log, cpus, gpus, bin, state, submitted) "
+            "VALUES (7, 'old', ?, ?, 1, 0, '', 'PENDING', '2026-11-20T00:00:00+00:00')",
+            (str(script(tmp_path, "old", "pwd")), str(tmp_path / "old.log")),
+        )
+    found = ended(engine, engine.jobs(["7"]))["old"]
+    assert found.state is State.COMPLETED and found.log.read_text().strip() == str(tmp_path / "old")

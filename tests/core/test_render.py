@@ -15,6 +15,7 @@ from chiplog import render as rendering
 from chiplog import tools
 from chiplog.bundle import bundle
 from chiplog.errors import ConfirmationNeeded, RenderError
+from chiplog.folder import ExperimentFolder
 from chiplog.plan import Experiment, Plan, Resources, expand
 from chiplog.recipes import manual
 from chiplog.render import render, write_experiment
@@ -52,7 +53,7 @@ def rendered(
 
 
 @pytest.mark.parametrize("name", ["README.md", "plan.yaml", "submit.sh", "runs/1B_rank4/run.sbatch",
-                                  "runs/1B_rank4/eval.sbatch", "runs/1B_base/run.sbatch"])  # fmt: skip
+                                  "runs/1B_rank4/eval.sbatch", "runs/1B_base/run.sbatch", "close.sbatch"])  # fmt: skip
 @pytest.mark.parametrize("where", ["local", "cluster"])
 def test_rendered_text_is_what_a_person_would_have_written(lab: Path, name: str, where: str):
     golden = GOLDEN / where / name
@@ -67,7 +68,7 @@ def test_rendered_text_is_what_a_person_would_have_written(lab: Path, name: str,
 def test_every_rendered_script_is_sound_shell(lab: Path):
     files = rendered(lab, **CLUSTER)
     scripts = [name for name in files if name.endswith((".sbatch", ".sh"))]
-    assert len(scripts) == 4 * 2 + 2 + 1
+    assert len(scripts) == 4 * 2 + 2 + 3  # of trainings, of controls; submit.sh, close.sbatch, job.sh
     for name in scripts:
         subprocess.run(["bash", "-n"], input=files[name], check=True)
 
@@ -82,7 +83,7 @@ def test_a_workspace_whose_path_a_shell_would_read_is_only_a_path(tmp_path: Path
     write_experiment(folder, files)
     (workspace / "there.txt").write_text("in the workspace")
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "sbatch").write_text('#!/bin/sh\nexec bash "$1"\n')
+    (tmp_path / "bin" / "sbatch").write_text('#!/bin/bash\nbash "${@: -1}" >> "$PWD/said"\necho "$RANDOM;lab"\n')
     (tmp_path / "bin" / "sbatch").chmod(0o755)
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     for script in (*folder.glob("runs/*/*.sbatch"), folder / "submit.sh"):
@@ -95,9 +96,12 @@ def test_a_workspace_whose_path_a_shell_would_read_is_only_a_path(tmp_path: Path
             )
             assert done.stdout == "in the workspace"
     environment = {"PATH": path, "SLURM_SUBMIT_DIR": str(folder / "runs" / "1B_rank4")}
-    done = subprocess.run(["bash", folder / "submit.sh"], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == 6 * "in the workspace"
+    subprocess.run(["bash", folder / "submit.sh"], env=environment, check=True)
+    assert [file.read_text() for file in folder.glob("runs/*/said")].count("in the workspace") == 2  # controls
+    assert [file.read_text() for file in folder.glob("runs/*/said")].count(2 * "in the workspace") == 4
     assert not list(tmp_path.rglob("PWN"))
+    followed = ExperimentFolder(folder).submissions()
+    assert len(followed) == 6 and [one.eval_job_id is None for one in followed] == 4 * [False] + 2 * [True]
 
 
 def test_the_same_plan_is_the_same_bytes(lab: Path):

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -24,26 +24,104 @@ class Job(Frozen):
     reason: str | None = Field(default=None, description="Why, in words.")
     exit_code: int | None = Field(default=None, description="Exit status, once it has ended.")
     restarts: int = Field(default=0, description="How often it was requeued.")
-    submitted: str = Field(description="ISO 8601, UTC.")
+    submitted: str | None = Field(description="ISO 8601, UTC; null where the engine does not say.")
     started: str | None = Field(default=None, description="ISO 8601, UTC.")
     ended: str | None = Field(default=None, description="ISO 8601, UTC.")
     log: Path = Field(description="File that its output goes to.")
+    part: Literal["run", "evaluation"] = Field(default="run", description="What of a run it speaks of.")
+    ran_s: float | None = Field(default=None, description="Seconds that it ran so far, all turns; null: not started.")
+    attempt_s: float | None = Field(default=None, description="Seconds of its last turn in the queue.")
+
+
+def followed(first: Job, then: Job | None) -> Job:
+    """A run whose training is one job and whose evaluation is the next, as one: it stands as the part that it is at."""
+    if then is None or first.state is not State.COMPLETED:
+        return first
+    return then.model_copy(
+        update={
+            "id": first.id,
+            "name": first.name,
+            "part": "evaluation",
+            "submitted": first.submitted,
+            "started": first.started,
+            "restarts": first.restarts + then.restarts,
+            "ran_s": (first.ran_s or 0.0) + (then.ran_s or 0.0),
+            "log": first.log if then.state is State.COMPLETED else then.log,
+        }
+    )
+
+
+def withdrawn(number: str, name: str) -> Job:
+    """A job that was cancelled while it waited, and that its engine has forgotten."""
+    reason = "cancelled before it started"
+    return Job(
+        id=number, name=name, state=State.CANCELLED, reason=reason, submitted=None, log=Path(f"slurm-{number}.out")
+    )
+
+
+class After(Frozen):
+    """What a batch waits for, in Slurm's words."""
+
+    kind: Literal["afterok", "afterany", "aftercorr"] = Field(
+        description="afterok: all of it ended well; aftercorr: of an array, the element of the same index did; "
+        "afterany: all of it ended."
+    )
+    batch: int = Field(ge=0, description="Which batch of the same submission, from 0.")
+
+
+class Batch(Frozen):
+    """Jobs that are submitted together: a script that runs once, or once for each index of an array."""
+
+    script: Path = Field(description="The script.")
+    folder: Path = Field(description="Where it is submitted and runs; paths in its options start there.")
+    indices: tuple[int, ...] = Field(default=(), description="Elements of the array; none: a single job.")
+    at_once: int | None = Field(default=None, ge=1, description="Elements that run at once; null: not limited.")
+    after: tuple[After, ...] = Field(default=(), description="What it waits for; if that cannot come, it never runs.")
+
+    def __len__(self) -> int:
+        return len(self.indices) or 1
+
+
+class Queue(Frozen):
+    """What an engine's queue holds, and what it takes."""
+
+    held: list[str] = Field(description="Jobs of the tag that was asked for that are still held.")
+    room: int | None = Field(description="Jobs that may be submitted now; null: no limit is known.")
+    most: int | None = Field(default=None, description="Jobs that may stand in it at once; null: no limit is known.")
+    longest_array: int | None = Field(default=None, description="Jobs that an array may have; null: no limit.")
 
 
 class Engine(Protocol):
-    """Submits scripts, and says how the jobs stand."""
+    """Submits scripts, and says how the jobs stand.
+
+    A submission is held: none of its jobs runs before they are on record and released. Whoever dies between leaves
+    jobs that never run, which the next submission finds by their tag and ends.
+    """
 
     name: str
+    closes: bool  # whether a submission ends in a job that submits what waits for room, and summarises
 
-    def submit(self, scripts: Sequence[Path]) -> list[Job]:
-        """Queues each script, to run in its own folder. All are queued or none."""
+    def queue(self, tag: str) -> Queue:
+        """What the queue holds and takes."""
+        ...
+
+    def submit(self, batches: Sequence[Batch], tag: str) -> list[list[str]]:
+        """Queues each batch, held; the ids of its jobs, in the order of its indices. All are queued or none."""
+        ...
+
+    def soonest(self, script: Path, partitions: Sequence[str]) -> dict[str, str]:
+        """When a job of this script might start in each partition, where the engine can say."""
+        ...
+
+    def release(self, ids: Sequence[str]) -> None:
+        """Lets held jobs run."""
         ...
 
     def jobs(self, ids: Sequence[str]) -> list[Job]:
         """The jobs of these ids, in their order, without those that are unknown."""
         ...
 
-    def cancel(self, ids: Sequence[str]) -> list[Job]:
+    def cancel(self, ids: Sequence[str]) -> None:
         """Ends those that have not ended."""
         ...
 
@@ -52,10 +130,11 @@ class Options(Frozen):
     """What a script asks for."""
 
     job_name: str = Field(description="--job-name.")
-    output: str = Field(description="--output, with %j and %x.")
+    output: str = Field(description="--output, with %j, %x and, of an array, %A and %a.")
     cpus: int = Field(ge=1, description="--cpus-per-task.")
     gpus: int = Field(ge=0, description="The number in --gres=gpu:[type:]N or --gpus=[type:]N.")
     time_limit_s: int | None = Field(description="--time in seconds.")
+    signal_s: int | None = Field(description="Seconds before the time limit at which the script gets SIGUSR1.")
 
 
 def read_options(script: Path) -> Options:
@@ -86,6 +165,7 @@ def read_options(script: Path) -> Options:
         cpus=found.get("--cpus-per-task", 1),
         gpus=found.get("--gres", found.get("--gpus", 0)),
         time_limit_s=found.get("--time") or None,  # as in Slurm, 0 is no limit
+        signal_s=found.get("--signal"),
     )
 
 
@@ -105,6 +185,13 @@ def _gpus(value: str) -> int:
     match = re.fullmatch(r"gpu(?::[^:]+)?:(\d{1,6})", value)
     if not match:
         raise EngineError(f"{value} is no number of GPUs: write --gres=gpu:N or --gres=gpu:TYPE:N")
+    return int(match.group(1))
+
+
+def _signal(value: str) -> int:
+    match = re.fullmatch(r"B:(?:SIG)?USR1@(\d{1,5})", value)
+    if not match:
+        raise EngineError(f"--signal={value} is none that this machine can send: write --signal=B:USR1@SECONDS")
     return int(match.group(1))
 
 
@@ -129,4 +216,5 @@ READ: dict[str, Callable[[str], Any]] = {
     "--gres": _gpus,
     "--gpus": lambda value: _gpus(f"gpu:{value}"),
     "--time": seconds,
+    "--signal": _signal,
 }

@@ -6,7 +6,9 @@ The queue is one SQLite file; a detached process (`local_queue`) takes jobs from
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -16,9 +18,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from chiplog.engines.job import Job, Options, read_options
+from chiplog.engines.job import After, Batch, Job, Options, Queue, read_options
 from chiplog.errors import EngineError
 from chiplog.home import home
 from chiplog.machine import available_cpus
@@ -33,66 +34,86 @@ CREATE TABLE IF NOT EXISTS jobs (
   submitted TEXT NOT NULL, started TEXT, ended TEXT
 ) STRICT
 """
+ADDED = {  # since the first version of the table
+    "folder": "TEXT NOT NULL DEFAULT ''",  # where it runs; of an older job, its script's
+    "array": "INTEGER",  # id of the array's first job
+    "task": "INTEGER",  # its index in the array
+    "at_once": "INTEGER",  # jobs of the array that run at once
+    "after": "TEXT NOT NULL DEFAULT '[]'",  # JSON: [afterok or afterany, id] of each job that it waits for
+    "held": "INTEGER NOT NULL DEFAULT 0",
+    "tag": "TEXT NOT NULL DEFAULT ''",
+    "signal_s": "INTEGER",  # before its time limit
+    "signalled": "INTEGER NOT NULL DEFAULT 0",
+    "ran_s": "REAL NOT NULL DEFAULT 0",  # in attempts before this one
+}
 
 
 EPOCH = 1_767_225_600  # 2026-01-01
+MOST = 500  # values in one question to the table
 
 
 class LocalEngine:
     """Runs scripts on this machine as Slurm would, as many at once as its CPUs and GPUs allow."""
 
     name = "local"
+    closes = False
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or home() / "local"
 
-    def submit(self, scripts: Sequence[Path]) -> list[Job]:
-        """Queues the scripts; one that waits or runs already is not queued again.
+    def queue(self, tag: str) -> Queue:
+        """The jobs of that tag that are still held; there is always room."""
+        with self.open() as queue:
+            held = queue.execute("SELECT * FROM jobs WHERE tag = ? AND held AND state = 'PENDING' ORDER BY id", (tag,))
+            return Queue(held=[_name(row) for row in held], room=None)
 
-        Raises EngineError if one asks for more than this machine has. Whatever stops it, nothing that it queued runs.
-        """
-        asked = [(script.resolve(), read_options(script)) for script in scripts]
+    def submit(self, batches: Sequence[Batch], tag: str) -> list[list[str]]:
+        """Queues the batches, held. Raises EngineError if one asks for more than this machine has."""
+        asked = [(batch, read_options(batch.script)) for batch in batches]
         cpus, gpus = available_cpus(), len(available_gpus()) if any(o.gpus for _, o in asked) else 0
-        for script, options in asked:
+        for batch, options in asked:
             if options.cpus > cpus or options.gpus > gpus:
                 raise EngineError(
-                    f"{script.parent.name} asks for {options.cpus} CPUs and {options.gpus} GPUs, and this machine has "
+                    f"{batch.script} asks for {options.cpus} CPUs and {options.gpus} GPUs, and this machine has "
                     f"{cpus} and {gpus}: plan with fewer, or submit to a cluster"
                 )
-        ids: list[int] = []
-        new: dict[int, str] = {}
-        try:
-            with self.open() as queue:
-                for script, options in asked:
-                    live = "SELECT id FROM jobs WHERE script = ? AND state IN ('PENDING', 'RUNNING')"
-                    found = queue.execute(live, (str(script),)).fetchone()
-                    ids.append(found["id"] if found else _insert(queue, script, options))
-                    if not found:
-                        new[ids[-1]] = str(script)
-            self._start_worker()
-            return self.jobs([str(number) for number in ids])
-        except BaseException:
-            if new:
-                with self.open() as queue:
-                    for number, script in new.items():  # with its script: a number rolled back may be another's by now
-                        _withdraw(queue, "id = ? AND script = ?", (number, script))
-            raise
+        done: list[list[int]] = []
+        with self.open() as queue:
+            for batch, options in asked:
+                done.append(_insert(queue, batch, options, tag, done))
+            return [[_name(row) for row in _rows(queue, "id", numbers)] for numbers in done]
+
+    def soonest(self, script: Path, partitions: Sequence[str]) -> dict[str, str]:
+        """A queue that serves who comes first has no partitions."""
+        return {}
+
+    def release(self, ids: Sequence[str]) -> None:
+        """Lets held jobs run, once CPUs and GPUs are free."""
+        with self.open() as queue:
+            numbers = [row["id"] for row in _found(queue, ids).values()]
+            queue.executemany("UPDATE jobs SET held = 0 WHERE id = ?", [(number,) for number in numbers])
+        self._start_worker()
 
     def jobs(self, ids: Sequence[str]) -> list[Job]:
         """How these jobs stand; if some wait and nobody works on the queue, somebody does again."""
         with self.open() as queue:
-            marks = ",".join("?" * len(ids))
-            found = {str(row["id"]): row for row in queue.execute(f"SELECT * FROM jobs WHERE id IN ({marks})", ids)}
-        if any(not State(row["state"]).ended for row in found.values()) and not self._worker_lives():
+            found = _found(queue, ids)
+        live = [row for row in found.values() if not State(row["state"]).ended and not row["held"]]
+        if live and not self._worker_lives():
             self._start_worker()
         return [_job(found[number]) for number in ids if number in found]
 
-    def cancel(self, ids: Sequence[str]) -> list[Job]:
+    def cancel(self, ids: Sequence[str]) -> None:
         """Asks the queue to end these jobs; those that wait never start."""
-        marks = ",".join("?" * len(ids))
         with self.open() as queue:
-            _withdraw(queue, f"id IN ({marks})", ids)
-        return self.jobs(ids)
+            for row in _found(queue, ids).values():
+                queue.execute(
+                    "UPDATE jobs SET state = 'CANCELLED', reason = 'cancelled before it started', ended = ? "
+                    "WHERE state = 'PENDING' AND id = ?",
+                    (utc_now(), row["id"]),
+                )
+                queue.execute("UPDATE jobs SET cancel = 1 WHERE state = 'RUNNING' AND id = ?", (row["id"],))
+        self.jobs(ids)
 
     @contextmanager
     def open(self) -> Iterator[sqlite3.Connection]:
@@ -105,6 +126,10 @@ class LocalEngine:
             try:
                 connection.execute(_SCHEMA)
                 connection.execute("BEGIN IMMEDIATE")
+                there = {row["name"] for row in connection.execute("PRAGMA table_info(jobs)")}
+                for column, kind in ADDED.items():
+                    if column not in there:
+                        connection.execute(f"ALTER TABLE jobs ADD COLUMN {column} {kind}")
                 # A new queue does not count from 1 again: a job's id stands for it in records and in the ledger.
                 connection.execute(
                     "INSERT INTO sqlite_sequence (name, seq) SELECT 'jobs', ? "
@@ -144,33 +169,76 @@ class LocalEngine:
             )
 
 
-def _insert(queue: sqlite3.Connection, script: Path, options: Options) -> int:
-    """The id of a new job that waits."""
-    values = (options.job_name, str(script), "", options.cpus, options.gpus, options.time_limit_s)
-    cursor = queue.execute(
-        "INSERT INTO jobs (name, script, log, cpus, gpus, time_limit_s, bin, state, submitted) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (*values, str(Path(sys.executable).parent), State.PENDING, utc_now()),
-    )
-    assert cursor.lastrowid is not None
-    log = options.output.replace("%j", str(cursor.lastrowid)).replace("%x", options.job_name)
-    queue.execute("UPDATE jobs SET log = ? WHERE id = ?", (str(script.parent / log), cursor.lastrowid))
-    return cursor.lastrowid
+def _insert(
+    queue: sqlite3.Connection, batch: Batch, options: Options, tag: str, before: Sequence[Sequence[int]]
+) -> list[int]:
+    """The ids of the new jobs of a batch; `before` has those of the batches before it."""
+    ids: list[int] = []
+    for place, task in enumerate(batch.indices or [None]):
+        values = (options.job_name, str(batch.script), options.cpus, options.gpus, options.time_limit_s)
+        cursor = queue.execute(
+            "INSERT INTO jobs (name, script, cpus, gpus, time_limit_s, bin, state, submitted, log, held, folder, task, "
+            "at_once, tag, signal_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, '', 1, ?, ?, ?, ?, ?)",
+            (*values, str(Path(sys.executable).parent), State.PENDING, utc_now(), str(batch.folder), task,
+             batch.at_once, tag, options.signal_s),
+        )  # fmt: skip
+        assert cursor.lastrowid is not None
+        ids.append(cursor.lastrowid)
+        array = None if task is None else ids[0]
+        log = _filled(options, ids[-1], array, task)
+        after = [pair for one in batch.after for pair in _pairs(one, before[one.batch], place)]
+        queue.execute(
+            "UPDATE jobs SET log = ?, array = ?, after = ? WHERE id = ?",
+            (str(batch.folder / log), array, json.dumps(after), ids[-1]),
+        )
+    return ids
 
 
-def _withdraw(queue: sqlite3.Connection, which: str, values: Sequence[Any]) -> None:
-    """Those that wait never start; the worker ends those that run."""
-    queue.execute(
-        f"UPDATE jobs SET state = 'CANCELLED', reason = 'cancelled before it started', ended = ? "
-        f"WHERE state = 'PENDING' AND {which}",
-        (utc_now(), *values),
-    )
-    queue.execute(f"UPDATE jobs SET cancel = 1 WHERE state = 'RUNNING' AND {which}", values)
+def _pairs(after: After, ids: Sequence[int], place: int) -> list[tuple[str, int]]:
+    """What one job of a batch waits for."""
+    if after.kind == "aftercorr":
+        return [("afterok", ids[place])]
+    return [(after.kind, number) for number in ids]
+
+
+def _filled(options: Options, number: int, array: int | None, task: int | None) -> str:
+    """The name of a job's log."""
+    known = {"j": number, "x": options.job_name, "A": array or number, "a": "4294967294" if task is None else task}
+    return re.sub(r"%([jxAa])", lambda match: str(known[match[1]]), options.output)
+
+
+def _rows(queue: sqlite3.Connection, column: str, values: Sequence[int]) -> Iterator[sqlite3.Row]:
+    """The jobs with these values, in the order of their ids."""
+    for start in range(0, len(values), MOST):
+        part = values[start : start + MOST]
+        marks = ",".join("?" * len(part))
+        yield from queue.execute(f"SELECT * FROM jobs WHERE {column} IN ({marks}) ORDER BY id", part)
+
+
+def _found(queue: sqlite3.Connection, ids: Sequence[str]) -> dict[str, sqlite3.Row]:
+    """The jobs of these ids, by id; an array is found by the ids of its elements."""
+    single = [int(name) for name in ids if name.isdecimal()]
+    arrays = list(dict.fromkeys(int(name.partition("_")[0]) for name in ids if "_" in name))
+    rows = [*_rows(queue, "id", single), *_rows(queue, "array", arrays)]
+    wanted = set(ids)
+    return {name: row for row in rows if (name := _name(row)) in wanted}
+
+
+def _name(row: sqlite3.Row) -> str:
+    """The id by which a job is known outside: as in Slurm, ARRAY_INDEX for an element."""
+    return str(row["id"]) if row["array"] is None else f"{row['array']}_{row['task']}"
 
 
 def _job(row: sqlite3.Row) -> Job:
     fields = ("reason", "exit_code", "restarts", "submitted", "started", "ended", "name")
-    return Job(id=str(row["id"]), state=State(row["state"]), log=Path(row["log"]), **{f: row[f] for f in fields})
+    log = Path(os.path.realpath(row["log"]))  # the folder of an array's element is a link
+    attempt_s = None
+    if row["started"]:
+        ended = datetime.fromisoformat(row["ended"]) if row["ended"] else datetime.now(UTC)
+        attempt_s = (ended - datetime.fromisoformat(row["started"])).total_seconds()
+    ran_s = None if attempt_s is None else row["ran_s"] + attempt_s
+    times = {"ran_s": ran_s, "attempt_s": attempt_s}
+    return Job(id=_name(row), state=State(row["state"]), log=log, **times, **{f: row[f] for f in fields})
 
 
 def available_gpus() -> list[str]:

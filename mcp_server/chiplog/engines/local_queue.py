@@ -8,6 +8,7 @@ status to a file, so that a worker which was killed can be followed by another t
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,8 +28,18 @@ from chiplog.record import State
 POLL_S = 0.2
 GRACE_S = 10.0  # between asking a job to end and ending it
 REQUEUE_EXIT = 75  # a job that ends so has saved its state and wants to go on
-MAX_RESTARTS = 5
+MAX_RESTARTS = 10
 LOCK_WAIT_S = 3.0
+# Runs the script, hands SIGUSR1 on to it, and writes its exit status down. As of Slurm's `--signal=B:USR1`, the script
+# alone gets the signal.
+WRAPPER = """
+bash "$1" & script=$!
+trap 'kill -USR1 "$script"' USR1
+while wait "$script"; kill -0 "$script" 2>/dev/null; do :; done  # a signal ends `wait`, not the script
+wait "$script"; code=$?
+echo "$code" > "$2.tmp" && mv "$2.tmp" "$2"
+exit "$code"
+"""
 
 
 def main(folder: Path) -> None:
@@ -72,19 +84,37 @@ class Worker:
             free_cpus = self.cpus - sum(row["cpus"] for row in running)
             taken = {gpu for row in running for gpu in (row["gpu_ids"] or "").split(",")}
             free_gpus = [gpu for gpu in self.gpus if gpu not in taken]
-            pending = queue.execute("SELECT * FROM jobs WHERE state = 'PENDING' ORDER BY id").fetchall()
+            pending = queue.execute("SELECT * FROM jobs WHERE state = 'PENDING' AND NOT held ORDER BY id").fetchall()
+            arrays = Counter(row["array"] for row in running)
             for row in pending:
+                if not self._may_start(queue, row) or (row["at_once"] and arrays[row["array"]] >= row["at_once"]):
+                    continue
                 if row["cpus"] > free_cpus or row["gpus"] > len(free_gpus):
                     break  # first come, first served
                 self._start(queue, row, free_gpus[: row["gpus"]])
                 free_cpus -= row["cpus"]
                 free_gpus = free_gpus[row["gpus"] :]
+                arrays[row["array"]] += 1
             return bool(running or pending)
+
+    def _may_start(self, queue: sqlite3.Connection, row: sqlite3.Row) -> bool:
+        """Whether all that it waits for has ended as it should; one of which that cannot be any more is cancelled."""
+        waits = json.loads(row["after"])
+        for kind, number in waits:
+            found = queue.execute("SELECT state FROM jobs WHERE id = ?", (number,)).fetchone()
+            state = State(found["state"]) if found else State.CANCELLED
+            if state.ended and kind == "afterok" and state is not State.COMPLETED:
+                self._end(queue, row, State.CANCELLED, f"Dependency: the job that it waits for ended {state}", None)
+                return False
+            if not state.ended:
+                return False
+        return True
 
     def _start(self, queue: sqlite3.Connection, row: sqlite3.Row, gpus: list[str]) -> None:
         exit_file = self._exit_file(row["id"])
         exit_file.unlink(missing_ok=True)
         script = Path(row["script"])
+        folder = Path(row["folder"] or script.parent)
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("SLURM_")},
             "PATH": os.pathsep.join([row["bin"], os.environ.get("PATH", os.defpath)]),
@@ -92,7 +122,7 @@ class Worker:
             "CUDA_VISIBLE_DEVICES": ",".join(gpus),
             "SLURM_JOB_ID": str(row["id"]),
             "SLURM_JOB_NAME": row["name"],
-            "SLURM_SUBMIT_DIR": str(script.parent),
+            "SLURM_SUBMIT_DIR": str(folder),
             "SLURM_CPUS_PER_TASK": str(row["cpus"]),
             "SLURM_JOB_NODELIST": socket.gethostname(),
             "SLURM_NNODES": "1",
@@ -101,18 +131,20 @@ class Worker:
             "SLURM_LOCALID": "0",
             "SLURM_RESTART_COUNT": str(row["restarts"]),
         }
+        if row["array"] is not None:
+            environment |= {"SLURM_ARRAY_JOB_ID": str(row["array"]), "SLURM_ARRAY_TASK_ID": str(row["task"])}
         # Noted before it starts: a worker that dies here leaves a job that vanished, never one that starts twice.
         queue.execute(
-            "UPDATE jobs SET state = 'RUNNING', reason = NULL, started = ?, pid = NULL, gpu_ids = ? WHERE id = ?",
+            "UPDATE jobs SET state = 'RUNNING', reason = NULL, started = ?, pid = NULL, gpu_ids = ?, signalled = 0 "
+            "WHERE id = ?",
             (utc_now(), ",".join(gpus), row["id"]),
         )
         queue.commit()
-        wrapper = 'bash "$1"; code=$?; echo "$code" > "$2.tmp" && mv "$2.tmp" "$2"; exit "$code"'
         try:
             with Path(row["log"]).open("ab") as log:
                 child = subprocess.Popen(
-                    ["bash", "-c", wrapper, "job", str(script), str(exit_file)],
-                    cwd=script.parent,
+                    ["bash", "-c", WRAPPER, "job", str(script), str(exit_file)],
+                    cwd=folder,
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -143,6 +175,10 @@ class Worker:
                 kill_group(row["pid"], signal.SIGTERM)
             elif why and time.monotonic() - self.asked[number] > GRACE_S:
                 kill_group(row["pid"], signal.SIGKILL)
+            elif self._nears_its_limit(row):
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(row["pid"], signal.SIGUSR1)
+                queue.execute("UPDATE jobs SET signalled = 1 WHERE id = ?", (number,))
             return
         self.children.pop(number, None)
         code = self._exit_code(number, child)
@@ -159,16 +195,24 @@ class Worker:
         elif code == 0:
             self._end(queue, row, State.COMPLETED, None, 0)
         elif code == REQUEUE_EXIT and row["restarts"] < MAX_RESTARTS:
-            queue.execute("UPDATE jobs SET state = 'PENDING', restarts = restarts + 1 WHERE id = ?", (number,))
+            queue.execute(
+                "UPDATE jobs SET state = 'PENDING', restarts = restarts + 1, ran_s = ran_s + ? WHERE id = ?",
+                (_ran_s(row), number),
+            )
         else:
             self._end(queue, row, State.FAILED, f"exit status {code}", code)
 
     def _must_end(self, row: sqlite3.Row) -> State | None:
         if row["cancel"]:
             return State.CANCELLED
-        since = datetime.now(UTC) - datetime.fromisoformat(row["started"])
-        over = row["time_limit_s"] is not None and since.total_seconds() > row["time_limit_s"]
+        over = row["time_limit_s"] is not None and _ran_s(row) > row["time_limit_s"]
         return State.TIMEOUT if over else None
+
+    def _nears_its_limit(self, row: sqlite3.Row) -> bool:
+        """Whether it is time for the signal that it asked for, which it has not had yet."""
+        if row["signalled"] or not (row["pid"] and row["time_limit_s"] and row["signal_s"]):
+            return False
+        return _ran_s(row) > row["time_limit_s"] - row["signal_s"]
 
     def _end(
         self, queue: sqlite3.Connection, row: sqlite3.Row, state: State, reason: str | None, code: int | None
@@ -195,6 +239,11 @@ class Worker:
             return int(self._exit_file(number).read_text())
         # Killed before the wrapper could write: our own child's status still tells, as a shell would number it.
         return 128 - child.returncode if child and child.returncode < 0 else child and child.returncode
+
+
+def _ran_s(row: sqlite3.Row) -> float:
+    """Seconds since a job started."""
+    return (datetime.now(UTC) - datetime.fromisoformat(row["started"])).total_seconds()
 
 
 def _start_mark(pid: int) -> str | None:

@@ -146,6 +146,7 @@ def estimate_job(
         mem_kind=kind,
         terms=[] if whole or not elapsed else [_term(name, part) for name, part in terms.items()],
         time_limit_s=elapsed and time_limit(elapsed, len(missing)),
+        eval_time_limit_s=_evaluation_limit(terms) if trains else None,
         gpu_hours=hours,
         cost=hours * place.price if hours is not None and place and place.price is not None else None,
         host_mem_bytes=host_memory(job) if job else None,
@@ -158,6 +159,13 @@ def estimate_job(
 def time_limit(elapsed: Guess, unknown: int = 0) -> int:
     """Seconds, in full minutes, that a share RISK of such runs would exceed; more for terms that are not counted."""
     return 60 * math.ceil((elapsed.quantile(1 - RISK) + unknown * SLACK_S) / 60)
+
+
+def _evaluation_limit(terms: Mapping[TermName, Guess | None]) -> int | None:
+    """The same of the evaluation alone; None where nothing is known of it."""
+    parts = [terms.get(name) for name in ("evaluation start-up", "evaluation")]
+    known = [part for part in parts if part]
+    return time_limit(total(known), len(parts) - len(known)) if terms.get("evaluation") else None
 
 
 def host_memory(job: Job) -> int:

@@ -69,6 +69,7 @@ class RunEstimate(Frozen):
     )
     grad_accum: int | None = Field(default=None, description="Passes a step that keep the effective batch with it.")
     time_limit_s: int | None = Field(default=None, description=f"Time limit that {RISK:.0%} of such runs would exceed.")
+    eval_time_limit_s: int | None = Field(default=None, description="The same of its evaluation, which is another job.")
     gpu_hours: float | None = Field(default=None, description="GPUs times hours; null on a CPU.")
     cost: float | None = Field(default=None, description="Its price, where chiplog.toml has one.")
     host_mem_bytes: int | None = Field(default=None, description="Host memory to ask for.")

@@ -17,6 +17,12 @@ config = yaml.safe_load(parser.parse_args().config.read_text())
 if Path("DONE").exists():
     sys.exit()
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+deviation = Path("deviation.json")
+micro = json.loads(deviation.read_text())["micro_batch_size"] if deviation.exists() else config["batch_size"]
+if config["out_of_memory_above"] and micro > config["out_of_memory_above"]:
+    sys.exit(
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB"
+    )
 rows = json.loads(Path(config["dataset"]).read_text())["train"]
 total = len(rows) // config["batch_size"] * config["epochs"]
 metrics = Path("metrics.jsonl").open("a", buffering=1)  # noqa: SIM115

@@ -1,0 +1,5 @@
+"""`python -m chiplog` is the command `chiplog`."""
+
+from chiplog.cli import main
+
+main()

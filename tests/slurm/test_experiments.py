@@ -1,0 +1,208 @@
+"""Experiments on a real cluster: from the plan to the summary."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chiplog import tools
+from chiplog.answers import StatusAnswer
+from chiplog.engines import SlurmEngine
+from chiplog.errors import ConfirmationNeeded, EngineError
+from chiplog.folder import ExperimentFolder
+from chiplog.record import State
+from tests.slurm.cluster import Cluster
+
+
+@pytest.fixture
+def on_slurm(lab: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace whose jobs run on the cluster."""
+    return use(lab, cluster, monkeypatch)
+
+
+def use(lab: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, value in cluster.env.items():
+        monkeypatch.setenv(name, value)
+    (lab / "chiplog.toml").write_text('[slurm]\npartition = "gpu"\n')
+    return lab
+
+
+def set_up(lab: Path, name: str, **given: Any) -> Path:
+    """The folder of a new experiment whose recipes only pretend."""
+    asked = {"models": {"S": "small"}, "variables": {"lora_rank": [4, 8]}, "gpus": 0, "time_limit_s": 600, **given}
+    tools.plan_experiment(question="Which is best?", dataset="data/words.json", name=name, **asked)
+    tools.setup_experiment_dirs(name)
+    return lab / "experiments" / name
+
+
+def ended(name: str, seconds: float = 120) -> StatusAnswer:
+    """How its runs stand once all have ended."""
+    give_up = time.monotonic() + seconds
+    while True:
+        answer = tools.experiment_status(name, limit=1000)
+        if all(row.state and row.state.ended for row in answer.runs):
+            return answer
+        assert time.monotonic() < give_up, answer.summary
+        time.sleep(0.3)
+
+
+def summary(folder: Path, seconds: float = 60) -> str:
+    """What the last job wrote of it."""
+    give_up = time.monotonic() + seconds
+    while not (folder / "summary.md").is_file():
+        assert time.monotonic() < give_up, [file.read_text() for file in folder.glob("slurm-*-close.out")]
+        time.sleep(0.3)
+    return (folder / "summary.md").read_text()
+
+
+def test_six_runs_and_two_controls_go_from_the_plan_to_the_summary(on_slurm: Path, cluster: Cluster):
+    """As one array of trainings, one of their evaluations and one of controls; nobody asks for the summary."""
+    folder = set_up(
+        on_slurm, "six", models={"S": "small", "L": "large"}, variables={"model": ["S", "L"], "lora_rank": [4, 8, 16]}
+    )
+    said = tools.submit_experiment("six", confirm=True)
+    assert "8 runs to Slurm" in said.summary
+    assert len({job.partition("_")[0] for job in said.jobs.values()}) == 2  # arrays: of six, and of two
+    again = tools.submit_experiment("six", confirm=True)
+    assert again.jobs == {}
+    answer = ended("six")
+    assert Counter(row.state for row in answer.runs) == {State.COMPLETED: 8} and answer.ok
+    text = summary(folder)
+    assert "Which is best?" in text and text.count("finetune") == 6 and text.count("control |") == 2
+    train, evaluation, base = sorted(folder.glob("arrays/*.sbatch"))
+    assert [file.stem for file in (train, evaluation, base)] == ["001-train", "002-eval", "003-base"]
+    array = said.jobs["S_rank4"].partition("_")[0]
+    assert {row["JobID"] for row in cluster.sacct(array, "-X")} == {f"{array}_{i}" for i in range(6)}
+
+
+def test_a_run_that_fails_takes_its_evaluation_with_it_and_the_others_finish(on_slurm: Path):
+    folder = set_up(on_slurm, "fails", runs=[{"lora_rank": 4}, {"lora_rank": 8, "fail_at_step": 2}], variables=None)
+    tools.submit_experiment("fails", confirm=True)
+    rows = {row.run: row for row in ended("fails").runs}
+    assert {name: row.state for name, row in rows.items() if row.state is not State.COMPLETED} == {
+        "rank8_fail_at_step2": State.FAILED
+    }
+    records = {record.run: record for record in tools.collect_records("fails").records}
+    assert records["rank8_fail_at_step2"].steps == {"train": State.FAILED, "eval": State.CANCELLED}
+    assert "RuntimeError: the loss is no number" in str(records["rank8_fail_at_step2"].reason)
+    assert "rank8" in summary(folder).partition("Not shown")[2]
+    again = tools.submit_experiment("fails", confirm=True)
+    assert list(again.jobs) == ["rank8_fail_at_step2"]  # what failed, and only that
+    assert {row.attempt for row in ended("fails").runs} == {1, 2}
+
+
+def test_an_experiment_is_cancelled_in_the_middle(on_slurm: Path, cluster: Cluster):
+    set_up(on_slurm, "stops", controls={"seconds_a_step": 5.0}, variables={"lora_rank": [4, 8, 16]}, control="none")
+    jobs = tools.submit_experiment("stops", confirm=True).jobs
+    cluster.wait_for(lambda: tools.experiment_status("stops").runs[0].state is State.RUNNING, 30)
+    tools.cancel_experiment("stops", runs=["rank8"], confirm=True)
+    cluster.wait_for(lambda: tools.experiment_status("stops").runs[1].state is State.CANCELLED, 30)
+    assert tools.experiment_status("stops").runs[0].state is State.RUNNING
+    tools.cancel_experiment("stops", confirm=True)
+    assert {row.state for row in ended("stops").runs} == {State.CANCELLED}
+    assert len({job.partition("_")[0] for job in jobs.values()}) == 1
+    mine = cluster.run("squeue", "--me", "-h", "-o", "%k").stdout
+    assert f"chiplog:{on_slurm}" not in mine  # nor its evaluations, nor the job that closes it
+
+
+def test_what_is_cancelled_while_it_waits_is_known_as_cancelled(on_slurm: Path, cluster: Cluster):
+    """Slurm itself forgets elements of an array that never started."""
+    (on_slurm / "chiplog.toml").write_text('[slurm]\npartition = "gpu"\n[budget]\njobs_at_once = 1\n')
+    set_up(on_slurm, "waits", controls={"seconds_a_step": 5.0}, variables={"lora_rank": [4, 8, 16]}, control="none")
+    tools.submit_experiment("waits", confirm=True)
+    cluster.wait_for(lambda: tools.experiment_status("waits").runs[0].state is State.RUNNING, 30)
+    assert "JobArrayTaskLimit" in str(tools.experiment_status("waits").runs[2].reason)
+    tools.cancel_experiment("waits", runs=["rank16"], confirm=True)
+    rows = tools.experiment_status("waits").runs
+    assert [row.state for row in rows] == [State.RUNNING, State.PENDING, State.CANCELLED]
+    tools.cancel_experiment("waits", confirm=True)
+    assert {row.state for row in ended("waits").runs} == {State.CANCELLED}
+
+
+def test_the_question_says_when_the_first_may_start(on_slurm: Path):
+    (on_slurm / "chiplog.toml").write_text('[slurm]\npartition = "gpu"\ncpu_partition = "short"\n')
+    set_up(on_slurm, "asks")
+    with pytest.raises(ConfirmationNeeded, match=r"3 runs to Slurm .* may start at: gpu: 20\d\d-.*; short: 20\d\d-"):
+        tools.submit_experiment("asks")
+    assert not (on_slurm / "experiments" / "asks" / "jobs.jsonl").exists()
+
+
+def test_a_submission_that_was_killed_leaves_nothing_that_runs(on_slurm: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its jobs are held; the next submission ends them and submits its own."""
+    folder = set_up(on_slurm, "killed")
+
+    def dies(*_: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExperimentFolder, "add", dies)
+        patch.setattr(SlurmEngine, "cancel", lambda *_: None)  # kill -9 ends nothing
+        with pytest.raises(SystemExit):
+            tools.submit_experiment("killed", confirm=True)
+    left = SlurmEngine().queue(str(folder)).held
+    assert len(left) == 6 and not (folder / "jobs.jsonl").exists()  # two of each kind, a control, the one that closes
+    jobs = tools.submit_experiment("killed", confirm=True).jobs
+    assert not set(jobs.values()) & set(left)
+    assert Counter(row.state for row in ended("killed").runs) == {State.COMPLETED: 3}
+    assert {job.state for job in SlurmEngine().jobs(left)} <= {State.CANCELLED, State.UNKNOWN}
+
+
+def test_a_refusal_is_in_slurms_words_and_nothing_is_left(on_slurm: Path):
+    (on_slurm / "chiplog.toml").write_text('[slurm]\npartition = "nowhere"\n')
+    folder = set_up(on_slurm, "refused")
+    with pytest.raises(EngineError, match="invalid partition specified: nowhere"):
+        tools.submit_experiment("refused", confirm=True)
+    assert SlurmEngine().queue(str(folder)).held == []
+    assert not [*folder.glob("arrays/*"), *folder.glob("*.jsonl"), *folder.glob("runs/*/estimate.json")]
+
+
+def test_a_folder_whose_name_shell_and_slurm_would_read_is_only_a_name(
+    lab: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+):
+    odd = lab.rename(lab.with_name('o\'d d "x" $(touch PWN) `touch PWN` & ; ü'))
+    monkeypatch.chdir(odd)
+    use(odd, cluster, monkeypatch)
+    folder = set_up(odd, "odd")
+    tools.submit_experiment("odd", confirm=True)
+    assert Counter(row.state for row in ended("odd").runs) == {State.COMPLETED: 3}
+    assert "Which is best?" in summary(folder)
+    assert not list(odd.parent.rglob("PWN"))
+    assert all(len(list((folder / "runs" / name).glob("slurm-*.out"))) == 2 for name in ("rank4", "rank8"))
+
+
+@pytest.mark.parametrize("name", ["50%j", "back\\slash", "new\nline"])
+def test_a_folder_whose_name_slurm_would_read_is_refused(
+    lab: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    odd = lab.rename(lab.with_name(name))
+    monkeypatch.chdir(odd)
+    use(odd, cluster, monkeypatch)
+    folder = set_up(odd, "odd")
+    with pytest.raises(EngineError, match="which Slurm reads in the names of logs"):
+        tools.submit_experiment("odd", confirm=True)
+    assert not (folder / "jobs.jsonl").exists()
+
+
+@pytest.fixture
+def limited(tmp_path: Path) -> Iterator[Cluster]:
+    with Cluster(tmp_path / "limited", nodes=2, cpus=32, max_submit=50) as cluster:
+        yield cluster
+
+
+def test_300_runs_under_a_limit_of_50_are_fed_in_chunks(lab: Path, limited: Cluster, monkeypatch: pytest.MonkeyPatch):
+    use(lab, limited, monkeypatch)
+    folder = set_up(
+        lab, "many", variables={"lora_rank": list(range(1, 301))}, control="none", controls={"seconds_a_step": 0.0}
+    )
+    said = tools.submit_experiment("many", confirm=True)
+    assert len(said.jobs) == 24 and "276 more wait for room" in said.summary
+    assert tools.submit_experiment("many", confirm=True).jobs == {}  # those that wait are not submitted twice
+    answer = ended("many", 900)
+    assert Counter(row.state for row in answer.runs) == {State.COMPLETED: 300}
+    assert {row.attempt for row in answer.runs} == {1}
+    assert len(list(folder.glob("slurm-*-close.out"))) >= 12
