@@ -27,16 +27,14 @@ from trainer import job
 
 # isort: split
 import torch
-from safetensors.torch import load_file
+from adapters import DTYPES, load_model, merge_adapter
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import GenerationConfig, PreTrainedModel
 
 from trainer.chat import ChatError, ChatTokenizer, answer_of, messages_of
 from trainer.job import UserError
 from trainer.rows import read_rows
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Score = Callable[[str, str], dict[str, bool]]
 
 
@@ -147,46 +145,6 @@ def built_in_score(output: str, target: str) -> dict[str, bool]:
     """Whether the output is the target, and whether it contains it; upper and lower case differ."""
     output, target = output.strip(), target.strip()
     return {"exact_match": output == target, "includes": target in output}
-
-
-def load_model(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder, never of the network. Raises UserError when it cannot be read."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model_dir} cannot be read: {error}") from error
-
-
-@torch.no_grad()
-def merge_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """W += (alpha / r) B A in float32, for every adapted layer: the LoRA of https://arxiv.org/abs/2106.09685.
-
-    Raises UserError for an adapter that is not there, does not fit the model or is of another kind.
-    """
-    files = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if gone := [file for file in files if not file.is_file()]:
-        raise UserError(f"{gone[0]} is missing: train first, or leave out --adapter")
-    about = json.loads(files[0].read_text(encoding="utf-8"))
-    kinds = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
-    if about.get("peft_type") != "LORA" or any(about.get(kind) for kind in kinds):
-        raise UserError(f"{files[0]} is no plain LoRA adapter ({', '.join(kinds)} must be off)")
-    weights = load_file(files[1])
-    downs = [name for name in weights if name.endswith(".lora_A.weight")]
-    if 2 * len(downs) != len(weights):
-        raise UserError(f"{files[1]} holds other weights than pairs of lora_A and lora_B")
-    for name in downs:
-        down, up = weights[name].float(), weights[name.replace("lora_A", "lora_B")].float()
-        layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        change = about["lora_alpha"] / about["r"] * (up @ down)
-        try:
-            weight = model.get_parameter(f"{layer}.weight")
-        except AttributeError as error:
-            raise UserError(f"{folder} adapts {layer}, which the model does not have: it is another model's") from error
-        if weight.shape != change.shape:
-            raise UserError(f"{folder} adapts {layer} as {tuple(change.shape)}, the model has {tuple(weight.shape)}")
-        weight.copy_((weight.float() + change).to(weight.dtype))
 
 
 @torch.inference_mode()

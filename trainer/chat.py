@@ -25,13 +25,21 @@ Shape = Literal["chat", "instruct", "text"]
 # Columns that hold what is asked and what should be answered, the first pair that a row has.
 INSTRUCT = [
     ("instruction", "output"),
+    ("instruction", "response"),
     ("input", "output"),
     ("prompt", "completion"),
     ("prompt", "response"),
     ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("problem", "solution"),
 ]
-# ShareGPT's names of the roles.
-ROLES = {"human": "user", "gpt": "assistant"}
+# Beside an instruction, what it is about: Alpaca's name and Dolly's. Beside any question, a system message.
+ABOUT, SYSTEM = ("input", "context"), ("system", "system_prompt")
+# Columns that hold a whole chat.
+CHATS = ("messages", "conversations", "conversation")
+# ShareGPT's names of the roles, and Gemma's.
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 # The day that Llama 3's own templates write when they have no clock.
 TODAY = datetime(2024, 7, 26)
 
@@ -50,7 +58,7 @@ class Example:
 
 def shape_of(row: Mapping[str, Any]) -> Shape:
     """What kind of row this is: "chat", "instruct" or "text". Raises ChatError for columns it does not know."""
-    if "messages" in row or "conversations" in row:
+    if any(column in row for column in CHATS):
         return "chat"
     if any(asked in row and answer in row for asked, answer in INSTRUCT):
         return "instruct"
@@ -58,7 +66,7 @@ def shape_of(row: Mapping[str, Any]) -> Shape:
         return "text"
     pairs = ", ".join(f"{asked} with {answer}" for asked, answer in INSTRUCT)
     raise ChatError(
-        f"a row has the columns {', '.join(row) or '(none)'}; expected messages, conversations, {pairs}, or text"
+        f"a row has the columns {', '.join(row) or '(none)'}; expected {', '.join(CHATS)}, {pairs}, or text"
     )
 
 
@@ -260,26 +268,40 @@ def _last_answer(messages: list[Message]) -> int:
 
 
 def _chat(row: Mapping[str, Any]) -> list[Message]:
-    column, role, content = ("messages", "role", "content") if "messages" in row else ("conversations", "from", "value")
-    turns = row[column]
+    column = next(column for column in CHATS if column in row)
+    return _turns(row[column], column)
+
+
+def _turns(turns: Any, column: str) -> list[Message]:
+    """A list of objects with role and content, or with from and value as ShareGPT has them, as messages."""
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
         raise ChatError(
-            f"the column {column} holds {turns!r:.80}; expected a list of objects with {role} and {content}"
+            f"the column {column} holds {turns!r:.80}; expected a list of objects with role and content, "
+            "or with from and value"
         )
+    role, content = ("from", "value") if "from" in turns[0] else ("role", "content")
     spoken = [(_text(turn, role), _text(turn, content)) for turn in turns]
     return [{"role": ROLES.get(who, who), "content": said} for who, said in spoken]
 
 
 def _instruct(row: Mapping[str, Any]) -> list[Message]:
     asked, answer = next(pair for pair in INSTRUCT if pair[0] in row and pair[1] in row)
+    if isinstance(row[asked], list) and isinstance(row[answer], list):  # both as messages, as TRL has them too
+        return _turns(row[asked], asked) + _turns(row[answer], answer)
     question = _text(row, asked)
-    if asked == "instruction" and row.get("input"):
-        question = f"{question}\n\n{_text(row, 'input')}"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": _text(row, answer)}]
+    about = next((column for column in ABOUT if asked == "instruction" and row.get(column)), None)
+    if about:
+        question = f"{question}\n\n{_text(row, about)}"
+    system = next((column for column in SYSTEM if row.get(column)), None)
+    messages = [{"role": "system", "content": _text(row, system)}] if system else []
+    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": _text(row, answer)}]
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
+    """Text, whole or in parts as some chats have it: `[{"type": "text", "text": "Hello"}]`."""
     value = row.get(column)
+    if isinstance(value, list) and value and all(isinstance(p, Mapping) and p.get("type") == "text" for p in value):
+        return "".join(_text(part, "text") for part in value)
     if not isinstance(value, str):
         raise ChatError(f"the column {column} holds {value!r:.80}; expected text")
     return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,10 +24,23 @@ if TYPE_CHECKING:
     import torch
 
 BEGAN = time.perf_counter()
+REQUEUE = 75  # the exit code that asks to be started again: EX_TEMPFAIL of sysexits.h
 
 
 class UserError(Exception):
     """A mistake in settings or files; the message says what is wrong, then what to do."""
+
+
+class Stop:
+    """Remembers that SIGUSR1 or SIGTERM came; made before the long imports, else a signal then ends the process."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_):
+        self.asked = True
 
 
 def age_s() -> float:
@@ -64,7 +78,7 @@ def read_config(file: Path, schema: Path) -> SimpleNamespace:
 
     Raises UserError for a setting that is missing or of another kind than its default (a null default tells nothing).
     """
-    values, defaults = _settings(file), _settings(schema)
+    values, defaults = _settings(file), default_settings(schema)
     if missing := [key for key in defaults if key not in values]:
         raise UserError(f"{file} lacks {', '.join(missing)}: give every setting of {schema.name}")
     for key, default in defaults.items():
@@ -72,6 +86,13 @@ def read_config(file: Path, schema: Path) -> SimpleNamespace:
         if not isinstance(values[key], kind) or isinstance(values[key], bool) != isinstance(default, bool):
             raise UserError(f"{file}: {key} is {values[key]!r}; expected something like {default!r}")
     return SimpleNamespace(**{key: values[key] for key in defaults})
+
+
+def default_settings(schema: Path) -> dict[str, Any]:
+    """Every setting of a recipe with its default, with those of the recipe that its YAML says it is `like`."""
+    about, settings = _documents(schema)[0], _settings(schema)
+    like = about.get("like") if isinstance(about, dict) else None
+    return {**default_settings(schema.with_name(f"{like}.yaml")), **settings} if like else settings
 
 
 def check_numbers(config: SimpleNamespace, keys: list[str], kind: type[int] | type[float], low: int) -> None:
@@ -117,6 +138,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
     yield beside
+    for file in beside.iterdir():  # onto the disk before the name: a machine that dies must leave no empty file
+        with file.open("rb") as data:
+            os.fsync(data.fileno())
     if folder.exists():
         folder.rename(old)
     beside.rename(folder)
@@ -136,6 +160,23 @@ def pick_device(name: str | None) -> torch.device:
             f"device {name!r} is not here: give {'cuda or ' if torch.cuda.is_available() else ''}cpu, or null"
         )
     return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be had; torch's allocator on the CPU says so in a plain RuntimeError."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def within_memory(work: Callable[[], float]) -> tuple[float, bool]:
+    """What `work` returns, and whether memory ran out instead."""
+    try:
+        return work(), False
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return 0.0, True
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
@@ -166,12 +207,17 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
 
 def _settings(file: Path) -> dict[str, Any]:
     """The last document of a YAML file: a recipe's has one before it, which says what the recipe can do."""
+    values = _documents(file)[-1]
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no settings: expected lines of `key: value`")
+    return values
+
+
+def _documents(file: Path) -> list[Any]:
+    """The documents of a YAML file; one of nothing where there is none."""
     try:
-        *_, values = [None, *yaml.safe_load_all(file.read_text(encoding="utf-8"))]
+        return list(yaml.safe_load_all(file.read_text(encoding="utf-8"))) or [None]
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds no settings: expected lines of `key: value`")
-    return values

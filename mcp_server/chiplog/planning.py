@@ -151,7 +151,10 @@ def _experiment(request: Request, values: dict[str, Any], settings: Settings) ->
     has_gpus = bool(settings.gpus) or (settings.slurm is None and bool(available_gpus()))
     resources.setdefault("gpus", 1 if has_gpus else 0)
     if not values.get("recipe"):
-        values["recipe"] = choose_recipe(resources["gpus"], request.validation).name
+        recipe = choose_recipe(resources["gpus"], request.validation)
+        values["recipe"] = recipe.name
+        if request.validation and "val_split" in recipe.settings:
+            controls.setdefault("val_split", recipe.settings["val_split"] or "validation")
     return {**values, "controls": controls, "resources": resources}
 
 
@@ -193,6 +196,12 @@ def _check_gpu(run: Run, settings: Settings) -> None:
     gpu, asked = find_gpu(run.resources, settings), run.resources.gpus
     if not asked:
         return
+    batch, micro = run.config.get("batch_size"), run.config.get("micro_batch_size") or 1
+    if run.kind != "control" and isinstance(batch, int) and batch % (asked * micro):
+        raise PlanError(
+            f"{run.name} shares batch_size {batch} over {asked} GPUs in passes of {micro}, which leaves a rest: "
+            f"make batch_size a multiple of {asked * micro}, or micro_batch_size smaller"
+        )
     if len(settings.gpus) > 1 and not gpu:
         raise PlanError(f"{run.name} asks for a GPU: say which with gpu, {', '.join(g.name for g in settings.gpus)}")
     if gpu and gpu.count is not None and asked > gpu.count:
@@ -238,11 +247,13 @@ def _check_split(run: Run, report: DatasetReport) -> None:
             f"the rows of {run.dataset} are text without a prompt, which can be trained on and not scored: "
             "give rows with input and output, or messages"
         )
-    needed = [run.config["eval_split"], *([] if run.kind == "control" else ["train"])]
+    val_split = run.config.get("val_split")
+    trains = ["train", *([val_split] if val_split else [])]
+    needed = [run.config["eval_split"], *([] if run.kind == "control" else trains)]
     if missing := [split for split in needed if split not in report.splits]:
         raise PlanError(
             f"the data set {run.dataset} has no split {missing[0]!r}, it has {', '.join(report.splits)}: "
-            "add one, or set eval_split in controls to the split to score on"
+            f"add one, or set {'val_split' if missing[0] == val_split else 'eval_split'} in controls to one of these"
         )
 
 

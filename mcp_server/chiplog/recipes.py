@@ -1,7 +1,8 @@
 """The recipes as the planner sees them: the YAML beside each recipe file, never the code.
 
-That file holds two documents: what the recipe can do (`About`), then every setting with its default. A recipe in the
-workspace's own `recipes/` stands before the bundled one of the same name.
+That file holds two documents: what the recipe can do (`About`), then every setting with its default; `like` names
+another recipe whose settings it has too. A recipe in the workspace's own `recipes/` stands before the bundled one of
+the same name.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class About(Frozen):
     does: Literal["train", "evaluate"] = Field(description="Whether it trains or evaluates.")
     framework: Literal["torchtune", "trainer", "transformers"] = Field(description="What it is built on.")
     model_types: list[str] = Field(description="Values of model_type in config.json that it can load.")
+    like: str | None = Field(default=None, description="Recipe beside it whose settings it has beside its own.")
     max_gpus: int | None = Field(description="GPUs that it can use; null: any number.")
     validates: bool = Field(description="Whether it validates during training.")
     takes: dict[str, Kind | list[str]] = Field(
@@ -81,7 +83,8 @@ def choose_recipe(gpus: int, validation: bool) -> Recipe:
     for recipe in found:
         enough = recipe.about.max_gpus is None or gpus <= recipe.about.max_gpus
         single = gpus <= 1 and recipe.about.max_gpus is None  # a distributed recipe is not taken for one device
-        if enough and not single and recipe.about.validates == validation:
+        fits = recipe.about.validates if validation else not recipe.settings.get("val_split")
+        if enough and not single and fits:
             return recipe
     wanted = f"{gpus or 'no'} GPUs {'with' if validation else 'without'} validation during training"
     raise PlanError(f"no recipe trains on {wanted}: there are {', '.join(recipe.name for recipe in found)}")
@@ -100,6 +103,33 @@ def _folders(folder: Path | None) -> list[Path]:
 
 
 def _read(file: Path) -> Recipe:
+    about, settings = _about(file)
+    takes = dict(about.takes)
+    like, seen = about.like, {file.stem}
+    while like is not None:
+        other = file.with_name(f"{like}.yaml")
+        if like in seen or not other.is_file():
+            raise PlanError(f"{file} is like {like}, which is not beside it: copy {like}.yaml and {like}.py there")
+        seen.add(like)
+        theirs, defaults = _about(other)
+        takes, settings, like = {**theirs.takes, **takes}, {**defaults, **settings}, theirs.like
+    if missing := [key for key in NEEDED[about.does] if key not in settings]:
+        raise PlanError(f"{file} lacks {', '.join(missing)}: every recipe that can {about.does} has these settings")
+    if unknown := takes.keys() - settings.keys():
+        raise PlanError(f"{file} says what {', '.join(sorted(unknown))} takes, and has no such setting")
+    about = about.model_copy(update={"takes": {**takes, **NEEDED[about.does]}})
+    for key, default in settings.items():
+        if default is None and key in NEEDED[about.does] and key not in MAY_BE_NULL:
+            raise PlanError(f"{file}: {key} is null: give its default")
+        try:
+            check_value(key, default, default, about.takes)
+        except PlanError as error:
+            raise PlanError(f"{file}: {error}") from error
+    return Recipe(name=file.stem, file=file.with_suffix(".py"), about=about, settings=settings)
+
+
+def _about(file: Path) -> tuple[About, Config]:
+    """The two documents of a recipe's YAML."""
     try:
         documents: list[Any] = list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -107,19 +137,6 @@ def _read(file: Path) -> Recipe:
     if len(documents) != 2 or not isinstance(documents[1], dict):
         raise PlanError(f"{file} must hold two documents: what the recipe can do, then `---` and its settings")
     try:
-        about = About.model_validate(documents[0])
+        return About.model_validate(documents[0]), documents[1]
     except ValidationError as error:
         raise PlanError(f"{file}, first document:\n{plain_errors(error)}\nMend these fields.") from error
-    if missing := [key for key in NEEDED[about.does] if key not in documents[1]]:
-        raise PlanError(f"{file} lacks {', '.join(missing)}: every recipe that can {about.does} has these settings")
-    if unknown := about.takes.keys() - documents[1].keys():
-        raise PlanError(f"{file} says what {', '.join(sorted(unknown))} takes, and has no such setting")
-    about = about.model_copy(update={"takes": {**about.takes, **NEEDED[about.does]}})
-    for key, default in documents[1].items():
-        if default is None and key in NEEDED[about.does] and key not in MAY_BE_NULL:
-            raise PlanError(f"{file}: {key} is null: give its default")
-        try:
-            check_value(key, default, default, about.takes)
-        except PlanError as error:
-            raise PlanError(f"{file}: {error}") from error
-    return Recipe(name=file.stem, file=file.with_suffix(".py"), about=about, settings=documents[1])

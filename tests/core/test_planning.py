@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from chiplog.estimate.gpus import gpu
 from chiplog.estimate.history import TIME_SPREAD
 from chiplog.ledger import Ledger
 from chiplog.planning import Planned, make_plan, make_request
+from chiplog.recipes import choose_recipe, load_recipe
 from chiplog.record import Record, State, Usage
 from chiplog.settings import load_settings
 from tests.conftest import make_words
 
+ROOT = Path(__file__).resolve().parents[2]
 ASK: dict[str, Any] = {"question": "q", "name": "p", "models": {"S": "small"}, "dataset": "words"}
 GPUS = "[[gpus]]\nname = 'a100-80gb'\ncount = 4\n[[gpus]]\nname = 'h200'\n"
 
@@ -46,7 +49,7 @@ def done(lab: Path, run: str, kind: str, device: str, seconds: float, **usage: A
         ("[slurm]\n", {"gpus": 1}, "names none: add its kind under [[gpus]]"),
         (GPUS, {"gpus": 1}, "say which with gpu, a100-80gb, h200"),
         (GPUS, {"gpus": 1, "gpu": "v100"}, "it has a100-80gb, h200"),
-        (GPUS, {"gpus": 8, "gpu": "a100-80gb"}, "no recipe trains on 8 GPUs"),
+        (GPUS, {"gpus": 8, "gpu": "a100-80gb"}, "counts 4: ask for fewer"),
         (GPUS, {"gpus": 8, "gpu": "a100-80gb", "recipe": "lora_finetune_single_device"}, "uses 1 at most"),
         ("", {"recipe": "evaluate"}, "does not train"),
         ("", {"controls": {"batch_size": 21}}, "batch_size 21 is more than the 20 rows of train"),
@@ -109,6 +112,55 @@ def test_a_recipe_whose_defaults_are_wrong_is_named(lab: Path, setting: str, wor
     with pytest.raises(PlanError) as refused:
         plan()
     assert words in str(refused.value) and file.name in str(refused.value)
+
+
+def bundled_recipes(lab: Path) -> Path:
+    """The recipes of this repository as the workspace's."""
+    (lab / "recipes").unlink()
+    (lab / "recipes").symlink_to(ROOT / "recipes")
+    return lab / "recipes"
+
+
+def test_a_recipe_has_the_settings_of_the_one_that_it_is_like(lab: Path, tmp_path: Path):
+    bundled_recipes(lab)
+    base, val, several = (
+        load_recipe(f"lora_finetune_{name}") for name in ("single_device", "single_device_val", "distributed")
+    )
+    assert val.settings == {**base.settings, "val_split": "validation", "run_val_every_n_steps": None}
+    assert several.settings == {**val.settings, "val_split": None}
+    assert several.about.takes["lr_schedule"] == ["cosine", "constant"]
+    for suffix in (".yaml", ".py"):
+        shutil.copy(val.file.with_suffix(suffix), tmp_path)
+    with pytest.raises(PlanError, match=r"is like lora_finetune_single_device, which is not beside it: copy"):
+        load_recipe("lora_finetune_single_device_val", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"gpus": 3, "gpu": "a100-80gb"}, "shares batch_size 16 over 3 GPUs in passes of 1, which leaves a rest"),
+        ({"gpus": 2, "gpu": "a100-80gb", "controls": {"micro_batch_size": 16}}, "make batch_size a multiple of 32"),
+        ({"validation": True, "controls": {"val_split": "dev2"}}, "has no split 'dev2', .*: add one, or set val_split"),
+    ],
+)
+def test_several_gpus_and_a_validation_need_what_they_share(lab: Path, change: dict[str, Any], words: str):
+    bundled_recipes(lab)
+    (lab / "chiplog.toml").write_text(GPUS)
+    with pytest.raises(PlanError, match=words):
+        plan(**{"gpus": 0, **change})
+
+
+@pytest.mark.parametrize(
+    ("gpus", "validation", "name"),
+    [
+        (0, False, "lora_finetune_single_device"),
+        (1, True, "lora_finetune_single_device_val"),
+        (2, False, "lora_finetune_distributed"),
+        (8, True, "lora_finetune_distributed"),
+    ],
+)
+def test_the_recipe_is_chosen_by_gpus_and_validation(gpus: int, validation: bool, name: str):
+    assert choose_recipe(gpus, validation).name == name
 
 
 def test_a_recipe_that_lacks_what_planning_reads_is_named(lab: Path):

@@ -122,7 +122,7 @@ def test_a_recipe_of_ones_own_is_not_replaced_by_the_bundled_one(lab: Path):
         (lab / "recipes" / file.name).write_text(file.read_text() + "# mine\n")
     files = rendered(lab)
     assert files["code/recipes/lora_finetune_single_device.py"].endswith(b"# mine\n")
-    assert "code/recipes/llama_lora.py" in files and "code/recipes/evaluate.py" in files
+    assert "code/recipes/lora_models.py" in files and "code/recipes/evaluate.py" in files
 
 
 def test_a_control_has_no_training_step(lab: Path):

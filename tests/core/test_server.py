@@ -38,7 +38,7 @@ def test_a_wrong_argument_comes_back_as_words_that_say_how_to_mend_it(lab: Path)
             "does not divide batch_size": {"controls": {"batch_size": 16, "micro_batch_size": 3}},
             "outside the folders": {"dataset": "/etc/passwd"},
             "chiplog.toml has no GPU": {"gpus": 1, "gpu": "h900"},
-            "no recipe trains on 2 GPUs": {"gpus": 2},
+            "asks for 2 GPUs and this machine has 0": {"gpus": 2},
             "no split 'tset'": {"controls": {"eval_split": "tset"}},
             "lora_rank is 'four'": {"controls": {"lora_rank": "four"}, "variables": {"lr": [1e-4]}},
         }

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from trainer import job
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))  # as when Python runs a recipe by its path
 
@@ -39,13 +41,18 @@ def load(path: str) -> ModuleType:
 
 def defaults(recipe: str) -> dict[str, Any]:
     """Every setting of a recipe with its default."""
-    return list(yaml.safe_load_all((ROOT / "recipes" / f"{recipe}.yaml").read_text()))[-1]
+    return job.default_settings(ROOT / "recipes" / f"{recipe}.yaml")
 
 
 def make_llama(folder: Path, **shape: Any) -> Path:
     """A Llama of two layers and width 32 with random weights, its tokenizer and chat template, and nothing learnt."""
+    return make_model(folder, "llama", **shape)
+
+
+def make_model(folder: Path, family: str, **shape: Any) -> Path:
+    """The same of any model_type that transformers knows."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     shards = shape.pop("max_shard_size", "1GB")
     folder.mkdir(parents=True)
@@ -63,25 +70,37 @@ def make_llama(folder: Path, **shape: Any) -> Path:
         "eos_token_id": ids["<|end|>"],
     }
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**about | shape)).save_pretrained(folder, max_shard_size=shards)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **about | shape))
+    for name, weight in model.named_parameters():  # transformers begins biases with 0 and norms with their identity
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.normal_(weight, mean=weight.detach().mean().item(), std=0.2)
+    model.save_pretrained(folder, max_shard_size=shards)
     return folder
 
 
 def finetune(settings: dict[str, Any], out: Path, stop: Any = Never) -> Any:
-    """Runs the recipe in this process as far as `stop` lets it; returns its `Finetuning`."""
-    recipe = load("recipes/lora_finetune_single_device.py")
-    out.mkdir(parents=True, exist_ok=True)
-    run = recipe.Finetuning(recipe.checked(SimpleNamespace(**settings)), out)
+    """Runs a recipe on one device in this process as far as `stop` lets it; returns its `Finetuning`."""
+    run = begin(settings, out)
     run.train(stop)
     return run
 
 
-def start(script: str, settings: dict[str, Any], out: Path, *arguments: str) -> subprocess.Popen[str]:
+def begin(settings: dict[str, Any], out: Path) -> Any:
+    """A `Finetuning` that has made no step yet."""
+    recipe, ranks = load("recipes/finetuning.py"), load("recipes/ranks.py")
+    out.mkdir(parents=True, exist_ok=True)
+    config = recipe.checked(SimpleNamespace(**settings))
+    return recipe.Finetuning(config, out, ranks.Ranks(job.pick_device(config.device)), "lora_finetune_single_device")
+
+
+def start(
+    script: str | Path, settings: dict[str, Any], out: Path, *arguments: str, **environment: str
+) -> subprocess.Popen[str]:
     """Runs a script as a job does, with a config.yaml in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, str(ROOT / script), "--config", str(out / "config.yaml"), "--out", str(out), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=out, env=environment, text=True, stdout=pipe, stderr=pipe)
 
@@ -92,8 +111,21 @@ def events(out: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == kind]
 
 
-def adapter(out: Path) -> dict[str, Any]:
+def adapter(out: Path, folder: str = "adapter") -> dict[str, Any]:
     """The tensors of the adapter that a run wrote."""
     from safetensors.torch import load_file
 
-    return load_file(out / "adapter" / "adapter_model.safetensors")
+    return load_file(out / folder / "adapter_model.safetensors")
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two adapters are equal bit for bit."""
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+def write_splits(file: Path) -> Path:
+    """A data set of 40 words to train on, 10 to validate and 8 to test on."""
+    words = [("abcdefgh" * 2)[i % 8 : i % 8 + 2 + i % 5] + "xyz"[i % 3] for i in range(58)]
+    rows = [{"input": word, "output": word.capitalize()} for word in words]
+    file.write_text(json.dumps({"train": rows[:40], "validation": rows[40:50], "test": rows[50:]}))
+    return file

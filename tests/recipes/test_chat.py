@@ -137,6 +137,21 @@ def test_text_is_learnt_whole_between_the_begin_and_end_tokens(llama: Path):
         {"question": "a {b}", "answer": "A"},
         {"messages": [{"role": "user", "content": "a {b}"}, {"role": "assistant", "content": "A"}]},
         {"conversations": [{"from": "human", "value": "a {b}"}, {"from": "gpt", "value": "A"}]},
+        {"conversations": [{"role": "user", "content": "a {b}"}, {"role": "assistant", "content": "A"}], "id": 1},
+        {"messages": [{"from": "human", "value": "a {b}"}, {"from": "chatgpt", "value": "A"}]},
+        {"conversation": [{"role": "user", "content": "a {b}"}, {"role": "model", "content": "A"}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "{b}"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "A"}]},
+            ]
+        },
+        {"prompt": [{"role": "user", "content": "a {b}"}], "completion": [{"role": "assistant", "content": "A"}]},
+        {"instruction": "a {b}", "context": "", "response": "A", "category": "qa"},
+        {"question": "a {b}", "response": "A"},
+        {"query": "a {b}", "response": "A"},
+        {"problem": "a {b}", "solution": "A"},
+        {"system_prompt": "", "question": "a {b}", "response": "A"},
     ],
     ids="+".join,
 )
@@ -153,6 +168,15 @@ def test_an_instruction_with_an_input_asks_both():
     assert messages_of(row)[0]["content"] == "Capitalize.\n\nsines"
 
 
+def test_a_system_column_and_what_an_instruction_is_about_come_along():
+    row = {"system": "Be brief.", "instruction": "Capitalize.", "context": "sines", "response": "Sines"}
+    assert messages_of(row, "Be long.") == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Capitalize.\n\nsines"},
+        {"role": "assistant", "content": "Sines"},
+    ]
+
+
 def test_a_chat_keeps_its_own_system_message_and_only_its_last_question_is_put_into_the_prompt():
     asked = messages_of({"messages": MULTI}, "Another.", "Say {input}!")
     assert asked == [*MULTI[:3], {"role": "user", "content": "Say and\ncosines?!"}, MULTI[4]]
@@ -162,10 +186,11 @@ def test_a_chat_keeps_its_own_system_message_and_only_its_last_question_is_put_i
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"word": "a", "label": 1}, "columns word, label; expected messages, conversations, instruction with output"),
+        ({"word": "a", "label": 1}, "columns word, label; expected messages, conversations, conversation, instr"),
         ({"input": "a", "output": 3}, "column output holds 3; expected text"),
         ({"messages": "hello"}, "column messages holds 'hello'; expected a list"),
         ({"messages": [{"role": "user"}]}, "column content holds None"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "column content holds .*image"),
         ({"text": "a"}, "can be trained on, not evaluated"),
     ],
 )

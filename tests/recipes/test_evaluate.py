@@ -145,6 +145,6 @@ def test_an_adapter_of_another_model_or_kind_is_refused(evaluation: Any, setting
     with pytest.raises(UserError, match=r"adapts model\.layers\.0\.\S+ as \(.*\), the model has"):
         evaluation.merge_adapter(evaluation.load_model(other, torch.float32), tmp_path / "adapter")
     about = tmp_path / "adapter" / "adapter_config.json"
-    about.write_text(json.dumps(json.loads(about.read_text()) | {"use_dora": True}))
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"use_rslora": True}))
     with pytest.raises(UserError, match="is no plain LoRA adapter"):
         evaluation.merge_adapter(evaluation.load_model(llama, torch.float32), tmp_path / "adapter")

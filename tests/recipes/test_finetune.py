@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.recipes.helpers import adapter, defaults, events, finetune, load, make_llama, start
+from tests.recipes.helpers import Never, adapter, defaults, events, finetune, load, make_llama, same, start
 from trainer.batches import collate, data_order
 from trainer.chat import Example
 from trainer.job import UserError
@@ -36,15 +36,11 @@ class AfterStep:
 
 
 def torchtune_logits(model_dir: Path, tokens: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
-    llama_lora = load("recipes/llama_lora.py")
-    shape = llama_lora.llama_shape(model_dir, settings["max_seq_len"])
+    models = load("recipes/lora_models.py")
+    shape = models.read_shape(model_dir, settings["max_seq_len"])
     config = SimpleNamespace(**settings | {"lora_alpha": 8})
     with torch.no_grad():
-        return llama_lora.load_model(model_dir, shape, config, torch.device("cpu"))(tokens)
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        return models.load_model(model_dir, shape, config, torch.device("cpu"))(tokens)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +65,7 @@ def test_the_torchtune_model_computes_what_transformers_does(shape: dict, settin
 
 
 def test_rope_written_by_older_and_newer_transformers_is_read_alike(llama: Path, tmp_path: Path):
-    llama_shape = load("recipes/llama_lora.py").llama_shape
+    read_shape = load("recipes/lora_models.py").read_shape
     config = json.loads((llama / "config.json").read_text())
     rope = {"rope_type": "llama3", "factor": 8.0, **LLAMA3_ROPE}
     shapes = []
@@ -81,9 +77,9 @@ def test_rope_written_by_older_and_newer_transformers_is_read_alike(llama: Path,
     ):
         (tmp_path / str(i)).mkdir()
         (tmp_path / str(i) / "config.json").write_text(json.dumps(config | ways))
-        shapes.append(llama_shape(tmp_path / str(i), 64))
+        shapes.append(read_shape(tmp_path / str(i), 64))
     assert shapes[0] == shapes[1]
-    assert (shapes[0]["rope_base"], shapes[0]["scale_factor"]) == (5e5, 8.0)
+    assert (shapes[0].builds["rope_base"], shapes[0].builds["scale_factor"]) == (5e5, 8.0)
 
 
 def test_a_run_learns_and_leaves_what_its_contract_says(settings: dict, llama: Path, tmp_path: Path):
@@ -120,9 +116,9 @@ def test_a_run_learns_and_leaves_what_its_contract_says(settings: dict, llama: P
 
 
 def test_the_base_weights_stay_as_they_are(settings: dict, llama: Path, tmp_path: Path):
-    llama_lora = load("recipes/llama_lora.py")
+    models = load("recipes/lora_models.py")
     run = finetune(settings, tmp_path)
-    fresh = llama_lora.load_model(llama, run.shape, run.config, torch.device("cpu")).state_dict()
+    fresh = models.load_model(llama, run.shape, run.config, torch.device("cpu")).state_dict()
     trained = run.model.state_dict()
     base = [name for name in trained if name not in run.adapter]
     assert base and all(torch.equal(trained[name], fresh[name]) for name in base)
@@ -175,7 +171,9 @@ def test_a_signal_ends_the_job_with_75_and_the_next_start_finishes_it_with_the_s
     assert same(adapter(tmp_path / "whole"), adapter(out))
 
     # The log is one that reads like torchtune's.
-    assert log.startswith("Running lora_finetune_single_device with resolved config:\n\nbatch_size: 4\n")
+    assert log.startswith(
+        "Running lora_finetune_single_device with resolved config:\n\nactivation_checkpointing: false\n"
+    )
     assert "Starting checkpoint save...\nCheckpoint saved in 0.0" in log
     assert "30|300|Loss: " in log
     assert len(log) < 20_000
@@ -184,7 +182,7 @@ def test_a_signal_ends_the_job_with_75_and_the_next_start_finishes_it_with_the_s
 def test_a_run_that_is_done_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     (tmp_path / "DONE").write_text('{"step": 3}')
     monkeypatch.setattr("sys.argv", [SCRIPT, "--config", "none.yaml", "--out", str(tmp_path)])
-    assert load(SCRIPT).main() == 0
+    assert load("recipes/finetuning.py").main(Path(SCRIPT), Never) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'DONE'} is there: nothing to do\n"
     assert [path.name for path in tmp_path.iterdir()] == ["DONE"]
 
@@ -274,7 +272,7 @@ def test_settings_that_cannot_work_are_refused_in_words(changes: dict, words: st
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "qwen2"}, "model_type is 'qwen2'; this recipe trains Llama"),
+        ({"model_type": "phi3"}, "model_type is 'phi3'; this recipe trains Llama"),
         ({"attention_bias": True}, "has attention_bias True, which torchtune's Llama does not have"),
         ({"head_dim": 16}, "has head_dim 16"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2}}, "no rope of type yarn"),
@@ -291,7 +289,7 @@ def test_a_model_that_torchtune_cannot_build_is_refused_in_words(
     config = json.loads((llama / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(UserError, match=words):
-        load("recipes/llama_lora.py").llama_shape(tmp_path, 64)
+        load("recipes/lora_models.py").read_shape(tmp_path, 64)
 
 
 def test_a_missing_shard_or_weight_is_named(settings: dict, tmp_path: Path):

@@ -78,17 +78,19 @@ def job_of_config(
     """
     own = framework == "torchtune"
     kind = method or ("lora" if config.get("lora_rank") else "full")
+    kind = "qlora" if kind == "lora" and config.get("quantize_base") is True else kind
     dtype: dict[str, Literal["bf16", "fp16", "fp32"]] = {"fp32": "fp32", "fp16": "fp16"}
     unsure = [] if own or "activation_checkpointing" in config else ["act_ckpt"]
     return Job(
         framework=framework, model=called(model), shape=shape_at(model),
-        method=METHODS.get(kind, "adapter"), dora=kind == "dora",
+        method=METHODS.get(kind, "adapter"), dora=kind == "dora" or config.get("use_dora") is True,
         rank=_count(config.get("lora_rank")) or 16, targets=_targets(config.get("lora_targets")),
         dtype=dtype.get(str(config.get("dtype")), "bf16"), weight_bits=4 if kind == "qlora" else 16,
         micro_batch=micro_batch, grad_accum=grad_accum, seq_len=seq_len, mean_len=mean_len,
         packed=config.get("packed") is True,
         checkpointing="full" if config.get("activation_checkpointing") is True else "none",
-        loss="chunked" if own else "plain", compile=config.get("compile") is True,
+        loss="chunked" if own and config.get("chunked_loss") is not False else "plain",
+        compile=config.get("compile") is True,
         optimizer=_optimizer(str(config.get("optimizer") or "")),
         in_backward=config.get("optimizer_in_bwd") is True, dropout=bool(config.get("lora_dropout")) or not own,
         gpu=card.key if card else None, gpus=max(1, gpus), sharding=_sharding(config) if gpus > 1 else "",
@@ -192,9 +194,13 @@ def _optimizer(name: str) -> Literal["adamw", "adamw8bit", "paged", "sgd"]:
 
 
 def _sharding(config: Mapping[str, Any]) -> str:
-    """How several GPUs divide the model, as a log of DeepSpeed says; else as torchtune does."""
+    """How several GPUs divide the model: as a log of DeepSpeed says; not at all in our recipes; else as torchtune does.
+
+    Our recipes are known by `chunked_loss`, which no other has.
+    """
     stage = config.get("zero_stage")
-    return f"ZeRO-{stage}" if stage in (1, 2, 3) else "DDP" if stage == 0 else "FSDP"
+    whole = stage == 0 or "chunked_loss" in config
+    return f"ZeRO-{stage}" if stage in (1, 2, 3) else "DDP" if whole else "FSDP"
 
 
 def called(model: str) -> str:

@@ -1,0 +1,400 @@
+"""LoRA fine-tuning, made of torchtune's building blocks: the whole loop of every lora_finetune_*.py.
+
+The YAML beside a recipe explains its settings; config.yaml gives all of them. Into --out go
+    metrics.jsonl        an event a line: start, step, validation, checkpoint, end. A run that goes on appends a start
+                         line and repeats the steps since its checkpoint: the last line of a step is the one that counts
+    checkpoints/step_N/  all it takes to go on bit for bit, of the last checkpoint only
+    best/                with validation: the adapter of the lowest loss so far, and validation.json with that loss
+    adapter/             the trained adapter as PEFT stores it
+    deviation.json       where memory ran out: the smaller micro batch that the next start takes
+    DONE                 {"step": N}, last; a run that finds it does nothing
+
+Exit code 75 asks to be started again. After SIGUSR1 or SIGTERM the run finishes its step, saves and exits with it; one
+that has made no step yet makes one first, so that each start gets further. Only a signal during the validation with
+which a start began ends it with 1: it would never get past that. Out of memory, the run halves its micro batch and
+exits with 75; a micro batch of 1 cannot be halved and ends it with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+from checkpoints import append_event, last_step, load_checkpoint, save_checkpoint
+from lora_models import load_model, read_shape, save_adapter
+from ranks import Ranks, join
+from settings import FREE, checked, micro_batch
+from torch.optim.lr_scheduler import LambdaLR
+from torchtune import training, utils
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+from torchtune.modules.peft import get_adapter_params
+from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
+from tqdm import tqdm
+
+from trainer import job
+from trainer.batches import IGNORED, Batch, collate, collate_packs, data_order, pack, read_samples, seed_of
+from trainer.chat import ChatTokenizer, Example
+from trainer.job import REQUEUE, Stop, UserError
+from trainer.rows import file_hash
+
+log = utils.get_logger("DEBUG")
+
+
+def main(recipe: Path, stop: Stop, *, distributed: bool = False) -> int:
+    """Exit code: 0 when the adapter is there, 75 when the run is to be started again."""
+    parser = argparse.ArgumentParser(description="LoRA fine-tuning. The YAML beside the recipe explains the settings.")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file with every setting")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder to write to")
+    arguments = parser.parse_args()
+    if (arguments.out / "DONE").exists():
+        print(f"{arguments.out / 'DONE'} is there: nothing to do")
+        return 0
+    config = checked(job.read_config(arguments.config, recipe.with_suffix(".yaml")))
+    ranks = join(config.device) if distributed else Ranks(job.pick_device(config.device))
+    log.disabled = not ranks.writes
+    log.info(f"Running {recipe.stem} with resolved config:\n\n{yaml.safe_dump(vars(config), sort_keys=True)}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        run = Finetuning(config, arguments.out, ranks, recipe.stem)
+        return 0 if run.train(stop) else REQUEUE
+    except (RuntimeError, MemoryError) as error:
+        if not job.is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory beside the forward and backward passes ({error}): a smaller micro batch would not help; "
+            "set quantize_base to true, or take a device with more memory"
+        ) from error
+    finally:
+        ranks.leave()
+
+
+class OutOfMemory(Exception):
+    """Memory ran out in a forward or backward pass, of this process or another."""
+
+
+class Finetuning:
+    """Model, samples, optimizer and how many steps are done; made as the last checkpoint left them."""
+
+    def __init__(self, config: SimpleNamespace, out: Path, ranks: Ranks, recipe: str):
+        self.config, self.out, self.ranks, self.device = config, out, ranks, ranks.device
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # docs.pytorch.org, notes on randomness
+            torch.use_deterministic_algorithms(True)
+        self.micro = micro_batch(config, ranks.world_size, out)
+        model, dataset = job.folder_of(config, "model"), job.folder_of(config, "dataset")
+        identity = {key: value for key, value in vars(config).items() if key not in FREE}
+        self.identity = {**identity, "dataset_sha256": file_hash(dataset)}
+        self.shape = read_shape(model, config.max_seq_len)
+        self._read_data(ChatTokenizer(model), dataset)
+        torch.manual_seed(config.seed)  # for the adapter's first values, the same in every process
+        self._make_model(model)
+        self.optimizer = torch.optim.AdamW(
+            self.adapter.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        self.step, self.validated, self.best_loss = 0, 0, math.inf
+        self._resume()
+        self.began_at, self.recorded = self.step, last_step(out / "metrics.jsonl")
+        self.schedule = make_schedule(self.optimizer, config, self.total_steps, self.step)
+        n_trainable = sum(p.numel() for p in self.adapter.values())
+        self._record(
+            "start",
+            recipe=recipe,
+            started=job.started(),
+            **job.describe_device(self.device),
+            world_size=ranks.world_size,
+            n_params=sum(p.numel() for p in self.model.parameters()) - n_trainable,
+            n_trainable=n_trainable,
+            n_samples=len(self.samples),
+            n_truncated=self.n_truncated,
+            n_packs=len(self.lines) if config.packed else None,
+            batch_size=config.batch_size,
+            micro_batch_size=self.micro.size,
+            deviation=self.micro.deviation,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+            step=self.step,
+            packages={name: version(name) for name in ("torch", "torchtune", "torchao")},
+            setup_s=job.age_s(),
+        )
+
+    def train(self, stop: Stop) -> bool:
+        """All steps that are left, then the adapter and DONE; False if the run is to be started again.
+
+        Raises UserError for a loss that is no number, and where starting again would not help.
+        """
+        try:
+            return self._train(stop)
+        except OutOfMemory as error:
+            self._take_less_memory(error)
+            return False
+
+    def _train(self, stop: Stop) -> bool:
+        config, train_s, checkpoint_s = self.config, 0.0, 0.0
+        if self._validation_is_due() and not self._validate(stop):
+            raise UserError(
+                f"a signal ended the validation after step {self.step}, with which this start began: give the job more "
+                "time, or raise micro_batch_size; the checkpoint is as it was"
+            )
+        while self.step < self.total_steps:
+            epoch, first = divmod(self.step, self.steps_per_epoch)
+            last = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
+            order = data_order(len(self.lines), config.seed, epoch)
+            with self._progress(first) as bar:
+                for i in range(first, last):
+                    began = time.perf_counter()
+                    batch = [self.lines[j] for j in order[i * config.batch_size : (i + 1) * config.batch_size]]
+                    done, stopped = self._optimizer_step(batch, stop)
+                    self.step += 1
+                    seconds = time.perf_counter() - began
+                    train_s += seconds
+                    bar.set_description(f"{epoch + 1}|{self.step}|Loss: {done['loss']}", refresh=False)
+                    bar.update(1)
+                    if self.step % config.log_every_n_steps == 0 or self.step == self.total_steps:
+                        done |= {"tokens_per_s": done["tokens"] / seconds, "seconds": seconds}
+                        self._record("step", step=self.step, epoch=epoch + 1, **done, **job.peak_memory(self.device))
+                    stopped = stopped and self.step < self.total_steps
+                    if not stopped and self._validation_is_due():
+                        stopped = not self._validate(stop)
+                    if stopped or self._checkpoint_is_due(epoch_ends=i + 1 == self.steps_per_epoch):
+                        checkpoint_s += self._save_checkpoint()
+                    if stopped:
+                        log.info(f"A signal came: stopped after step {self.step}, start again to go on.")
+                        return False
+        if self.ranks.writes:
+            with job.whole_folder(self.out / "adapter") as folder:
+                save_adapter(folder, self.adapter, self.shape, config)
+            memory = job.peak_memory(self.device)
+            self._record("end", step=self.step, ended=job.now(), train_s=train_s, checkpoint_s=checkpoint_s, **memory)
+            job.write_json(self.out / "DONE", {"step": self.step})
+        self.ranks.wait()
+        return True
+
+    def _optimizer_step(self, lines: list[list[Example]], stop: Stop) -> tuple[dict[str, Any], bool]:
+        """One step on a batch, and whether a signal came to any process.
+
+        The loss is the mean over all label tokens of the batch. Dropout follows from seed, step and process, so that
+        no state of it has to be kept. Raises OutOfMemory in every process when one has too little.
+        """
+        torch.manual_seed(seed_of(self.config.seed, self.step, self.ranks.rank, 1))
+        parts = self._parts(lines)
+        label_tokens = sum(part.label_tokens for part in parts)
+        loss, failed = job.within_memory(lambda: self._gradients(self.ranks.share(parts), label_tokens))
+        loss, stops, failures = self.ranks.total(loss, stop.asked, failed)
+        if failures:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise OutOfMemory(f"in step {self.step + 1}")
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {self.step + 1}: lower lr, clip gradients or use fp32")
+        self.ranks.add_up(self.adapter.values())
+        clip, lr = self.config.clip_grad_norm, self.schedule.get_last_lr()[0]
+        grad_norm = {}
+        if clip is not None:
+            grad_norm["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.adapter.values(), clip).item()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        done = {
+            "loss": loss,
+            "lr": lr,
+            **grad_norm,
+            "tokens": sum(len(sample.ids) for line in lines for sample in line),
+            "padded_tokens": sum(part.tokens.numel() for part in parts),
+            "longest_pass_tokens": max(part.tokens.numel() for part in parts),
+            "label_tokens": label_tokens,
+            "samples": sum(map(len, lines)),
+        }
+        return done, stops > 0
+
+    def _gradients(self, parts: list[Batch], label_tokens: int) -> float:
+        """Forward and backward passes; this process's part of the loss."""
+        loss = torch.zeros((), device=self.device)
+        for part in parts:
+            partial = self._loss(part) / label_tokens
+            partial.backward()
+            loss += partial.detach()
+        return loss.item()
+
+    def _loss(self, part: Batch) -> torch.Tensor:
+        """The sum of the losses of a part's label tokens, in nats."""
+        label_tokens, part = part.label_tokens, part.to(self.device)
+        logits = self.model(part.tokens, mask=part.mask, input_pos=part.positions)
+        if self.config.chunked_loss:
+            return self.loss(logits, part.labels) * label_tokens
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), part.labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    @torch.no_grad()
+    def _validate(self, stop: Stop) -> bool:
+        """Records the mean loss of the validation split and keeps the best adapter; False if a signal came.
+
+        Raises OutOfMemory in every process when one has too little.
+        """
+        began, loss, size = time.perf_counter(), 0.0, self.ranks.world_size
+        parts = self._parts(self.val_lines)
+        label_tokens = sum(part.label_tokens for part in parts)
+        self.model.eval()
+        for i in range(0, len(parts), size):  # one for each process, the last may have none
+            share = self.ranks.share(parts[i : i + size])
+            summed, failed = job.within_memory(lambda share=share: sum(self._loss(part).item() for part in share))
+            summed, stops, failures = self.ranks.total(summed, stop.asked, failed)
+            if failures:
+                raise OutOfMemory(f"in the validation after step {self.step}")
+            if stops:
+                self.model.train()
+                return False
+            loss += summed / label_tokens
+        self.model.train()
+        self.validated, is_best = self.step, loss < self.best_loss
+        if is_best:
+            self.best_loss = loss
+            self._save_best()
+        log.info(f"Validation loss after step {self.step}: {loss}")
+        counts = {"label_tokens": label_tokens, "samples": sum(map(len, self.val_lines))}
+        seconds = time.perf_counter() - began
+        self._record("validation", step=self.step, loss=loss, best=is_best, **counts, seconds=seconds)
+        return True
+
+    def _validation_is_due(self) -> bool:
+        every = self.config.run_val_every_n_steps
+        due = self.step == self.total_steps or (every and self.step % every == 0)
+        return bool(self.config.val_split and due and self.validated < self.step)
+
+    def _checkpoint_is_due(self, *, epoch_ends: bool) -> bool:
+        """Also after the last step that an attempt killed before had recorded: nothing is to be lost twice."""
+        every = self.config.save_every_n_steps
+        return epoch_ends or self.step == self.recorded or bool(every and self.step % every == 0)
+
+    def _take_less_memory(self, error: OutOfMemory) -> None:
+        """Saves what was done and notes a smaller micro batch for the next start; UserError where there is none."""
+        if self.step > self.began_at:
+            self._save_checkpoint()
+        reason = f"out of memory {error} at micro_batch_size {self.micro.size}"
+        if self.micro.smaller is None:
+            raise UserError(
+                f"{reason}, the smallest: lower max_seq_len, set activation_checkpointing, chunked_loss or "
+                "quantize_base to true, or take a device with more memory"
+            ) from error
+        if self.ranks.writes:
+            deviation = {"micro_batch_size": self.micro.smaller, "asked": self.micro.asked, "reason": reason}
+            job.write_json(self.out / "deviation.json", deviation)
+        self.ranks.wait()
+        log.warning(f"{reason}: start again to go on with {self.micro.smaller}")
+
+    def _parts(self, lines: list[list[Example]]) -> list[Batch]:
+        """The micro batches of a batch."""
+        size, pad_id = self.micro.size, self.pad_id
+        parts = [lines[i : i + size] for i in range(0, len(lines), size)]
+        if self.config.packed:
+            return [collate_packs(part, pad_id, self.config.max_seq_len) for part in parts]
+        return [collate([sample for line in part for sample in line], pad_id) for part in parts]
+
+    def _progress(self, first: int) -> tqdm:
+        # A log file gets a line every ten seconds, a terminal ten a second.
+        interval = 0.1 if sys.stderr.isatty() else 10.0
+        return tqdm(total=self.steps_per_epoch, initial=first, mininterval=interval, disable=not self.ranks.writes)
+
+    def _read_data(self, tokenizer: ChatTokenizer, dataset: Path) -> None:
+        """The samples, and the lines of which batches are made: a sample each, or a pack of several."""
+        config, self.pad_id = self.config, tokenizer.pad_id
+        self.n_truncated, self.samples, self.val_lines = 0, [], []
+        for split in filter(None, ("train", config.val_split)):
+            samples = read_samples(
+                dataset,
+                split,
+                tokenizer,
+                system_prompt=config.system_prompt,
+                prompt=config.prompt,
+                max_seq_len=config.max_seq_len,
+                vocab_size=self.shape.vocab_size,
+            )
+            n_truncated = sum(len(sample.ids) > config.max_seq_len for sample in samples)
+            if n_truncated:
+                of = "" if split == "train" else f" of {split}"
+                log.warning(f"{n_truncated} of {len(samples)} samples{of} are cut to max_seq_len {config.max_seq_len}")
+            samples = [Example(sample.ids[: config.max_seq_len], sample.n_prompt) for sample in samples]
+            lines = pack(samples, config.max_seq_len) if config.packed else [[sample] for sample in samples]
+            if split == "train":
+                self.samples, self.lines, self.n_truncated = samples, lines, n_truncated
+            else:
+                self.val_lines = lines
+        self.steps_per_epoch = len(self.lines) // config.batch_size
+        if not self.steps_per_epoch:
+            what = f"{len(self.lines)} packs of the {len(self.samples)}" if config.packed else str(len(self.lines))
+            raise UserError(f"batch_size {config.batch_size} is more than the {what} samples: lower it")
+        self.total_steps = min(self.steps_per_epoch * config.epochs, config.max_steps or sys.maxsize)
+        if config.warmup_steps >= self.total_steps:
+            log.warning(f"lr stays below its value: warmup_steps {config.warmup_steps} of {self.total_steps} steps")
+
+    def _make_model(self, folder: Path) -> None:
+        config = self.config
+        self.model = load_model(folder, self.shape, config, self.device)
+        self.adapter = get_adapter_params(self.model)
+        self.loss = CEWithChunkedOutputLoss(ignore_index=IGNORED)
+        if config.chunked_loss:
+            self.model.set_num_output_chunks(self.loss.num_output_chunks)
+        if config.compile:
+            training.compile_model(self.model, verbose=False)
+        if config.activation_checkpointing:  # each layer's, dropout's state kept
+            training.set_activation_checkpointing(self.model, auto_wrap_policy={TransformerSelfAttentionLayer})
+        if self.device.type == "cuda":
+            training.log_memory_stats(training.get_memory_stats(device=self.device))
+
+    def _save_checkpoint(self) -> float:
+        """Seconds it took."""
+        log.info("Starting checkpoint save...")
+        began = time.perf_counter()
+        if self.ranks.writes:
+            state = {
+                "step": self.step,
+                "validated": self.validated,
+                "best_loss": self.best_loss,
+                "adapter": {name: p.detach().cpu() for name, p in self.adapter.items()},
+                "optimizer": self.optimizer.state_dict(),
+                "identity": self.identity,
+            }
+            save_checkpoint(self.out / "checkpoints", state)
+        self.ranks.wait()
+        seconds = time.perf_counter() - began
+        log.info(f"Checkpoint saved in {seconds:.2f} seconds.")
+        self._record("checkpoint", step=self.step, seconds=seconds)
+        return seconds
+
+    def _resume(self) -> None:
+        state = load_checkpoint(self.out / "checkpoints", self.identity)
+        if state is None:
+            return
+        with torch.no_grad():
+            for name, p in self.adapter.items():
+                p.copy_(state["adapter"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.validated, self.best_loss = state["step"], state["validated"], state["best_loss"]
+        log.info(f"Going on after step {self.step}.")
+
+    def _save_best(self) -> None:
+        if self.ranks.writes:
+            with job.whole_folder(self.out / "best") as folder:
+                save_adapter(folder, self.adapter, self.shape, self.config)
+                job.write_json(folder / "validation.json", {"step": self.step, "loss": self.best_loss})
+
+    def _record(self, event: str, **values: Any) -> None:
+        if self.ranks.writes:
+            append_event(self.out / "metrics.jsonl", event, **values)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: SimpleNamespace, total_steps: int, step: int) -> LambdaLR:
+    """The learning rate after `step` steps and on: a rise over warmup_steps, then a cosine to 0 or constant."""
+    if config.lr_schedule == "cosine":
+        return get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, total_steps, last_epoch=step - 1)
+    rise = config.warmup_steps
+    return LambdaLR(optimizer, lambda done: done / rise if done < rise else 1.0, last_epoch=step - 1)

@@ -1,0 +1,18 @@
+"""LoRA fine-tuning on one device, with validation, whose best adapter is kept in best/.
+
+    python lora_finetune_single_device_val.py --config config.yaml [--out .]
+
+lora_finetune_single_device_val.yaml explains the settings, finetuning.py what is written and has the whole loop.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from trainer import job
+
+if __name__ == "__main__":
+    stop = job.Stop()
+    from finetuning import main
+
+    job.run(lambda: main(Path(__file__), stop))

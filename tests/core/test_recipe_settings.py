@@ -1,0 +1,47 @@
+"""What the settings of the bundled recipes mean to the estimator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from chiplog.estimate.gpus import gpu
+from chiplog.estimate.job import Job
+from chiplog.estimate.jobs import planned_job
+from chiplog.estimate.memory import at_start
+from chiplog.estimate.tokens import steps
+from chiplog.recipes import load_recipe
+
+
+def planned(gpus: int = 1, recipe: str = "lora_finetune_distributed", **changes: Any) -> Job:
+    config = load_recipe(recipe).settings | {"model": "meta-llama/Llama-3.2-1B", "max_seq_len": 512, **changes}
+    counted = steps(
+        [100] * 400, batch_size=16, micro_batch_size=config["micro_batch_size"], epochs=1, max_seq_len=512,
+        packed=config["packed"],
+    )  # fmt: skip
+    return planned_job(config, counted, card=gpu("h100-80gb-sxm"), gpus=gpus)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"method": "lora", "dora": False, "loss": "chunked", "packed": False, "checkpointing": "none"}),
+        ({"use_dora": True}, {"method": "lora", "dora": True}),
+        ({"quantize_base": True}, {"method": "qlora", "dora": False, "weight_bits": 4}),
+        ({"quantize_base": True, "use_dora": True}, {"method": "qlora", "dora": True}),
+        ({"chunked_loss": False}, {"loss": "plain"}),
+        ({"packed": True, "micro_batch_size": 2}, {"packed": True, "seq_len": 512, "micro_batch": 2}),
+        ({"activation_checkpointing": True, "compile": True}, {"checkpointing": "full", "compile": True}),
+    ],
+    ids="-".join,
+)
+def test_a_setting_reaches_the_job_that_is_estimated(changes: dict[str, Any], expected: dict[str, Any]):
+    job = planned(**changes)
+    assert {name: getattr(job, name) for name in expected} == expected
+
+
+def test_each_gpu_of_our_distributed_recipe_holds_the_whole_model():
+    one, four = planned(), planned(gpus=4)
+    assert (four.gpus, four.sharding, four.micro_batch) == (4, "DDP", 4)
+    assert at_start(four) == pytest.approx(at_start(one))

@@ -1,0 +1,171 @@
+"""Two processes that train one model, on the CPU with gloo: what one computes, and what either lives through."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.recipes.helpers import ROOT, adapter, defaults, events, finetune, load, same, start, write_splits
+from trainer.job import UserError
+
+SCRIPT = "recipes/lora_finetune_distributed.py"
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+
+
+@pytest.fixture
+def several(settings: dict, tmp_path: Path) -> dict[str, Any]:
+    """Settings for the distributed recipe, with validation."""
+    data = {"dataset": str(write_splits(tmp_path / "words.json")), "val_split": "validation"}
+    return {**defaults("lora_finetune_distributed"), **settings, **data, "run_val_every_n_steps": 4, "max_steps": 12}
+
+
+def start_two(
+    settings: dict, out: Path, names: tuple[str, str, str] = TORCHRUN, script: str | Path = SCRIPT
+) -> list[subprocess.Popen[str]]:
+    """Both processes of a run, as torchrun or Slurm starts them on one node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start(script, settings, out, **where, **dict(zip(names, (str(rank), "2", str(rank)), strict=True)))
+        for rank in (0, 1)
+    ]
+
+
+def ended(jobs: list[subprocess.Popen[str]]) -> list[int]:
+    """Their exit codes."""
+    logs = [job.communicate(timeout=200)[1] for job in jobs]
+    assert "Traceback" not in logs[0] + logs[1], logs
+    return [job.returncode for job in jobs]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"clip_grad_norm": 0.5}, {"packed": True, "batch_size": 2, "micro_batch_size": 1}], ids=str
+)
+def test_two_processes_compute_what_one_does_at_the_same_batch(changes: dict, several: dict, tmp_path: Path):
+    settings = several | changes | {"lr": 0.002}
+    assert ended(start_two(settings, tmp_path / "two", SLURM)) == [0, 0]
+    finetune(settings, tmp_path / "one")
+    assert {path.name for path in (tmp_path / "two").iterdir()} - {"config.yaml"} == {
+        path.name for path in (tmp_path / "one").iterdir()
+    }
+    for kind in ("step", "validation"):
+        one, two = (events(tmp_path / name, kind) for name in ("one", "two"))
+        assert [e["step"] for e in one] == [e["step"] for e in two]
+        for ours, theirs in zip(one, two, strict=True):
+            assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-5)
+            assert theirs["label_tokens"] == ours["label_tokens"] and theirs["samples"] == ours["samples"]
+    assert events(tmp_path / "two", "start")[0]["world_size"] == 2
+    one, two = (adapter(tmp_path / name) for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=0)
+
+
+def test_processes_stop_after_the_same_step_are_killed_and_end_with_the_same_bits(several: dict, tmp_path: Path):
+    settings = several | {"lora_dropout": 0.2, "max_steps": 60, "epochs": 10, "run_val_every_n_steps": 20}
+    assert ended(start_two(settings, tmp_path / "whole")) == [0, 0]
+    out = tmp_path / "parts"
+    jobs = start_two(settings, out)
+    wait_for(out, 7, jobs)
+    jobs[1].send_signal(signal.SIGUSR1)  # the other process gets none
+    assert ended(jobs) == [75, 75]
+    stopped = events(out, "step")[-1]["step"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step_{stopped}"]
+    jobs = start_two(settings, out)
+    wait_for(out, stopped + 4, jobs)
+    for job in jobs:
+        job.kill()
+        job.communicate()
+    assert ended(start_two(settings, out)) == [0, 0]
+    for folder in ("adapter", "best"):
+        assert same(adapter(tmp_path / "whole", folder), adapter(out, folder))
+
+
+def wait_for(out: Path, step: int, jobs: list[Any]) -> None:
+    """Until that step is recorded, or a process has ended."""
+    while all(job.poll() is None for job in jobs):
+        if (out / "metrics.jsonl").exists() and any(e["step"] >= step for e in events(out, "step")):
+            return
+        time.sleep(0.005)
+
+
+def test_too_little_memory_in_one_process_ends_both_with_a_smaller_micro_batch(several: dict, tmp_path: Path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        f"sys.path[:0] = [{str(ROOT / 'recipes')!r}, {str(ROOT)!r}]\n"
+        "from trainer import job\n"
+        "stop = job.Stop()\n"
+        "import torch, finetuning\n"
+        "loss = finetuning.Finetuning._loss\n"
+        "def short(run, part):\n"
+        "    if run.ranks.rank == 1 and run.step == 2 and len(part.tokens) > 1:\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "    return loss(run, part)\n"
+        "finetuning.Finetuning._loss = short\n"
+        f"recipe = Path({str(ROOT / SCRIPT)!r})\n"
+        "job.run(lambda: finetuning.main(recipe, stop, distributed=True))\n"
+    )
+    out = tmp_path / "run"
+    assert ended(start_two(several, out, script=driver)) == [75, 75]
+    assert json.loads((out / "deviation.json").read_text()) == {
+        "micro_batch_size": 1,
+        "asked": 2,
+        "reason": "out of memory in step 3 at micro_batch_size 2",
+    }
+    assert ended(start_two(several, out, script=driver)) == [0, 0]
+    assert [(e["step"], e["micro_batch_size"]) for e in events(out, "start")] == [(0, 2), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("settings_change", "environment", "words"),
+    [
+        ({}, {"RANK": "0", "WORLD_SIZE": "2"}, "2 processes cannot meet without MASTER_ADDR and MASTER_PORT"),
+        ({"max_steps": 1}, {"SLURM_NTASKS": "1"}, ""),
+    ],
+    ids=["nowhere to meet", "alone"],
+)
+def test_a_process_says_what_it_lacks_and_needs_nothing_alone(
+    settings_change: dict, environment: dict, words: str, several: dict, tmp_path: Path
+):
+    job = start(SCRIPT, several | settings_change, tmp_path / "run", **environment)
+    _, log = job.communicate(timeout=120)
+    assert job.returncode == (1 if words else 0), log
+    assert words in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("processes", "micro", "words"),
+    [
+        (3, None, "batch_size 4 cannot be divided by 3 processes"),
+        (2, 4, "micro_batch_size 4 does not divide the 2 of batch_size 4 for each of 2 processes: take 1, 2"),
+    ],
+)
+def test_a_batch_that_processes_cannot_share_is_refused(
+    processes: int, micro: int | None, words: str, several: dict, tmp_path: Path
+):
+    config = SimpleNamespace(**several | {"micro_batch_size": micro})
+    with pytest.raises(UserError, match=words):
+        load("recipes/settings.py").micro_batch(config, processes, tmp_path)
+
+
+def test_one_process_that_would_leave_gpus_idle_is_refused(monkeypatch: pytest.MonkeyPatch):
+    ranks = load("recipes/ranks.py")
+    monkeypatch.setattr(ranks.job, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name in (*TORCHRUN, *SLURM):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="4 GPUs are here and one process was started: start one for each, by srun"):
+        ranks.join(None)
