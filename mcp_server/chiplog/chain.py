@@ -88,7 +88,8 @@ def _options(file: Path) -> list[str]:
 
 def _new_label(folder: ExperimentFolder, run: Run, script: str) -> str:
     """The name of a new array, by its number in the experiment and what its jobs do."""
-    there = len(list((folder.path / ARRAYS).glob("*.sbatch")))
+    numbers = [int(file.name[:3]) for file in (folder.path / ARRAYS).glob("[0-9][0-9][0-9]-*")]
+    there = max(numbers, default=0)
     does = "base" if run.kind == "control" else "train" if script == "run.sbatch" else "eval"
     return f"{there + 1:03}-{does}"
 
@@ -110,7 +111,6 @@ def _array(folder: ExperimentFolder, runs: Sequence[Run], script: str, label: st
         )
     )
     home = folder.path / ARRAYS / label
-    shutil.rmtree(home, ignore_errors=True)  # of a submission that was killed
     home.mkdir(parents=True)
     for number, run in enumerate(runs):
         (home / str(number)).symlink_to(Path("../../runs") / run.name)

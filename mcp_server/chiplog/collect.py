@@ -57,6 +57,8 @@ def _revision(folder: ExperimentFolder) -> Revision | None:
 
 def _may_have_changed(folder: ExperimentFolder, record: Record, job: Job) -> bool:
     """Whether its job was not known to have ended, or was evaluated again since."""
+    if job.state is State.UNKNOWN:  # what was known of it is more
+        return False
     if record.state is State.UNKNOWN or job.ended is None:
         return True
     try:
@@ -81,14 +83,24 @@ def jobs_of(folder: ExperimentFolder, submissions: Sequence[Submission]) -> dict
         own = [submission for submission in submissions if submission.engine == name]
         jobs = {job.id: job for job in engine_for(name).jobs([number for one in own for number in one.job_ids])}
         for one in own:
-            first = jobs.get(one.job_id)
-            if one.cancelled and (first is None or first.state is State.UNKNOWN):
+            first, then = jobs.get(one.job_id), jobs.get(one.eval_job_id or "")
+            if one.cancelled and _is_gone(first):
                 first = withdrawn(one.job_id, one.run)
+            if one.cancelled and one.eval_job_id and _is_gone(then):
+                then = withdrawn(one.eval_job_id, one.run)
+            if then and _is_gone(first) and then.state in (State.PENDING, State.RUNNING, State.COMPLETED):
+                # Forgotten, and the job that waits for its good end lives, or has ended well.
+                first = then.model_copy(update={"id": one.job_id, "state": State.COMPLETED, "ran_s": None})
             if first:
-                job = followed(first, jobs.get(one.eval_job_id or ""))
+                job = followed(first, then)
                 # Slurm's logs are named as the scripts say, in the run's folder.
                 found[one.key] = job.model_copy(update={"log": folder.path / "runs" / one.run / job.log})
     return found
+
+
+def _is_gone(job: Job | None) -> bool:
+    """Whether its engine has forgotten it."""
+    return job is None or job.state is State.UNKNOWN
 
 
 def _record(

@@ -47,13 +47,16 @@ def after_running_out(run: Run, run_folder: Path, last: Record | None) -> Deviat
     """
     if last is None or last.state is not State.OUT_OF_MEMORY or run.kind == "control":
         return None
+    if (run_folder / "DONE").is_file():  # it was the evaluation
+        return None
     batch = run.config.get("batch_size")
     asked = run.config.get("micro_batch_size") or batch
     if not isinstance(batch, int) or not isinstance(asked, int):
         return None
     noted = read_deviation(run_folder)
     before = noted.micro_batch_size if noted else asked
-    smaller = [size for size in range(1, before // 2 + 1) if batch % size == 0]
+    of_each = batch // max(run.resources.gpus, 1)
+    smaller = [size for size in range(1, before // 2 + 1) if of_each % size == 0]
     if not smaller:
         return None
     reason = f"job {last.job_id} ran out of memory with {before}"

@@ -39,6 +39,7 @@ def submit_experiment(
     folder = find_experiment(experiment, settings)
     engine = engine or ("slurm" if settings.slurm else "local")
     with folder.locked():
+        submitting.settle(folder, engine)
         chosen = submitting.to_submit(folder, running.pick_runs(folder, runs), waiting)
         if not chosen:
             what = "no run waits for room" if waiting else "every run has a job that waits, runs or completed"

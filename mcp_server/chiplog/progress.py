@@ -70,7 +70,8 @@ def training_left(steps: Sequence[Step], total: int) -> Left | None:
     blocks = [statistics.fmean(seconds[i * size : (i + 1) * size]) for i in range(BLOCKS)]
     wander = statistics.stdev(blocks) / mean
     spread = math.hypot(wander * math.sqrt(1 / BLOCKS + size / max(missing, 1)), DRIFT)
-    return Left(value, value * math.exp(-NINETY * spread), value * math.exp(NINETY * spread))
+    factor = math.exp(min(NINETY * spread, 100.0))
+    return Left(value, value / factor, value * factor)
 
 
 def describe(

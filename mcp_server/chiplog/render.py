@@ -134,7 +134,7 @@ def _evaluating(resources: Resources) -> Resources:
 def _warned(resources: Resources, train: bool) -> list[str]:
     """The option by which a training is told that its time is nearly over, early enough to save its state."""
     limit = resources.time_limit_s
-    return [f"--signal=B:USR1@{min(WARNED_S, limit // 4)}"] if train and limit else []
+    return [f"--signal=B:USR1@{min(WARNED_S, limit // 4) if limit else WARNED_S}"] if train else []
 
 
 def _closing(jinja: Environment, plan: Plan, settings: Settings) -> bytes:

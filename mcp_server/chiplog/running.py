@@ -15,7 +15,6 @@ from chiplog.ledger.metrics import of_job, read_events
 from chiplog.progress import RunStatus, describe
 from chiplog.record import State
 
-POLL_S = 0.5
 TAIL_BYTES = 64_000
 
 
@@ -102,13 +101,14 @@ def wait(
 ) -> list[RunStatus]:
     """Looks until every submitted job has ended or `limit_s` is over, and says how the runs stand then."""
     give_up = time.monotonic() + limit_s
+    pause = max((engine_for(name).poll_s for name in {one.engine for one in folder.submissions()}), default=0.5)
     while True:
         found = status(folder, runs)
         if progress:
             progress(*_progress(found))
         if all(not row.state or row.state.ended for row in found) or time.monotonic() > give_up:
             return found
-        time.sleep(POLL_S)
+        time.sleep(min(pause, max(0.0, give_up - time.monotonic())))
 
 
 def _progress(rows: Sequence[RunStatus]) -> tuple[float, float, str]:

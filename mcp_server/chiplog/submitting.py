@@ -85,9 +85,8 @@ def submit(
     Whatever stops it, the folder is as it was and nothing runs of it. A run whose `last` record ran out of memory goes
     on with a smaller micro-batch.
     """
-    engine, tag = engine_for(engine_name), str(folder.path.resolve())
-    queue = engine.queue(tag)
-    _settle(folder, engine, queue)
+    engine, tag = engine_for(engine_name), _tag(folder)
+    queue = engine.queue()
     chosen = _that_fit(folder, rows, queue, engine)
     predictions = {row.run.name: _prediction(row) for row in chosen}
     files = {f"runs/{run}/estimate.json": said.model_dump_json(indent=1) for run, said in predictions.items()}
@@ -118,11 +117,16 @@ def submit(
             asked = [row.run.name for row in rows]
             later = [name for name in asked if name not in predictions]
             later += [name for name in (earlier.runs if earlier else []) if name not in asked]
-            folder.close(Closing(engine=engine_name, job_id=jobs[-1][0], runs=later) if engine.closes else None)
+            if engine.closes:
+                folder.close(Closing(engine=engine_name, job_id=jobs[-1][0], runs=later))
+            elif earlier:  # of another engine, whose last job submits the others
+                left = [name for name in earlier.runs if name not in predictions]
+                folder.close(earlier.model_copy(update={"runs": left}))
             engine.release([number for batch in jobs for number in batch])
         except BaseException:
             if jobs:
-                engine.cancel([number for batch in jobs for number in batch])
+                with suppress(EngineError):  # they are held, and the next submission ends them
+                    engine.cancel([number for batch in jobs for number in batch])
             with suppress(OSError):
                 for name, content in before.items():
                     (folder.path / name).unlink(missing_ok=True)
@@ -139,13 +143,20 @@ def soonest(folder: ExperimentFolder, run: Run, engine_name: str, settings: Sett
     return engine_for(engine_name).soonest(script, partitions)
 
 
-def _settle(folder: ExperimentFolder, engine: Engine, queue: Queue) -> None:
+def settle(folder: ExperimentFolder, engine_name: str) -> None:
     """Ends the jobs that a submission left held when it was killed, but for those on record, which it lets run."""
+    engine, closing = engine_for(engine_name), folder.closing()
     known = {number for submission in folder.submissions() for number in submission.job_ids}
-    if left := [number for number in queue.held if number not in known]:
+    known |= {closing.job_id} if closing else set()
+    held = engine.held(_tag(folder))
+    if left := [number for number in held if number not in known]:
         engine.cancel(left)
-    if kept := [number for number in queue.held if number in known]:
+    if kept := [number for number in held if number in known]:
         engine.release(kept)
+
+
+def _tag(folder: ExperimentFolder) -> str:
+    return str(folder.path.resolve())
 
 
 def _that_fit(

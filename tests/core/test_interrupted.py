@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from chiplog import tools
+from chiplog import submitting, tools
 from chiplog.engines import LocalEngine
 from chiplog.errors import ChiplogError, EngineError, RenderError
 from chiplog.folder import ExperimentFolder
@@ -80,6 +80,21 @@ def test_a_submission_that_is_interrupted_leaves_no_job_and_no_prediction(
     with pytest.raises(KeyboardInterrupt):
         tools.submit_experiment("e", confirm=True)
     assert queued() == {State.CANCELLED} and contents(folder.path) == before
+
+
+def test_a_submission_that_is_killed_before_its_jobs_are_released_goes_on_at_the_next(
+    folder: ExperimentFolder, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalEngine, "release", fail)
+        patch.setattr(LocalEngine, "cancel", lambda *_: None)
+        patch.setattr(submitting, "write_atomic", lambda *_: None)  # kill -9 restores nothing
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            tools.submit_experiment("e", confirm=True)
+    assert folder.submissions() and queued() == {State.PENDING}
+    assert tools.submit_experiment("e", confirm=True).jobs == {}
+    assert all(row.state is State.COMPLETED for row in tools.experiment_status("e", wait_s=60).runs)
 
 
 def test_an_engine_that_refuses_leaves_no_prediction(lab: Path):

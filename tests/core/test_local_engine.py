@@ -132,10 +132,10 @@ def test_more_than_the_machine_has_is_refused_and_nothing_is_queued(engine: Loca
 def test_what_is_held_never_runs_and_is_found_by_its_tag(engine: LocalEngine, tmp_path: Path):
     held = engine.submit([Batch(script=script(tmp_path, "held", "touch ran"), folder=tmp_path)], "mine")
     ended(engine, queued(engine, script(tmp_path, "other", "true")))
-    assert engine.queue("mine").held == held[0] and engine.queue("others").held == []
+    assert engine.held("mine") == held[0] and engine.held("others") == []
     assert engine.jobs(held[0])[0].state is State.PENDING and not (tmp_path / "ran").exists()
     engine.cancel(held[0])
-    assert engine.jobs(held[0])[0].state is State.CANCELLED and engine.queue("mine").held == []
+    assert engine.jobs(held[0])[0].state is State.CANCELLED and engine.held("mine") == []
 
 
 def test_an_array_runs_its_script_once_for_each_index(engine: LocalEngine, tmp_path: Path):

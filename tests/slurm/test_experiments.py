@@ -116,7 +116,7 @@ def test_what_is_cancelled_while_it_waits_is_known_as_cancelled(on_slurm: Path, 
     set_up(on_slurm, "waits", controls={"seconds_a_step": 5.0}, variables={"lora_rank": [4, 8, 16]}, control="none")
     tools.submit_experiment("waits", confirm=True)
     cluster.wait_for(lambda: tools.experiment_status("waits").runs[0].state is State.RUNNING, 30)
-    assert "JobArrayTaskLimit" in str(tools.experiment_status("waits").runs[2].reason)
+    cluster.wait_for(lambda: "JobArrayTaskLimit" in str(tools.experiment_status("waits").runs[2].reason), 30)
     tools.cancel_experiment("waits", runs=["rank16"], confirm=True)
     rows = tools.experiment_status("waits").runs
     assert [row.state for row in rows] == [State.RUNNING, State.PENDING, State.CANCELLED]
@@ -144,7 +144,7 @@ def test_a_submission_that_was_killed_leaves_nothing_that_runs(on_slurm: Path, m
         patch.setattr(SlurmEngine, "cancel", lambda *_: None)  # kill -9 ends nothing
         with pytest.raises(SystemExit):
             tools.submit_experiment("killed", confirm=True)
-    left = SlurmEngine().queue(str(folder)).held
+    left = SlurmEngine().held(str(folder))
     assert len(left) == 6 and not (folder / "jobs.jsonl").exists()  # two of each kind, a control, the one that closes
     jobs = tools.submit_experiment("killed", confirm=True).jobs
     assert not set(jobs.values()) & set(left)
@@ -157,7 +157,7 @@ def test_a_refusal_is_in_slurms_words_and_nothing_is_left(on_slurm: Path):
     folder = set_up(on_slurm, "refused")
     with pytest.raises(EngineError, match="invalid partition specified: nowhere"):
         tools.submit_experiment("refused", confirm=True)
-    assert SlurmEngine().queue(str(folder)).held == []
+    assert SlurmEngine().held(str(folder)) == []
     assert not [*folder.glob("arrays/*"), *folder.glob("*.jsonl"), *folder.glob("runs/*/estimate.json")]
 
 
@@ -194,6 +194,7 @@ def limited(tmp_path: Path) -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.mark.timeout(1500)
 def test_300_runs_under_a_limit_of_50_are_fed_in_chunks(lab: Path, limited: Cluster, monkeypatch: pytest.MonkeyPatch):
     use(lab, limited, monkeypatch)
     folder = set_up(

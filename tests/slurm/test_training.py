@@ -45,6 +45,7 @@ def plan(name: str, **given: Any) -> None:
     tools.setup_experiment_dirs(name)
 
 
+@pytest.mark.timeout(900)
 def test_a_run_that_its_time_limit_ends_resumes_to_the_same_loss(trains: Path):
     plan("limited", controls={"max_steps": 4000}, time_limit_s=60)
     plan("free", controls={"max_steps": 4000})
@@ -59,6 +60,7 @@ def test_a_run_that_its_time_limit_ends_resumes_to_the_same_loss(trains: Path):
     assert last[0]["step"] == last[1]["step"] == 4000 and last[0]["loss"] == last[1]["loss"]
 
 
+@pytest.mark.timeout(900)
 def test_a_run_whose_node_goes_down_goes_on_elsewhere(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with Cluster(tmp_path / "dies") as cluster:
         trains = use(workspace, cluster, monkeypatch)

@@ -83,9 +83,8 @@ class Batch(Frozen):
 
 
 class Queue(Frozen):
-    """What an engine's queue holds, and what it takes."""
+    """What an engine's queue takes."""
 
-    held: list[str] = Field(description="Jobs of the tag that was asked for that are still held.")
     room: int | None = Field(description="Jobs that may be submitted now; null: no limit is known.")
     most: int | None = Field(default=None, description="Jobs that may stand in it at once; null: no limit is known.")
     longest_array: int | None = Field(default=None, description="Jobs that an array may have; null: no limit.")
@@ -99,10 +98,15 @@ class Engine(Protocol):
     """
 
     name: str
+    poll_s: float  # seconds between two looks at its jobs
     closes: bool  # whether a submission ends in a job that submits what waits for room, and summarises
 
-    def queue(self, tag: str) -> Queue:
-        """What the queue holds and takes."""
+    def held(self, tag: str) -> list[str]:
+        """The jobs of that tag that are still held."""
+        ...
+
+    def queue(self) -> Queue:
+        """What the queue takes."""
         ...
 
     def submit(self, batches: Sequence[Batch], tag: str) -> list[list[str]]:

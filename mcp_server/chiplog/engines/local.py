@@ -56,16 +56,21 @@ class LocalEngine:
     """Runs scripts on this machine as Slurm would, as many at once as its CPUs and GPUs allow."""
 
     name = "local"
+    poll_s = 0.5
     closes = False
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or home() / "local"
 
-    def queue(self, tag: str) -> Queue:
-        """The jobs of that tag that are still held; there is always room."""
+    def queue(self) -> Queue:
+        """There is always room."""
+        return Queue(room=None)
+
+    def held(self, tag: str) -> list[str]:
+        """The jobs of that tag that are still held."""
         with self.open() as queue:
             held = queue.execute("SELECT * FROM jobs WHERE tag = ? AND held AND state = 'PENDING' ORDER BY id", (tag,))
-            return Queue(held=[_name(row) for row in held], room=None)
+            return [_name(row) for row in held]
 
     def submit(self, batches: Sequence[Batch], tag: str) -> list[list[str]]:
         """Queues the batches, held. Raises EngineError if one asks for more than this machine has."""
@@ -236,7 +241,7 @@ def _job(row: sqlite3.Row) -> Job:
     if row["started"]:
         ended = datetime.fromisoformat(row["ended"]) if row["ended"] else datetime.now(UTC)
         attempt_s = (ended - datetime.fromisoformat(row["started"])).total_seconds()
-    ran_s = None if attempt_s is None else row["ran_s"] + attempt_s
+    ran_s = row["ran_s"] + (attempt_s or 0.0) if row["started"] or row["ran_s"] else None
     times = {"ran_s": ran_s, "attempt_s": attempt_s}
     return Job(id=_name(row), state=State(row["state"]), log=log, **times, **{f: row[f] for f in fields})
 

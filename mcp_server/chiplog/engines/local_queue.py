@@ -134,12 +134,14 @@ class Worker:
         if row["array"] is not None:
             environment |= {"SLURM_ARRAY_JOB_ID": str(row["array"]), "SLURM_ARRAY_TASK_ID": str(row["task"])}
         # Noted before it starts: a worker that dies here leaves a job that vanished, never one that starts twice.
-        queue.execute(
+        noted = queue.execute(
             "UPDATE jobs SET state = 'RUNNING', reason = NULL, started = ?, pid = NULL, gpu_ids = ?, signalled = 0 "
-            "WHERE id = ?",
+            "WHERE id = ? AND state = 'PENDING' AND NOT held",
             (utc_now(), ",".join(gpus), row["id"]),
         )
         queue.commit()
+        if not noted.rowcount:  # cancelled since it was looked at
+            return
         try:
             with Path(row["log"]).open("ab") as log:
                 child = subprocess.Popen(
@@ -196,7 +198,8 @@ class Worker:
             self._end(queue, row, State.COMPLETED, None, 0)
         elif code == REQUEUE_EXIT and row["restarts"] < MAX_RESTARTS:
             queue.execute(
-                "UPDATE jobs SET state = 'PENDING', restarts = restarts + 1, ran_s = ran_s + ? WHERE id = ?",
+                "UPDATE jobs SET state = 'PENDING', restarts = restarts + 1, ran_s = ran_s + ?, started = NULL "
+                "WHERE id = ?",
                 (_ran_s(row), number),
             )
         else:

@@ -44,7 +44,9 @@ QUEUED = (
     "Comment",
 )
 ENDED = ("JobID", "JobName", "State", "ExitCode", "Submit", "Start", "End", "ElapsedRaw", "Reason")
-SET_BY_A_JOB = re.compile(r"SLURM_(?!CONF$)|CHIPLOG_RUN$")  # what a job that submits others must not hand on
+# What a job that submits others must not hand on, and what changes the words of Slurm's commands.
+NOT_HANDED_ON = re.compile(r"(?:SLURM_(?!CONF$)|SQUEUE_|SACCT_|SINFO_)|CHIPLOG_(?:RUN|ENGINE)$")
+PLAIN = {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard"}  # lists of tasks are not cut off
 READ_IN_PATHS = re.compile(r"[%\\\n\r]")
 FULL = re.compile(r"SubmitJob|submit job|job submit limit|MaxJobCount|Slurm temporarily unable", re.IGNORECASE)
 
@@ -67,19 +69,20 @@ class SlurmEngine:
     """The cluster whose commands are at hand."""
 
     name = "slurm"
+    poll_s = 15.0
     closes = True
 
-    def queue(self, tag: str) -> Queue:
+    def held(self, tag: str) -> list[str]:
+        """The jobs of that tag that are still held, by the user and nobody else."""
+        rows = self._squeue("--me")
+        return [row["JobArrayID"] for row in rows if row["Comment"] == _comment(tag) and row["Reason"] == "JobHeldUser"]
+
+    def queue(self) -> Queue:
         """Counts all jobs of the user, whatever submitted them, against the limits of Slurm and of chiplog.toml."""
-        rows = [row for row in self._squeue("--me") if not _state(row["State"]).ended]
-        held = [row["JobArrayID"] for row in rows if row["Comment"] == _comment(tag) and "JobHeld" in row["Reason"]]
+        n_there = sum(not _state(row["State"]).ended for row in self._squeue("--me"))
         most = min(self._limits(), default=None)
-        return Queue(
-            held=held,
-            room=None if most is None else most - len(rows),
-            most=most,
-            longest_array=self._longest_array(),
-        )
+        room = None if most is None else most - n_there
+        return Queue(room=room, most=most, longest_array=self._longest_array())
 
     def submit(self, batches: Sequence[Batch], tag: str) -> list[list[str]]:
         """Queues the batches, held. Raises EngineError with sbatch's words if it refuses one."""
@@ -90,8 +93,7 @@ class SlurmEngine:
                     "rename the folder"
                 )
         settings = load_settings()
-        environment = {name: value for name, value in os.environ.items() if not SET_BY_A_JOB.match(name)}
-        environment |= {"CHIPLOG_PYTHON": sys.executable, "CHIPLOG_WORKSPACE": str(settings.workspace)}
+        environment = {"CHIPLOG_PYTHON": sys.executable, "CHIPLOG_WORKSPACE": str(settings.workspace)}
         done: list[str] = []
         try:
             for batch in batches:
@@ -157,7 +159,8 @@ class SlurmEngine:
             if "Invalid job id" in str(error):  # Slurm has forgotten the only one that was asked for
                 return []
             raise
-        return [dict(zip(QUEUED, line.split("|", len(QUEUED) - 1), strict=True)) for line in map(_chopped, lines)]
+        rows = [line.removesuffix("|").split("|", len(QUEUED) - 1) for line in lines]
+        return [dict(zip(QUEUED, row, strict=True)) for row in rows if len(row) == len(QUEUED)]
 
     def _sacct(self, bases: str) -> dict[str, list[Attempt]]:
         """All goes of these jobs by their ids, the oldest first; none where there is no accounting."""
@@ -165,7 +168,13 @@ class SlurmEngine:
             return {}
         options = ("--noheader", "--parsable2", "--allocations", "--duplicates", f"--format={','.join(ENDED)}")
         found: dict[str, list[Attempt]] = defaultdict(list)
-        for line in self._call("sacct", *options, f"--jobs={bases}").splitlines():
+        try:
+            lines = self._call("sacct", *options, f"--jobs={bases}").splitlines()
+        except EngineError as error:
+            if "disabled" in str(error):  # a cluster without accounting
+                return {}
+            raise
+        for line in lines:
             row: dict[str, str] = dict(zip(ENDED, line.split("|"), strict=False))
             for name in _elements(row["JobID"]):
                 found[name].append(_attempt(row))
@@ -198,7 +207,7 @@ class SlurmEngine:
 
     def _longest_array(self) -> int | None:
         found = re.search(r"^MaxArraySize\s*=\s*(\d+)", self._call("scontrol", "show", "config"), re.MULTILINE)
-        return int(found[1]) if found else None  # indices are below it
+        return int(found[1]) or None if found else None  # indices are below it
 
     def _call(self, *command: str, folder: Path | None = None, environment: dict[str, str] | None = None) -> str:
         """What a command printed. Raises EngineError if it is not there, fails or does not answer."""
@@ -212,9 +221,11 @@ class SlurmEngine:
     def _ask(
         self, *command: str, folder: Path | None = None, environment: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
+        clean = {name: value for name, value in os.environ.items() if not NOT_HANDED_ON.match(name)}
+        clean |= PLAIN | (environment or {})
         try:
             return subprocess.run(
-                command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace",
+                command, cwd=folder, env=clean, capture_output=True, text=True, errors="replace",
                 timeout=PATIENCE_S, check=False, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         except FileNotFoundError as error:
@@ -223,11 +234,6 @@ class SlurmEngine:
             ) from error
         except subprocess.TimeoutExpired as error:
             raise EngineError(f"{command[0]} did not answer in {PATIENCE_S} s: try again when Slurm is up") from error
-
-
-def _chopped(line: str) -> str:
-    """A line of squeue's without the mark that ends it."""
-    return line.removesuffix("|")
 
 
 def _comment(tag: str) -> str:
@@ -254,6 +260,8 @@ def _elements(job_id: str) -> list[str]:
         return [job_id]
     found: list[str] = []
     for part in rest.rstrip("]").partition("%")[0].split(","):
+        if not part[:1].isdecimal() or part.endswith("."):  # cut off
+            continue
         first, _, last = part.partition("-")
         last, _, stride = (last or first).partition(":")
         found += [f"{base}_{index}" for index in range(int(first), int(last) + 1, int(stride or 1))]
