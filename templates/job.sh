@@ -8,14 +8,23 @@ work() {
   local child code=0 ended_from_outside=no
   (trap '' USR1 && exec "$@") & # until it listens, the signal does not end it
   child=$!
-  # The time limit is near: say so until it has heard.
-  trap '(while kill -USR1 "$child"; do sleep 5; done) 2>/dev/null &' USR1
+  trap 'tell "$child"' USR1 # the time limit is near
+  if [ "${told:-no}" = yes ]; then tell "$child"; fi
   trap 'ended_from_outside=yes; kill -TERM "$child" 2>/dev/null || true' TERM # cancelled, or preempted
   while wait "$child" || true; kill -0 "$child" 2>/dev/null; do :; done # a signal ends `wait`, not the command
   wait "$child" || code=$?
   trap - USR1 TERM
   if [ "$code" = 75 ] && [ "$ended_from_outside" = no ]; then requeue; fi
   if [ "$code" != 0 ]; then exit "$code"; fi
+}
+
+tell() { # PID: once it listens, and once only, since a second signal would end it on its way out
+  (while kill -0 "$1" && ! listens "$1"; do sleep 0.2; done && kill -USR1 "$1") 2>/dev/null &
+}
+
+listens() { # PID: whether it catches SIGUSR1, the tenth bit of what the kernel tells
+  local caught
+  caught=$(sed -n 's/^SigCgt:\t//p' "/proc/$1/status") && ((0x${caught:-0} & 0x200))
 }
 
 requeue() {

@@ -77,7 +77,8 @@ def test_six_runs_and_two_controls_go_from_the_plan_to_the_summary(on_slurm: Pat
     train, evaluation, base = sorted(folder.glob("arrays/*.sbatch"))
     assert [file.stem for file in (train, evaluation, base)] == ["001-train", "002-eval", "003-base"]
     array = said.jobs["S_rank4"].partition("_")[0]
-    assert {row["JobID"] for row in cluster.sacct(array, "-X")} == {f"{array}_{i}" for i in range(6)}
+    elements = {f"{array}_{i}" for i in range(6)}
+    cluster.wait_for(lambda: {row["JobID"] for row in cluster.sacct(array, "-X")} == elements, 30)  # accounting lags
 
 
 def test_a_run_that_fails_takes_its_evaluation_with_it_and_the_others_finish(on_slurm: Path):
