@@ -10,7 +10,8 @@ from typing import NamedTuple
 from pydantic import Field
 
 from chiplog.engines import Job
-from chiplog.ledger.metrics import Event, Start, Step
+from chiplog.estimate.workload import validations
+from chiplog.ledger.metrics import Event, Start, Step, Validation, standing
 from chiplog.plan import Run
 from chiplog.record import Prediction, State
 from chiplog.schema import Frozen
@@ -37,7 +38,9 @@ class RunStatus(Frozen):
     loss: float | None = Field(description="Loss of the last step.")
     peak_mem_bytes: int | None = Field(default=None, description="Largest memory so far.")
     mem_kind: str | None = Field(default=None, description="What that counts.")
-    training_left_s: float | None = Field(description="Seconds of training left, at the mean speed of its own steps.")
+    training_left_s: float | None = Field(
+        description="Seconds of training left, at the mean speed of its own steps and of the validations seen so far."
+    )
     training_left_interval_s: tuple[float, float] | None = Field(
         default=None, description="90 % interval of that; null after too few steps to tell."
     )
@@ -74,15 +77,45 @@ def training_left(steps: Sequence[Step], total: int) -> Left | None:
     return Left(value, value / factor, value * factor)
 
 
+def validations_left(events: Sequence[Event], total: int, run: Run | None) -> int:
+    """How many a training is still to make, as its settings say."""
+    made = len(standing(events, Validation))
+    return max(0, validations(run.config, total) - made) if run else 0
+
+
+def with_validations(left: Left, seen: Sequence[Validation], missing: int) -> Left:
+    """What is left with that many validations more, which take as long as those seen.
+
+    They wander as the steps do, and differ as they did. Before the first, nothing tells how long they take, and so
+    there is no upper end.
+    """
+    if not missing:
+        return left
+    if not seen:
+        return left._replace(high=math.inf)
+    seconds = [validation.seconds for validation in seen]
+    wander = left.high / left.value if left.value else math.exp(NINETY * DRIFT)
+    return Left(
+        left.value + missing * statistics.fmean(seconds),
+        left.low + missing * min(seconds) / wander,
+        left.high + missing * max(seconds) * wander,
+    )
+
+
 def describe(
     name: str, job: Job, attempt: int, job_id: str, events: Sequence[Event], run: Run | None, said: Prediction | None
 ) -> RunStatus:
     """How a run stands, whose job and metrics these are; `run` is null where its plan cannot be read."""
     starts = [place for place, event in enumerate(events) if isinstance(event, Start)]
     steps = [event for event in events if isinstance(event, Step)]
-    current = [event for event in events[starts[-1] :] if isinstance(event, Step)] if starts else []
+    current = events[starts[-1] :] if starts else []
     total = next((event.total_steps for event in reversed(events) if isinstance(event, Start)), None)
-    left = training_left(current, total) if total and job.state is State.RUNNING and job.part == "run" else None
+    is_training = total and job.state is State.RUNNING and job.part == "run"
+    left = training_left([event for event in current if isinstance(event, Step)], total) if is_training else None
+    if left and total:
+        # Those of this attempt: an earlier one may have run on another machine.
+        seen = [event for event in current if isinstance(event, Validation)] or standing(events, Validation)
+        left = with_validations(left, seen, validations_left(events, total, run))
     told = left is not None and math.isfinite(left.high)
     return RunStatus(
         run=name,
@@ -99,7 +132,7 @@ def describe(
         mem_kind=steps[-1].mem_kind if steps else None,
         training_left_s=left.value if left else None,
         training_left_interval_s=(left.low, left.high) if left and told else None,
-        warnings=list(_warnings(job, left, run, said)) if left and told else [],
+        warnings=list(_warnings(job, left, run, said)) if left and (told or left.low) else [],
         log=str(job.log),
     )
 

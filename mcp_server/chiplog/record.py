@@ -5,6 +5,7 @@ What is not known is null, never a default.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -43,6 +44,13 @@ class State(StrEnum):
     @property
     def ended(self) -> bool:
         return self not in (State.PENDING, State.RUNNING)
+
+
+class Validated(NamedTuple):
+    """A validation loss, and after how many optimiser steps it was measured; null: not known."""
+
+    loss: float
+    step: int | None
 
 
 class Usage(Frozen):
@@ -93,6 +101,17 @@ class Usage(Frozen):
     loss_last: float | None = Field(default=None, description="Loss of the last step.")
     loss_mean: float | None = Field(default=None, description="Mean training loss, where the log states it.")
     val_losses: list[float] = Field(default=[], description="Validation losses, in their order.")
+    val_steps: list[int] | None = Field(default=None, description="Optimiser steps before each of these.")
+    val_s: float | None = Field(default=None, description="Seconds of all validations during training.")
+    val_samples: int | None = Field(default=None, description="Samples of one validation.")
+    val_label_tokens: int | None = Field(default=None, description="Tokens that a validation's loss is the mean of.")
+
+    @property
+    def best_validation(self) -> Validated | None:
+        """The lowest validation loss; null where there is none, and a loss that is no number is none."""
+        steps = self.val_steps or [None] * len(self.val_losses)
+        found = [Validated(*pair) for pair in zip(self.val_losses, steps, strict=True) if math.isfinite(pair[0])]
+        return min(found, key=lambda one: one.loss, default=None)
 
 
 class OutOfMemory(Frozen):

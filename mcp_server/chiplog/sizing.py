@@ -22,7 +22,7 @@ from chiplog.estimate.gpus import Gpu, gpu, gpus
 from chiplog.estimate.job import Job
 from chiplog.estimate.jobs import called, control_job, measured_run, planned_job
 from chiplog.estimate.tokens import Steps
-from chiplog.estimate.workload import training_steps
+from chiplog.estimate.workload import SplitTokens, training_steps
 from chiplog.ledger import Ledger
 from chiplog.plan import Run
 from chiplog.record import Record, State
@@ -288,7 +288,15 @@ def _work(run: Run, report: DatasetReport) -> tuple[Steps | None, Workload]:
         trained = training_steps(run.config, train.tokens.lengths, train.rows, train.tokens.max)
     scored = report.splits[run.config["eval_split"]]
     prompts = (scored.tokens.total - scored.tokens.label) / scored.rows if scored.tokens else 0.0
-    return trained, workload(run, trained, scored.rows, prompts)
+    return trained, workload(run, trained, scored.rows, prompts, _validated(run, report))
+
+
+def _validated(run: Run, report: DatasetReport) -> SplitTokens | None:
+    """The split that it validates on; null where it does not."""
+    split = report.splits.get(run.config.get("val_split") or "") if run.kind != "control" else None
+    if split is None or split.tokens is None or not split.rows:
+        return None
+    return SplitTokens(split.tokens.lengths, split.rows, split.tokens.max, split.tokens.label)
 
 
 def devices(runs: Sequence[Run], settings: Settings) -> list[str]:

@@ -41,6 +41,8 @@ class Row(Frozen):
     predicted_bytes: tuple[float, float, float] | None = Field(description="Foretold peak memory: value, low, high.")
     peak_mem_bytes: int | None = Field(description="Peak memory.")
     mem_kind: str | None = Field(description="What the peak counts.")
+    val_loss_best: float | None = Field(description="Lowest validation loss; null where it did not validate.")
+    val_loss_best_step: int | None = Field(description="Optimiser steps before it.")
     scores: dict[str, Interval] = Field(description="Share of items for each metric, with its exact 95 % interval.")
     n_items: int | None = Field(description="Items scored.")
 
@@ -131,6 +133,7 @@ def summarize(folder: ExperimentFolder, records: Sequence[Record]) -> Summary:
 def _row(run: Run, record: Record | None) -> Row:
     predicted = record.predicted if record else None
     scores = {name: proportion(score.count, score.n) for name, score in record.metrics.items()} if record else {}
+    best = record.usage.best_validation if record else None
     return Row(
         run=run.name,
         kind=run.kind,
@@ -146,6 +149,8 @@ def _row(run: Run, record: Record | None) -> Row:
         predicted_bytes=predicted.peak_mem_bytes if predicted else None,
         peak_mem_bytes=record.usage.peak_mem_bytes if record else None,
         mem_kind=record.usage.mem_kind if record else None,
+        val_loss_best=best.loss if best else None,
+        val_loss_best_step=best.step if best else None,
         scores=scores,
         n_items=next((score.n for score in record.metrics.values()), None) if record else None,
     )

@@ -153,11 +153,14 @@ def summary_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     varied = columns(row.varied for row in rows)
     numbers = ["batch", "est. time", "time limit", "actual", "est. memory", "peak memory"]
     scores = [f"{metric}, % (95 % CI)" for metric in metrics]
-    headings = ["#", "run", "model", "type", *varied, *numbers, *scores]
-    return markdown(headings, [_summary_row(number, row, varied, metrics) for number, row in enumerate(rows, start=1)])
+    validates = any(row.val_loss_best is not None for row in rows)
+    losses = ["best val. loss (step)"] if validates else []
+    headings = ["#", "run", "model", "type", *varied, *numbers, *losses, *scores]
+    cells = [_summary_row(number, row, varied, metrics, validates) for number, row in enumerate(rows, start=1)]
+    return markdown(headings, cells)
 
 
-def _summary_row(number: int, row: Row, varied: Sequence[str], metrics: Sequence[str]) -> list[str]:
+def _summary_row(number: int, row: Row, varied: Sequence[str], metrics: Sequence[str], validates: bool) -> list[str]:
     peak = f"{size(row.peak_mem_bytes)} ({MEM_WORDS[row.mem_kind]})" if row.mem_kind in MEM_WORDS else "–"
     return [
         str(number),
@@ -171,6 +174,7 @@ def _summary_row(number: int, row: Row, varied: Sequence[str], metrics: Sequence
         duration(row.elapsed_s) if row.state is State.COMPLETED else f"{row.state or 'not run'}",
         span(row.predicted_bytes, size),
         peak,
+        *([_loss_cell(row)] if validates else []),
         *(_score_cell(row.scores.get(metric)) for metric in metrics),
     ]
 
@@ -198,6 +202,10 @@ def span(predicted: tuple[float, float, float] | None, words: Callable[[float], 
 
 def _cell(value: Value) -> str:
     return "–" if value is None else str(value)
+
+
+def _loss_cell(row: Row) -> str:
+    return "–" if row.val_loss_best is None else f"{row.val_loss_best:.4g} ({_cell(row.val_loss_best_step)})"
 
 
 def _score_cell(score: Interval | None) -> str:

@@ -256,7 +256,9 @@ def _terms(
 ) -> dict[TermName, Guess | None]:
     """The parts of its time; None for one that nothing is known of."""
     names: list[TermName] = []
-    names.extend(("start-up", "training", "checkpoints") if trains else ())
+    names.extend(("start-up", "training") if trains else ())
+    names.extend(("validation",) if trains and work.validation_passes else ())
+    names.extend(("checkpoints",) if trains else ())
     names.extend(("evaluation start-up", "evaluation") if work.eval_samples else ())
     known = history.terms() if history else {}
     found: dict[TermName, Guess | None] = {name: known.get(name) for name in names}
@@ -265,11 +267,18 @@ def _terms(
             passing = guess("pass", job, place.known)
             paced = history and history.pace()
             found["training"] = paced or passing.times(work.steps * job.grad_accum)
-            if work.validation_passes:
-                found["validation"] = passing.times(work.validation_passes * _forward(job))
+            if work.validation_passes and not found["validation"]:
+                found["validation"] = _validation(job, work, place)
         if work.eval_samples and found["evaluation"] is None:
             found["evaluation"] = evaluation(job, work)
     return found
+
+
+def _validation(job: Job, work: Workload, place: Place) -> Guess:
+    """Seconds of all validations: the forward share of passes over samples of their length."""
+    as_long = {} if work.validation_mean_len is None else {"mean_len": work.validation_mean_len}
+    passing = guess("pass", job.model_copy(update=as_long), place.known)
+    return passing.times(work.validation_passes * _forward(job))
 
 
 def _forward(job: Job) -> float:
@@ -282,8 +291,8 @@ def _term(name: TermName, part: Guess | None) -> Term:
 
 
 def _sum(terms: Mapping[TermName, Guess | None]) -> Guess | None:
-    """Of the terms that are known; None where training or evaluation is not."""
-    if any(guess is None for name, guess in terms.items() if name in ("training", "evaluation")):
+    """Of the terms that are known; None where one is not that may be most of the time."""
+    if any(guess is None for name, guess in terms.items() if name in ("training", "validation", "evaluation")):
         return None
     return total([guess for guess in terms.values() if guess])
 

@@ -25,6 +25,8 @@ SCALED_SPREAD = 2.0  # a scaled estimate is taken to spread this much more
 NEUTRAL = {"seed", "lr", "lr_schedule", "warmup_steps", "weight_decay", "scorer"}
 # Settings that change how many steps there are, and nothing in them.
 COUNT = {"epochs", "max_steps", "eval_split", "eval_limit"}
+# Settings that only say on what a training validates, and when: nothing of a step.
+VALIDATING = {"val_split", "run_val_every_n_steps"}
 # Of the samples: how long they are, and so the memory.
 LENGTH = {"dataset", "system_prompt", "prompt"}
 # Settings that move time and memory little enough to scale across, with a wider interval.
@@ -54,11 +56,16 @@ class History:
         differs = {r.key: _differs(run.config, r.config) - NEUTRAL for r in every}
         alike = [r for r in every if r.state is State.COMPLETED]
         self.same = [r for r in alike if not differs[r.key] and _same_work(r, work)]
-        self.paced = [r for r in every if differs[r.key] <= COUNT and (r.usage.steps or 0) >= PACED]
+        self.paced = [r for r in every if differs[r.key] <= COUNT | VALIDATING and (r.usage.steps or 0) >= PACED]
         self.stopped = [r for r in every if not differs[r.key] and r.state is State.TIMEOUT and not r.usage.resumed]
-        near = [r for r in alike if differs[r.key] <= COUNT | LENGTH | NEAR]
+        close = [r for r in every if differs[r.key] <= COUNT | LENGTH | NEAR | VALIDATING]
+        near = [r for r in close if r.state is State.COMPLETED]
         self.near = _nearest(near, differs)
-        self.alike_in_length = _nearest([r for r in near if not differs[r.key] & LENGTH], differs)
+        # A validation passes samples of its own, which may be longer.
+        self.alike_in_length = _nearest([r for r in near if not differs[r.key] & {*LENGTH, "val_split"}], differs)
+        validated = [r for r in close if is_amount(r.usage.val_s) and r.usage.val_losses]
+        self.validated = _nearest(validated, {key: names - COUNT - VALIDATING for key, names in differs.items()})
+        self.other_samples = {key for key, names in differs.items() if names & LENGTH}
 
     def elapsed(self) -> Guess | None:
         """Seconds of the job, from runs of the same configuration; null where none completed.
@@ -79,7 +86,10 @@ class History:
         """Seconds that a run which was stopped would have taken at its pace; without one, a spread more than it had."""
         usage = record.usage
         if is_amount(usage.train_s) and usage.steps:
-            return (usage.elapsed_s or 0.0) + usage.train_s * max(0.0, self.work.steps / usage.steps - 1)
+            left = usage.train_s * max(0.0, self.work.steps / usage.steps - 1)
+            if usage.val_s and usage.val_losses:
+                left += usage.val_s * max(0.0, self.work.validations / len(usage.val_losses) - 1)
+            return (usage.elapsed_s or 0.0) + left
         return (usage.elapsed_s or 0.0) * math.exp(TIME_SPREAD)
 
     def pace(self) -> Guess | None:
@@ -98,6 +108,7 @@ class History:
             found |= {
                 "start-up": self._term("setup_s", [r for r in self.loaded if not r.usage.resumed] or self.loaded),
                 "training": self.pace() or self._training(),
+                "validation": self._validation() if self.work.validations else None,
                 "checkpoints": self._checkpoints(),
             }
         return {name: guess for name, guess in found.items() if guess}
@@ -123,6 +134,24 @@ class History:
         done = [r for r in self.answered if r.usage.eval_s and r.usage.eval_samples]
         times = [(r.usage.eval_s or 0.0) * self.work.eval_samples / (r.usage.eval_samples or 1) for r in done]
         return _guess(times, *SCALED, done)
+
+    def _validation(self) -> Guess | None:
+        """By the validations of runs whose passes are alike, and by what their splits hold."""
+        times = [
+            (r.usage.val_s or 0.0) / len(r.usage.val_losses) * self.work.validations * self._larger(r)
+            for r in self.validated
+        ]
+        return _guess(times, *SCALED, self.validated)
+
+    def _larger(self, record: Record) -> float:
+        """How many times as large as that run's split this one's is: in samples, or where these differ in tokens.
+
+        The tokens are those to be learnt, and the plan's those before any are cut off: so they are the second choice.
+        """
+        usage, work = record.usage, self.work
+        if record.key in self.other_samples and usage.val_label_tokens and work.val_label_tokens:
+            return work.val_label_tokens / usage.val_label_tokens
+        return work.val_samples / usage.val_samples if usage.val_samples and work.val_samples else 1.0
 
     def _checkpoints(self) -> Guess | None:
         done = [r for r in self.near if r.usage.checkpoint_s and r.usage.steps]
@@ -160,7 +189,8 @@ def _differs(one: Config, other: Config) -> set[str]:
 
 def _same_work(record: Record, work: Workload) -> bool:
     """Whether it did as much: a file may hold other rows than it did."""
-    return (record.usage.steps or 0, record.usage.eval_samples) == (work.steps, work.eval_samples)
+    did = (record.usage.steps or 0, record.usage.eval_samples, record.usage.val_samples)
+    return did == (work.steps, work.eval_samples, work.val_samples)
 
 
 def _saves(config: Config, steps: int) -> int:

@@ -26,7 +26,13 @@ class Workload(Frozen):
     eval_batch_size: int = Field(default=1, ge=1, description="Prompts answered at once.")
     new_tokens: int = Field(default=0, ge=0, description="Tokens of an answer, at most.")
     prompt_tokens: float = Field(default=0.0, ge=0, description="Tokens of a prompt, mean.")
-    validation_passes: int = Field(default=0, ge=0, description="Forward passes of all validations during training.")
+    validations: int = Field(default=0, ge=0, description="Validations during training.")
+    validation_passes: int = Field(default=0, ge=0, description="Forward passes of all of them.")
+    validation_mean_len: float | None = Field(
+        default=None, gt=0, description="Tokens of a mean sample of theirs, padded; null: as in training."
+    )
+    val_samples: int | None = Field(default=None, description="Samples of one validation.")
+    val_label_tokens: int | None = Field(default=None, description="Tokens that a validation's loss is the mean of.")
 
 
 class Estimate(Frozen):

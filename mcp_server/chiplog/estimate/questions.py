@@ -59,7 +59,8 @@ def estimate_case(case: Case, place: Place, cards: Sequence[Gpu], *, inverse: bo
     validation = -(-case.validation_samples // (job.micro_batch * case.gpus)) * case.validations
     work = Workload(
         steps=steps, tokens=None, eval_samples=case.eval_samples, eval_batch_size=case.eval_batch_size,
-        new_tokens=case.max_new_tokens, prompt_tokens=job.mean_tokens / job.micro_batch, validation_passes=validation,
+        new_tokens=case.max_new_tokens, prompt_tokens=job.mean_tokens / job.micro_batch,
+        validations=case.validations, validation_passes=validation,
     )  # fmt: skip
     found = estimate_job(job, work, place, trains=True, gpus=case.gpus)
     step = guess("pass", job, place.known).times(job.grad_accum)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AwareDatetime, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -57,6 +57,17 @@ class Step(Written):
     mem_kind: MemKind = Field(description="What that counts.")
 
 
+class Validation(Written):
+    """The validation split was passed through the model."""
+
+    event: Literal["validation"]
+    step: Count = Field(ge=1, description="Optimiser steps done before it.")
+    loss: float = Field(description="Mean loss of its label tokens.")
+    label_tokens: Count | None = Field(default=None, description="Tokens that the loss is the mean of.")
+    samples: Count | None = Field(default=None, description="Samples of the split.")
+    seconds: Seconds = Field(description="Seconds that it took.")
+
+
 class Checkpoint(Written):
     """A checkpoint was written."""
 
@@ -77,7 +88,8 @@ class Evaluation(Written):
     device: str = Field(description="cpu, or the GPU's name.")
 
 
-Event = Start | Step | Checkpoint
+Event = Start | Step | Validation | Checkpoint
+Numbered = TypeVar("Numbered", Step, Validation)
 _EVENT = TypeAdapter[Event](Annotated[Event, Field(discriminator="event")])
 
 
@@ -106,15 +118,23 @@ def not_before(noted: datetime, moment: str) -> bool:
     return noted >= datetime.fromisoformat(moment).replace(microsecond=0)
 
 
-def train_usage(events: Sequence[Event]) -> Usage:
-    """What the training used. A resumed run repeats the steps since its checkpoint: the last line of a step counts."""
-    by_step: dict[int, Step] = {}
+def standing(events: Sequence[Event], kind: type[Numbered]) -> list[Numbered]:
+    """The steps, or the validations, that the training is made of, each once.
+
+    A resumed run repeats those since its checkpoint: the last line of a step counts.
+    """
+    by_step: dict[int, Numbered] = {}
     for event in events:
         if isinstance(event, Start):  # what the last attempt did after its checkpoint is lost, and done again
             by_step = {number: old for number, old in by_step.items() if number <= event.step}
-        elif isinstance(event, Step):
+        elif isinstance(event, kind):
             by_step[event.step] = event
-    steps = list(by_step.values())
+    return list(by_step.values())
+
+
+def train_usage(events: Sequence[Event]) -> Usage:
+    """What the training used; the seconds of its steps hold neither validations nor checkpoints."""
+    steps, validations = standing(events, Step), standing(events, Validation)
     starts = [event for event in events if isinstance(event, Start)]
     if not starts:
         return Usage()
@@ -145,6 +165,11 @@ def train_usage(events: Sequence[Event]) -> Usage:
         n_params=starts[-1].n_params,
         loss_first=steps[0].loss if steps else None,
         loss_last=steps[-1].loss if steps else None,
+        val_losses=[validation.loss for validation in validations],
+        val_steps=[validation.step for validation in validations] or None,
+        val_s=sum(validation.seconds for validation in validations) if validations else None,
+        val_samples=validations[-1].samples if validations else None,
+        val_label_tokens=validations[-1].label_tokens if validations else None,
     )
 
 
