@@ -51,6 +51,11 @@ class Resources(Frozen):
     gpus: int = Field(default=0, ge=0, description="GPUs on one node; 0 runs on the CPU.")
     gpu: str | None = Field(default=None, description="Name of the GPU in chiplog.toml.")
     cpus: int = Field(default=1, ge=1, description="CPU cores.")
+    mem_gib: int | None = Field(
+        default=None,
+        ge=1,
+        description="Host memory of each node in GiB; null: estimated where runs tell, else the partition's default.",
+    )
     time_limit_s: int | None = Field(
         default=None, ge=1, description="Seconds after which the job is ended; null: no limit."
     )

@@ -17,6 +17,7 @@ from chiplog.checks.lookup import resolve_dataset, resolve_model
 from chiplog.checks.model import ModelReport, check_model
 from chiplog.engines.local import available_gpus
 from chiplog.errors import NotFoundError, PlanError
+from chiplog.host_memory import check_host_memory, with_host_memory
 from chiplog.ledger import Ledger
 from chiplog.plan import Experiment, Plan, Run, Value, expand, parse_plan
 from chiplog.recipes import choose_recipe, load_recipe, manual
@@ -49,6 +50,7 @@ class Request(Frozen):
     gpus: int | None = Field(default=None, description="GPUs of each run.")
     gpu: str | None = Field(default=None, description="Name of the GPU in chiplog.toml.")
     cpus: int | None = Field(default=None, description="CPU cores of each run.")
+    mem_gib: int | None = Field(default=None, description="Host memory of each run in GiB, on Slurm.")
     time_limit_s: int | None = Field(default=None, description="Seconds after which a run is ended.")
     allow_oversize: bool = Field(default=False, description="Plan runs that their GPU is not expected to hold.")
 
@@ -97,13 +99,14 @@ def make_plan(request: Request, settings: Settings, ledger: Ledger, progress=Non
             sizing.refuse_too_large(row)
     refuse_over_budget(plan, rows, settings)
     if settings.slurm:
-        plan = _with_time_limits(plan, rows)
+        plan = with_host_memory(_with_time_limits(plan, rows), rows)
         limited = {run.name: run for run in expand(plan, manual)}
         rows = [row.model_copy(update={"run": limited[row.run.name]}) for row in rows]
     totals = make_totals(rows, settings)
     reports: list[Report] = [*models.values(), *datasets.found.values()]
     found = [check for report in reports for check in report.problems]
     found += _check_warm_up(rows) + _check_own_rows(rows) + check_room(rows, totals, settings)
+    found += check_host_memory(rows, settings)
     found += [check for name in devices(runs, settings) if (check := sizing.card_warning(name))]
     warnings = list({(check.subject, check.found): check for check in found}.values())
     return Planned(plan=plan, rows=rows, totals=totals, warnings=warnings)
@@ -145,7 +148,7 @@ def _experiment(request: Request, values: dict[str, Any], settings: Settings) ->
     if request.study and (study_folder(request.study) / "evaluate.py").is_file():
         controls.setdefault("scorer", f"tasks/{request.study}/evaluate.py")
     resources = dict(values.get("resources", {}))
-    for key in ("gpus", "gpu", "cpus", "time_limit_s"):
+    for key in ("gpus", "gpu", "cpus", "mem_gib", "time_limit_s"):
         if (given := getattr(request, key)) is not None:
             resources[key] = given
     has_gpus = bool(settings.gpus) or (settings.slurm is None and bool(available_gpus()))

@@ -167,6 +167,8 @@ def sbatch_options(resources: Resources, settings: Settings) -> list[str]:
         options.append("--gres=" + ":".join(filter(None, ["gpu", kind, str(resources.gpus)])))
     if gpu and gpu.constraint:
         options.append(f"--constraint={gpu.constraint}")
+    if resources.mem_gib:
+        options.append(f"--mem={resources.mem_gib}G")
     if resources.time_limit_s:
         options.append(f"--time={clock(resources.time_limit_s)}")
     return options

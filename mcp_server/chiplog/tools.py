@@ -96,6 +96,14 @@ def plan_experiment(
     ] = None,
     gpu: Annotated[str | None, Field(description="Name of the GPU in chiplog.toml.")] = None,
     cpus: Annotated[int | None, Field(ge=1, description="CPU cores of each run.")] = None,
+    mem_gib: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Host memory of each run in GiB, on Slurm; null: as runs of the same configuration measured "
+            "it, else the partition's default.",
+        ),
+    ] = None,
     time_limit_s: Annotated[int | None, Field(ge=1, description="Seconds after which a run is ended.")] = None,
     allow_oversize: Annotated[bool, Field(description="Plan runs that their GPU is not expected to hold.")] = False,
     limit: Limit = 50,

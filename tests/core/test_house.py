@@ -42,6 +42,7 @@ ORDER = [
     "studies",
     "sizing",
     "totals",
+    "host_memory",
     "planning",
     "progress",
     "running",

@@ -170,7 +170,7 @@ def _evaluation_limit(terms: Mapping[TermName, Guess | None]) -> int | None:
 
 def host_memory(job: Job) -> int:
     """Bytes of host memory to ask for: the weights as they are read, and a process for each card."""
-    return round(2 * job.shape.n_params) + HOST_BYTES * job.gpus
+    return round((4 if job.dtype == "fp32" else 2) * job.shape.n_params) + HOST_BYTES * job.gpus
 
 
 def disk(job: Job) -> int:

@@ -61,7 +61,7 @@ class Validation(Written):
     """The validation split was passed through the model."""
 
     event: Literal["validation"]
-    step: Count = Field(ge=1, description="Optimiser steps done before it.")
+    step: Count = Field(description="Optimiser steps done before it.")
     loss: float = Field(description="Mean loss of its label tokens.")
     label_tokens: Count | None = Field(default=None, description="Tokens that the loss is the mean of.")
     samples: Count | None = Field(default=None, description="Samples of the split.")
