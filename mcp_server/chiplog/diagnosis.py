@@ -41,7 +41,10 @@ def _out_of_memory(record: Record) -> Advice | None:
         )
     oom = record.oom
     if oom is None or oom.kind == "host":
-        return Advice("the host's memory ran out", "ask for more memory (--mem), or use fewer data loader workers")
+        return Advice(
+            "the host's memory ran out",
+            "ask for more memory (mem_gib of a plan, --mem), or use fewer data loader workers",
+        )
     asked = f", {size(oom.tried_bytes)} more were asked for" if oom.tried_bytes else ""
     held = f", {size(oom.in_use_bytes)} were held" if oom.in_use_bytes else ""
     capacity = f" of {size(oom.capacity_bytes)}" if oom.capacity_bytes else ""

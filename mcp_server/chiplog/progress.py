@@ -106,16 +106,9 @@ def describe(
     name: str, job: Job, attempt: int, job_id: str, events: Sequence[Event], run: Run | None, said: Prediction | None
 ) -> RunStatus:
     """How a run stands, whose job and metrics these are; `run` is null where its plan cannot be read."""
-    starts = [place for place, event in enumerate(events) if isinstance(event, Start)]
     steps = [event for event in events if isinstance(event, Step)]
-    current = events[starts[-1] :] if starts else []
     total = next((event.total_steps for event in reversed(events) if isinstance(event, Start)), None)
-    is_training = total and job.state is State.RUNNING and job.part == "run"
-    left = training_left([event for event in current if isinstance(event, Step)], total) if is_training else None
-    if left and total:
-        # Those of this attempt: an earlier one may have run on another machine.
-        seen = [event for event in current if isinstance(event, Validation)] or standing(events, Validation)
-        left = with_validations(left, seen, validations_left(events, total, run))
+    left = _left(events, total, run) if total and job.state is State.RUNNING and job.part == "run" else None
     told = left is not None and math.isfinite(left.high)
     return RunStatus(
         run=name,
@@ -135,6 +128,14 @@ def describe(
         warnings=list(_warnings(job, left, run, said)) if left and (told or left.low) else [],
         log=str(job.log),
     )
+
+
+def _left(events: Sequence[Event], total: int, run: Run | None) -> Left | None:
+    """What is left of the training, by what its current attempt did; an earlier one may have run on another machine."""
+    begun = max(place for place, event in enumerate(events) if isinstance(event, Start))
+    left = training_left([event for event in events[begun:] if isinstance(event, Step)], total)
+    seen = [event for event in events[begun:] if isinstance(event, Validation)] or standing(events, Validation)
+    return left and with_validations(left, seen, validations_left(events, total, run))
 
 
 def _warnings(job: Job, left: Left, run: Run | None, said: Prediction | None) -> list[str]:

@@ -12,8 +12,9 @@ import pytest
 
 from chiplog.engines import Job
 from chiplog.estimate import RunEstimate, Workload
-from chiplog.estimate.estimator import estimate_run
-from chiplog.estimate.workload import validations
+from chiplog.estimate.estimator import Place, estimate_job, estimate_run, learn
+from chiplog.estimate.gpus import gpu
+from chiplog.estimate.workload import SplitTokens, training_steps, validations, workload
 from chiplog.ledger import Ledger
 from chiplog.ledger.metrics import Event, Start, Step, Validation, read_events, train_usage
 from chiplog.plan import Resources, Run
@@ -25,6 +26,7 @@ from chiplog.sizing import PlannedRun
 from chiplog.summary import summarize
 from chiplog.tables import summary_table
 from tests.core.test_estimate import a_record, a_run
+from tests.core.test_forecast import job
 from tests.core.test_planning import bundled_recipes
 from tests.core.test_summary import ended, first, set_up
 
@@ -81,7 +83,8 @@ def test_a_run_validates_every_so_many_steps_and_at_its_end(config: dict[str, An
 
 def work(times: int, samples: int | None = 10, labels: int | None = 100) -> Workload:
     once = {"val_samples": samples, "val_label_tokens": labels} if times else {}
-    return Workload(steps=100, tokens=10_000, eval_samples=50, validations=times, validation_passes=3 * times, **once)
+    plain = Workload(steps=100, tokens=10_000, eval_samples=50, validations=times, validation_passes=3 * times)
+    return plain.model_copy(update=once)
 
 
 def validated(key: str = "local:v", config: dict[str, Any] | None = None, **usage: Any) -> Record:
@@ -122,6 +125,7 @@ def test_where_nothing_tells_of_a_validation_there_is_no_time():
     plain = a_record(config=NO_VAL)
     found = estimate_run(a_run(**VAL), work(4), [plain])
     assert (found.elapsed, found.terms, found.time_limit_s) == (None, [], None)
+    assert found.peak_mem is None  # the samples of the split may be longer
     assert estimate_run(a_run(**NO_VAL), work(0), [plain]).elapsed
 
 
@@ -148,6 +152,29 @@ def test_a_run_that_its_limit_ended_would_have_validated_again():
     stopped = validated("local:t", elapsed_s=50.0, steps=50, train_s=10.0, val_losses=[1.0, 0.9], val_s=10.0)
     found = estimate_run(a_run(**VAL), work(4), [done, stopped.model_copy(update={"state": State.TIMEOUT})]).elapsed
     assert found and found.value == pytest.approx(math.sqrt(60 * (50 + 10 + 10)))
+
+
+def test_the_passes_of_a_validation_are_those_of_its_own_samples():
+    lengths = [10, 20, 30, 40, 50]
+    config = {"eval_limit": None, "max_steps": None, "max_seq_len": 40, "batch_size": 4, "micro_batch_size": 2}
+    run, split = a_run(**{**VAL, **config}), SplitTokens(lengths, rows=5, longest=50, label=9)
+    trained = training_steps(run.config, [10] * 400, 400, 10)
+    found = workload(run, trained, 50, validated=split)
+    assert (found.validations, found.validation_passes, found.val_samples, found.val_label_tokens) == (4, 4 * 3, 5, 9)
+    # Cut to 40: 10 20 30 40 40. Of two drawn, the longest is expected to be of 36 tokens; the fifth is of 28.
+    assert found.validation_mean_len == pytest.approx((2 * 2 * 36 + 28) / 3 / 2)
+    packed = workload(a_run(**{**VAL, **config, "packed": True}), trained, 50, validated=split)
+    assert (packed.validation_passes, packed.validation_mean_len) == (4 * 2, 40.0)
+    assert workload(run, trained, 50).validations == 0
+
+
+def test_longer_samples_make_longer_validations():
+    one, where = job(), Place(gpu("a100-80gb-sxm"), learn([]))
+    times = []
+    for length in (None, 2048.0, 1024.0):
+        planned = work(4).model_copy(update={"validation_mean_len": length, "eval_samples": 0})
+        times.append(terms(estimate_job(one, planned, where, trains=True, gpus=1))["validation"] or 0.0)
+    assert times[0] == times[1] and 0.4 < times[2] / times[1] < 0.6
 
 
 def on_gpu(lab: Path, **change: Any) -> PlannedRun:
