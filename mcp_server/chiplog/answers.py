@@ -61,6 +61,7 @@ class PlanRow(Frozen):
     varied: dict[str, Value] = Field(description="The settings that differ between runs.")
     batch_size: int | None = Field(description="Samples per optimiser step; null for a control.")
     time_limit_s: int | None = Field(description="Time limit in seconds; null: none.")
+    mem_gib: int | None = Field(description="Host memory asked of Slurm in GiB; null: the partition's default.")
     estimate: RunEstimate = Field(description="What it will need, and what that rests on.")
 
 

@@ -278,6 +278,7 @@ def _plan_row(row: PlannedRun) -> PlanRow:
         varied=row.run.varied,
         batch_size=row.run.config.get("batch_size"),
         time_limit_s=row.run.resources.time_limit_s,
+        mem_gib=row.run.resources.mem_gib,
         estimate=row.estimate,
     )
 

@@ -121,6 +121,12 @@ def test_validations_grow_with_their_split(change: dict[str, Any], planned: Work
     )
 
 
+def test_the_nearest_validations_are_those_whose_passes_are_most_alike_however_often_they_were_made():
+    near = validated("local:near", {"run_val_every_n_steps": 50, "epochs": 2}, val_losses=[1.0, 0.9])  # 10 s each
+    found = estimate_run(a_run(**VAL), work(4), [near, validated("local:far", {"lora_rank": 64}, val_s=400.0)])
+    assert terms(found)["validation"] == pytest.approx(40.0)
+
+
 def test_where_nothing_tells_of_a_validation_there_is_no_time():
     plain = a_record(config=NO_VAL)
     found = estimate_run(a_run(**VAL), work(4), [plain])
