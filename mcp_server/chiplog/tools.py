@@ -91,11 +91,13 @@ def plan_experiment(
     name: Annotated[str | None, Field(description="Name of the experiment; null: the date and the question.")] = None,
     recipe: Annotated[str | None, Field(description="Recipe; null: chosen from the GPUs and validation.")] = None,
     validation: Annotated[bool, Field(description="Whether to validate during training.")] = False,
+    nodes: Annotated[int | None, Field(ge=1, description="Nodes of each run; null: one.")] = None,
     gpus: Annotated[
-        int | None, Field(ge=0, description="GPUs of each run; null: one where there are any, else the CPU.")
+        int | None,
+        Field(ge=0, description="GPUs of each run on each of its nodes; null: one if there are any, else the CPU."),
     ] = None,
     gpu: Annotated[str | None, Field(description="Name of the GPU in chiplog.toml.")] = None,
-    cpus: Annotated[int | None, Field(ge=1, description="CPU cores of each run.")] = None,
+    cpus: Annotated[int | None, Field(ge=1, description="CPU cores of each process.")] = None,
     time_limit_s: Annotated[int | None, Field(ge=1, description="Seconds after which a run is ended.")] = None,
     allow_oversize: Annotated[bool, Field(description="Plan runs that their GPU is not expected to hold.")] = False,
     limit: Limit = 50,
