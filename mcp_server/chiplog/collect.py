@@ -159,8 +159,9 @@ def _record(
         usage=usage.model_copy(
             update={
                 "elapsed_s": job.ran_s if job and job.ended else None,
-                "cpus": run.resources.cpus,
-                "gpus": run.resources.gpus,
+                "cpus": run.resources.all_cpus,
+                "gpus": run.resources.all_gpus,
+                "nodes": run.resources.nodes,
                 "time_limit_s": run.resources.time_limit_s,
                 "resumed": usage.resumed or submission.attempt > 1 or bool(job and job.restarts),
             }

@@ -55,7 +55,7 @@ def after_running_out(run: Run, run_folder: Path, last: Record | None) -> Deviat
         return None
     noted = read_deviation(run_folder)
     before = noted.micro_batch_size if noted else asked
-    of_each = batch // max(run.resources.gpus, 1)
+    of_each = batch // run.resources.processes
     smaller = [size for size in range(1, before // 2 + 1) if of_each % size == 0]
     if not smaller:
         return None

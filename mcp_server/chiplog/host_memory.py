@@ -76,12 +76,12 @@ def _is_measured(row: PlannedRun) -> bool:
 
 
 def _needed(row: PlannedRun) -> float:
-    """Bytes of host memory: the high end of what was measured, else what is computed; 0 where neither is known."""
+    """Bytes of each node: the high end of what was measured, else its part of what is computed; 0 where neither is."""
     if row.estimate.peak_mem and _is_measured(row):
         return row.estimate.peak_mem.high
-    return float(row.estimate.host_mem_bytes or 0)
+    return (row.estimate.host_mem_bytes or 0) / row.run.resources.nodes
 
 
 def _given_gib(row: PlannedRun) -> int:
     asked = row.run.resources
-    return asked.mem_gib or USUAL_GIB * asked.cpus
+    return asked.mem_gib or USUAL_GIB * asked.cpus * max(asked.gpus, 1)

@@ -46,11 +46,12 @@ class Manual(Frozen):
 
 
 class Resources(Frozen):
-    """What one run asks for."""
+    """What one run asks for: a process for each GPU, or one on each node that has none."""
 
-    gpus: int = Field(default=0, ge=0, description="GPUs on one node; 0 runs on the CPU.")
+    nodes: int = Field(default=1, ge=1, description="Nodes.")
+    gpus: int = Field(default=0, ge=0, description="GPUs on each node; 0 runs on the CPU.")
     gpu: str | None = Field(default=None, description="Name of the GPU in chiplog.toml.")
-    cpus: int = Field(default=1, ge=1, description="CPU cores.")
+    cpus: int = Field(default=1, ge=1, description="CPU cores of each process.")
     mem_gib: int | None = Field(
         default=None,
         ge=1,
@@ -62,6 +63,26 @@ class Resources(Frozen):
     eval_time_limit_s: int | None = Field(
         default=None, ge=1, description="The same of the job that evaluates what was trained; null: time_limit_s."
     )
+
+    @property
+    def processes(self) -> int:
+        """Processes of a training."""
+        return self.nodes * max(self.gpus, 1)
+
+    @property
+    def all_gpus(self) -> int:
+        """GPUs of all nodes."""
+        return self.nodes * self.gpus
+
+    @property
+    def all_cpus(self) -> int:
+        """CPU cores of all processes."""
+        return self.processes * self.cpus
+
+    @property
+    def alone(self) -> Resources:
+        """The same for one process, as an evaluation is."""
+        return self.model_copy(update={"nodes": 1, "gpus": min(self.gpus, 1)})
 
 
 class Experiment(Frozen):
@@ -242,6 +263,7 @@ def _limited(runs: Iterable[Run], experiment: Experiment) -> Iterator[Run]:
 
 def _control(run: Run, name: str, varied: dict[str, Value], config: Config) -> Run:
     changed = {"name": name, "kind": "control", "recipe": None, "varied": varied, "config": config}
+    changed["resources"] = run.resources.alone
     return run.model_copy(update=changed)
 
 

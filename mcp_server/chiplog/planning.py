@@ -19,7 +19,7 @@ from chiplog.engines.local import available_gpus
 from chiplog.errors import NotFoundError, PlanError
 from chiplog.host_memory import check_host_memory, with_host_memory
 from chiplog.ledger import Ledger
-from chiplog.plan import Experiment, Plan, Run, Value, expand, parse_plan
+from chiplog.plan import Experiment, Plan, Resources, Run, Value, expand, parse_plan
 from chiplog.recipes import choose_recipe, load_recipe, manual
 from chiplog.render import code_files, find_gpu
 from chiplog.schema import Frozen, plain_errors
@@ -47,10 +47,11 @@ class Request(Frozen):
     control: str | None = Field(default=None, description="base_model or none.")
     recipe: str | None = Field(default=None, description="Recipe; null: chosen from the GPUs and validation.")
     validation: bool = Field(default=False, description="Whether to validate during training.")
-    gpus: int | None = Field(default=None, description="GPUs of each run.")
+    nodes: int | None = Field(default=None, description="Nodes of each run.")
+    gpus: int | None = Field(default=None, description="GPUs of each run on each of its nodes.")
     gpu: str | None = Field(default=None, description="Name of the GPU in chiplog.toml.")
-    cpus: int | None = Field(default=None, description="CPU cores of each run.")
-    mem_gib: int | None = Field(default=None, description="Host memory of each run in GiB, on Slurm.")
+    cpus: int | None = Field(default=None, description="CPU cores of each process.")
+    mem_gib: int | None = Field(default=None, description="Host memory of each node in GiB, on Slurm.")
     time_limit_s: int | None = Field(default=None, description="Seconds after which a run is ended.")
     allow_oversize: bool = Field(default=False, description="Plan runs that their GPU is not expected to hold.")
 
@@ -86,6 +87,7 @@ def make_plan(request: Request, settings: Settings, ledger: Ledger, progress=Non
     runs = expand(plan, manual)
     datasets = DatasetReports(progress)
     for run in runs:
+        _check_share(run)
         _check_gpu(run, settings)
         _check_scorer(run, plan)
         _check_split(run, datasets.of(run))
@@ -148,17 +150,24 @@ def _experiment(request: Request, values: dict[str, Any], settings: Settings) ->
     if request.study and (study_folder(request.study) / "evaluate.py").is_file():
         controls.setdefault("scorer", f"tasks/{request.study}/evaluate.py")
     resources = dict(values.get("resources", {}))
-    for key in ("gpus", "gpu", "cpus", "mem_gib", "time_limit_s"):
+    for key in ("nodes", "gpus", "gpu", "cpus", "mem_gib", "time_limit_s"):
         if (given := getattr(request, key)) is not None:
             resources[key] = given
     has_gpus = bool(settings.gpus) or (settings.slurm is None and bool(available_gpus()))
     resources.setdefault("gpus", 1 if has_gpus else 0)
     if not values.get("recipe"):
-        recipe = choose_recipe(resources["gpus"], request.validation)
+        recipe = choose_recipe(_processes(resources), request.validation)
         values["recipe"] = recipe.name
         if request.validation and "val_split" in recipe.settings:
             controls.setdefault("val_split", recipe.settings["val_split"] or "validation")
     return {**values, "controls": controls, "resources": resources}
+
+
+def _processes(resources: Mapping[str, Any]) -> int:
+    try:
+        return Resources.model_validate(resources).processes
+    except ValidationError as error:
+        raise PlanError(f"the resources of a run are wrong:\n{plain_errors(error)}\nMend these.") from error
 
 
 def find_dataset(name: str, settings: Settings, study: str | None = None) -> Path:
@@ -181,11 +190,14 @@ def _short(path: str) -> str:
 
 
 def _check_recipe(experiment: Experiment, models: Mapping[str, ModelReport]) -> None:
-    about, asked = load_recipe(experiment.recipe).about, experiment.resources.gpus
+    about, asked = load_recipe(experiment.recipe).about, experiment.resources.processes
     if about.does != "train":
         raise PlanError(f"the recipe {experiment.recipe} does not train: name one that does, or leave recipe out")
-    if about.max_gpus is not None and asked > about.max_gpus:
-        raise PlanError(f"{asked} GPUs are asked for and the recipe {experiment.recipe} uses {about.max_gpus} at most")
+    if about.max_processes is not None and asked > about.max_processes:
+        raise PlanError(
+            f"{asked} {'GPUs' if experiment.resources.gpus else 'nodes'} are asked for and the recipe "
+            f"{experiment.recipe} uses {about.max_processes} at most: ask for fewer, or leave recipe out"
+        )
     for key, report in models.items():
         if about.model_types and report.model_type not in about.model_types:
             raise PlanError(
@@ -194,17 +206,26 @@ def _check_recipe(experiment: Experiment, models: Mapping[str, ModelReport]) -> 
             )
 
 
+def _check_share(run: Run) -> None:
+    """Refuses a batch that the processes of a run cannot share evenly."""
+    n, batch, micro = run.resources.processes, run.config.get("batch_size"), run.config.get("micro_batch_size") or 1
+    if n > 1 and isinstance(batch, int) and batch % (n * micro):
+        raise PlanError(
+            f"{run.name} shares batch_size {batch} over {n} {'GPUs' if run.resources.gpus else 'nodes'} in passes of "
+            f"{micro}, which leaves a rest: make batch_size a multiple of {n * micro}, or micro_batch_size smaller"
+        )
+
+
 def _check_gpu(run: Run, settings: Settings) -> None:
-    """Refuses GPUs that chiplog.toml does not name, or, where it names no cluster and no GPU, this machine lacks."""
-    gpu, asked = find_gpu(run.resources, settings), run.resources.gpus
+    """Refuses nodes and GPUs that chiplog.toml does not name, or, where it names none, this machine lacks."""
+    gpu, asked = find_gpu(run.resources, settings), run.resources.all_gpus
+    if run.resources.nodes > 1 and not settings.slurm:
+        raise PlanError(
+            f"{run.name} asks for {run.resources.nodes} nodes and this machine is one: leave nodes out, or describe "
+            "your cluster in chiplog.toml under [slurm]"
+        )
     if not asked:
         return
-    batch, micro = run.config.get("batch_size"), run.config.get("micro_batch_size") or 1
-    if run.kind != "control" and isinstance(batch, int) and batch % (asked * micro):
-        raise PlanError(
-            f"{run.name} shares batch_size {batch} over {asked} GPUs in passes of {micro}, which leaves a rest: "
-            f"make batch_size a multiple of {asked * micro}, or micro_batch_size smaller"
-        )
     if len(settings.gpus) > 1 and not gpu:
         raise PlanError(f"{run.name} asks for a GPU: say which with gpu, {', '.join(g.name for g in settings.gpus)}")
     if gpu and gpu.count is not None and asked > gpu.count:

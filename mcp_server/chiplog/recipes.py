@@ -40,7 +40,7 @@ class About(Frozen):
     framework: Literal["torchtune", "trainer", "transformers"] = Field(description="What it is built on.")
     model_types: list[str] = Field(description="Values of model_type in config.json that it can load.")
     like: str | None = Field(default=None, description="Recipe beside it whose settings it has beside its own.")
-    max_gpus: int | None = Field(description="GPUs that it can use; null: any number.")
+    max_processes: int | None = Field(description="Processes, of a GPU each, that it can use; null: any number.")
     validates: bool = Field(description="Whether it validates during training.")
     takes: dict[str, Kind | list[str]] = Field(
         default={}, description="Kind or choices of the settings whose default does not say it."
@@ -73,20 +73,20 @@ def load_recipe(name: str, folder: Path | None = None) -> Recipe:
     raise NotFoundError(f"there is no recipe {name!r}: there are {', '.join(names)} (files under recipes/)")
 
 
-def choose_recipe(gpus: int, validation: bool) -> Recipe:
-    """The torchtune recipe for that many GPUs (0 or 1: a single device), with or without validation during training.
+def choose_recipe(processes: int, validation: bool) -> Recipe:
+    """The torchtune recipe for that many processes, with or without validation during training.
 
     Raises PlanError if no recipe does that, saying which there are.
     """
     found = [load_recipe(name) for name in recipe_names()]
     found = [recipe for recipe in found if recipe.about.does == "train" and recipe.about.framework == "torchtune"]
     for recipe in found:
-        enough = recipe.about.max_gpus is None or gpus <= recipe.about.max_gpus
-        single = gpus <= 1 and recipe.about.max_gpus is None  # a distributed recipe is not taken for one device
+        enough = recipe.about.max_processes is None or processes <= recipe.about.max_processes
+        single = processes <= 1 and recipe.about.max_processes is None  # no distributed recipe for one device
         fits = recipe.about.validates if validation else not recipe.settings.get("val_split")
         if enough and not single and fits:
             return recipe
-    wanted = f"{gpus or 'no'} GPUs {'with' if validation else 'without'} validation during training"
+    wanted = f"{processes} devices {'with' if validation else 'without'} validation during training"
     raise PlanError(f"no recipe trains on {wanted}: there are {', '.join(recipe.name for recipe in found)}")
 
 

@@ -59,8 +59,9 @@ class Usage(Frozen):
     model_config = ConfigDict(ser_json_inf_nan="strings")  # a loss of NaN is a value, and JSON has no word for it
 
     device: str | None = Field(default=None, description="cpu, or the GPU's name.")
-    cpus: int | None = Field(default=None, description="CPU cores that it asked for.")
-    gpus: int | None = Field(default=None, description="GPUs that it asked for.")
+    cpus: int | None = Field(default=None, description="CPU cores that it asked for, on all nodes.")
+    gpus: int | None = Field(default=None, description="GPUs that it asked for, on all nodes.")
+    nodes: int | None = Field(default=None, description="Nodes that it asked for.")
     time_limit_s: int | None = Field(
         default=None, ge=1, description="Seconds after which it was to be ended; null: no limit, or not known."
     )

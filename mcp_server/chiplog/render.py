@@ -125,10 +125,9 @@ def _script(jinja: Environment, plan: Plan, run: Run, settings: Settings, *, tra
 
 
 def _evaluating(resources: Resources) -> Resources:
-    """What the evaluation of a run asks for: one GPU, where it has any, and its own time."""
-    return resources.model_copy(
-        update={"gpus": min(resources.gpus, 1), "time_limit_s": resources.eval_time_limit_s or resources.time_limit_s}
-    )
+    """What the evaluation of a run asks for: one process, and its own time."""
+    limit = resources.eval_time_limit_s or resources.time_limit_s
+    return resources.alone.model_copy(update={"time_limit_s": limit})
 
 
 def _warned(resources: Resources, train: bool) -> list[str]:

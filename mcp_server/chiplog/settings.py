@@ -7,6 +7,7 @@ of this project, else the current folder. Its settings beat the user's, key by k
 from __future__ import annotations
 
 import os
+import shlex
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ FILE_NAME = "chiplog.toml"
 # Both end up in shell scripts: an option is one plain word, a set-up line is one line.
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:,=+@/&|()\[\]*-]+$")]
 Line = Annotated[str, Field(pattern=r"^[^\r\n\x00]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 def _followed(path: str | Path, start: Path = Path()) -> Path:
@@ -62,6 +64,9 @@ class Slurm(Frozen):
     stagger_s: int = Field(
         default=0, ge=0, description="Seconds between the starts of an array's jobs, where they share a cache."
     )
+    environment: dict[Name, Line] = Field(
+        default={}, description="Variables of every job, such as NCCL_SOCKET_IFNAME; set after the set-up lines."
+    )
     max_submit: int | None = Field(
         default=None, ge=1, description="Jobs that may stand in the queue at once; null: as many as Slurm allows."
     )
@@ -73,8 +78,9 @@ class Slurm(Frozen):
 
     @property
     def setup_lines(self) -> list[str]:
-        """What makes the environment: the modules, then the set-up lines."""
-        return [*(f"module load {name}" for name in self.modules), *self.setup]
+        """What makes the environment: the modules, then the set-up lines, then the variables."""
+        variables = [f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return [*(f"module load {name}" for name in self.modules), *self.setup, *variables]
 
 
 class Gpu(Frozen):

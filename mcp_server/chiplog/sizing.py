@@ -319,5 +319,5 @@ def _job(run: Run, trained: Steps | None, place: Place | None) -> Job | None:
     with suppress(ChiplogError):
         if trained is None:
             return control_job(run.config, place.card)
-        return planned_job(run.config, trained, card=place.card, gpus=run.resources.gpus)
+        return planned_job(run.config, trained, card=place.card, gpus=run.resources.all_gpus)
     return None

@@ -114,7 +114,7 @@ def summarize(folder: ExperimentFolder, records: Sequence[Record]) -> Summary:
             left_out.append(f"{name}: cannot be compared, since {error}")
     comparisons = _comparisons(metric, runs, {name: found for name, found in answers.items() if found})
     elapsed = [row.elapsed_s for row in rows if row.elapsed_s is not None]
-    gpu_s = sum(run.resources.gpus * (last[run.name].usage.elapsed_s or 0) for run in runs if run.name in last)
+    gpu_s = sum(run.resources.all_gpus * (last[run.name].usage.elapsed_s or 0) for run in runs if run.name in last)
     return Summary(
         experiment=folder.path.name,
         question=plan.question,

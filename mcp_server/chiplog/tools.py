@@ -91,16 +91,18 @@ def plan_experiment(
     name: Annotated[str | None, Field(description="Name of the experiment; null: the date and the question.")] = None,
     recipe: Annotated[str | None, Field(description="Recipe; null: chosen from the GPUs and validation.")] = None,
     validation: Annotated[bool, Field(description="Whether to validate during training.")] = False,
+    nodes: Annotated[int | None, Field(ge=1, description="Nodes of each run; null: one.")] = None,
     gpus: Annotated[
-        int | None, Field(ge=0, description="GPUs of each run; null: one where there are any, else the CPU.")
+        int | None,
+        Field(ge=0, description="GPUs of each run on each of its nodes; null: one if there are any, else the CPU."),
     ] = None,
     gpu: Annotated[str | None, Field(description="Name of the GPU in chiplog.toml.")] = None,
-    cpus: Annotated[int | None, Field(ge=1, description="CPU cores of each run.")] = None,
+    cpus: Annotated[int | None, Field(ge=1, description="CPU cores of each process.")] = None,
     mem_gib: Annotated[
         int | None,
         Field(
             ge=1,
-            description="Host memory of each run in GiB, on Slurm; null: as runs of the same configuration measured "
+            description="Host memory of each node in GiB, on Slurm; null: as runs of the same configuration measured "
             "it, else the partition's default.",
         ),
     ] = None,

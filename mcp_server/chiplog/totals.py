@@ -66,7 +66,7 @@ def make_totals(rows: Sequence[PlannedRun], settings: Settings) -> Totals:
         unknown=len(rows) - len(known),
         in_sequence_s=together,
         in_parallel_s=_parallel([(run, time.value) for run, time in times if time], settings) if complete else None,
-        gpu_hours=sum(time.value * run.resources.gpus for run, time in times if time) / 3600 if complete else None,
+        gpu_hours=sum(time.value * run.resources.all_gpus for run, time in times if time) / 3600 if complete else None,
         cost=sum(cost for cost in costs if cost is not None) if None not in costs else None,
         disk_bytes=sum(disk for disk in disks if disk is not None) if None not in disks else None,
         disk_free_bytes=_free(settings.experiments),
@@ -127,15 +127,15 @@ def _parallel(jobs: Sequence[tuple[Run, float]], settings: Settings) -> float | 
             count = named.count if named else len(available_gpus()) if not settings.slurm else None
             have[device] = count or settings.budget.jobs_at_once or 0
         elif settings.budget.jobs_at_once:
-            have[device] = settings.budget.jobs_at_once * asked.cpus
-        if have.get(device, 0) < (asked.cpus if device == "cpu" else asked.gpus):
+            have[device] = settings.budget.jobs_at_once * asked.all_cpus
+        if have.get(device, 0) < (asked.all_cpus if device == "cpu" else asked.all_gpus):
             return None
     free = {device: [0.0] * count for device, count in have.items()}
     slots = [0.0] * (settings.budget.jobs_at_once or len(jobs))
     last = 0.0
     for run, seconds in jobs:
         device = device_of(run, settings)
-        n = run.resources.cpus if device == "cpu" else run.resources.gpus
+        n = run.resources.all_cpus if device == "cpu" else run.resources.all_gpus
         taken = [heapq.heappop(free[device]) for _ in range(n)]
         end = max(*taken, heapq.heappop(slots)) + seconds
         for _ in taken:

@@ -129,6 +129,19 @@ def test_more_than_the_machine_has_is_refused_and_nothing_is_queued(engine: Loca
         assert queue.execute("SELECT count(*) FROM jobs").fetchone()[0] == 0
 
 
+def test_nodes_are_refused_and_each_task_has_its_cpus(engine: LocalEngine, tmp_path: Path):
+    with pytest.raises(EngineError, match="asks for 2 nodes, and this machine is one"):
+        queued(engine, script(tmp_path, "wide", "true", "--nodes=2"))
+    with pytest.raises(EngineError, match="asks for 9000 CPUs"):
+        queued(engine, script(tmp_path, "greedy", "true", "--ntasks=3000", "--cpus-per-task=3"))
+    two = ("--ntasks=2", f"--cpus-per-task={max(1, available_cpus() // 2)}")
+    says = 'echo "$SLURM_NTASKS $SLURM_CPUS_PER_TASK $SLURM_NNODES"'
+    found = ended(engine, queued(engine, *[script(tmp_path, name, f"{says}; sleep 0.3", *two) for name in "ab"]))
+    assert found["a"].log.read_text().split() == ["2", str(max(1, available_cpus() // 2)), "1"]
+    if available_cpus() < 4:  # there is not room for both
+        assert found["a"].ended and found["b"].started and found["a"].ended <= found["b"].started
+
+
 def test_what_is_held_never_runs_and_is_found_by_its_tag(engine: LocalEngine, tmp_path: Path):
     held = engine.submit([Batch(script=script(tmp_path, "held", "touch ran"), folder=tmp_path)], "mine")
     ended(engine, queued(engine, script(tmp_path, "other", "true")))

@@ -151,16 +151,16 @@ def test_several_gpus_and_a_validation_need_what_they_share(lab: Path, change: d
 
 
 @pytest.mark.parametrize(
-    ("gpus", "validation", "name"),
+    ("processes", "validation", "name"),
     [
-        (0, False, "lora_finetune_single_device"),
+        (1, False, "lora_finetune_single_device"),
         (1, True, "lora_finetune_single_device_val"),
         (2, False, "lora_finetune_distributed"),
         (8, True, "lora_finetune_distributed"),
     ],
 )
-def test_the_recipe_is_chosen_by_gpus_and_validation(gpus: int, validation: bool, name: str):
-    assert choose_recipe(gpus, validation).name == name
+def test_the_recipe_is_chosen_by_processes_and_validation(processes: int, validation: bool, name: str):
+    assert choose_recipe(processes, validation).name == name
 
 
 def test_a_recipe_that_lacks_what_planning_reads_is_named(lab: Path):
@@ -325,3 +325,26 @@ def test_a_plan_over_its_price_is_refused_with_what_fits_it(lab: Path):
         PlanError, match=r"needs about 6\.0 in cost and the budget is 4: within it are the 1 shortest of its 2"
     ):
         on_gpu(lab, "name = 'h200'\nprice_per_hour = 3.0\n[budget]\ncost = 4.0")
+
+
+def test_runs_on_several_nodes_are_of_a_recipe_for_it_and_their_controls_are_alone(lab: Path):
+    (lab / "chiplog.toml").write_text("[slurm]\n[[gpus]]\nname = 'a100-80gb'\ngres = 'gpu:a100:1'\ncount = 8\n")
+    planned = plan(nodes=2, gpus=4, controls={"batch_size": 16, "micro_batch_size": 2})
+    assert planned.plan.experiments[0].recipe == "lora_finetune_distributed"
+    asked = {row.run.kind: row.run.resources for row in planned.rows}
+    assert (asked["finetune"].processes, asked["finetune"].all_gpus) == (8, 8)
+    assert (asked["control"].nodes, asked["control"].gpus) == (1, 1)
+    assert plan(nodes=2, gpus=0, controls={"batch_size": 4}).plan.experiments[0].recipe == "lora_finetune_distributed"
+    with pytest.raises(PlanError, match=r"shares batch_size 4 over 8 GPUs .* make batch_size a multiple of 8"):
+        plan(nodes=2, gpus=4, controls={"batch_size": 4})
+    with pytest.raises(PlanError, match="shares batch_size 3 over 2 nodes"):
+        plan(nodes=2, gpus=0, controls={"batch_size": 3})
+    with pytest.raises(PlanError, match="asks for 12 a100-80gb and chiplog.toml counts 8"):
+        plan(nodes=3, gpus=4, controls={"batch_size": 12})
+    with pytest.raises(PlanError, match="2 GPUs are asked for and the recipe lora_finetune_single_device uses 1"):
+        plan(nodes=2, gpus=1, recipe="lora_finetune_single_device")
+
+
+def test_several_nodes_need_a_cluster(lab: Path):
+    with pytest.raises(PlanError, match="asks for 2 nodes and this machine is one: leave nodes out, or describe your"):
+        plan(nodes=2, gpus=0)

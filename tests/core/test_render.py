@@ -24,15 +24,21 @@ from tests.conftest import FAKE_RECIPES
 
 GOLDEN = Path(__file__).parent / "golden"
 CLUSTER = {
-    "slurm": {"account": "lab", "partition": "cpu", "setup": ["module load cuda/12.8", "source .venv/bin/activate"]},
+    "slurm": {
+        "account": "lab",
+        "partition": "cpu",
+        "modules": ["cuda/12.8"],
+        "setup": ["source .venv/bin/activate"],
+        "environment": {"NCCL_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "it's $HOME"},
+    },
     "gpus": [{"name": "a100-80gb", "partition": "gpu", "gres": "gpu:a100:1", "constraint": "gpu80", "count": 16}],
 }
 
 
 def rendered(
-    workspace: Path, question: str = "Which rank?", study: str | None = None, **cluster: Any
+    workspace: Path, question: str = "Which rank?", study: str | None = None, nodes: int = 1, **cluster: Any
 ) -> dict[str, bytes]:
-    gpus = 1 if cluster else 0
+    gpus = (1 if nodes == 1 else 4) if cluster else 0
     plan = Plan(
         name="2026-11-20-lora-rank",
         question=question,
@@ -45,7 +51,7 @@ def rendered(
                 recipe="lora_finetune_single_device",
                 controls={"epochs": 3},
                 variables={"model": ["1B", "3B"], "lora_rank": [4, 64]},
-                resources=Resources(gpus=gpus, cpus=8, time_limit_s=5400),
+                resources=Resources(nodes=nodes, gpus=gpus, cpus=8, time_limit_s=5400),
             )
         ],
     )
@@ -56,13 +62,22 @@ def rendered(
                                   "runs/1B_rank4/eval.sbatch", "runs/1B_base/run.sbatch", "close.sbatch"])  # fmt: skip
 @pytest.mark.parametrize("where", ["local", "cluster"])
 def test_rendered_text_is_what_a_person_would_have_written(lab: Path, name: str, where: str):
-    golden = GOLDEN / where / name
     text = rendered(lab, **(CLUSTER if where == "cluster" else {}))[name].decode()
+    is_golden(text, GOLDEN / where / name)
+
+
+def is_golden(text: str, golden: Path) -> None:
     if os.environ.get("CHIPLOG_WRITE_GOLDEN"):
         golden.parent.mkdir(parents=True, exist_ok=True)
         golden.write_text(text)
     assert golden.is_file(), f"{golden} is missing: look at the text, then run once with CHIPLOG_WRITE_GOLDEN=1"
     assert text == golden.read_text()
+
+
+@pytest.mark.parametrize("name", ["runs/1B_rank4/run.sbatch", "runs/1B_rank4/eval.sbatch", "runs/1B_base/run.sbatch"])
+def test_a_training_on_two_nodes_is_a_process_a_gpu_and_its_evaluation_one(lab: Path, name: str):
+    text = rendered(lab, nodes=2, **CLUSTER)[name].decode()
+    is_golden(text, GOLDEN / "nodes" / name)
 
 
 def test_every_rendered_script_is_sound_shell(lab: Path):

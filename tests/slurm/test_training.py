@@ -26,7 +26,9 @@ def use(workspace: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> P
     for name, value in cluster.env.items():
         monkeypatch.setenv(name, value)
     bin_folder = json.dumps(f"export PATH={Path(sys.executable).parent}:$PATH")
-    (workspace / "chiplog.toml").write_text(f'[slurm]\npartition = "gpu"\nsetup = [{bin_folder}]\n')
+    (workspace / "chiplog.toml").write_text(
+        f'[slurm]\npartition = "gpu"\nsetup = [{bin_folder}]\nenvironment = {{ GLOO_SOCKET_IFNAME = "lo" }}\n'
+    )
     make_llama(workspace / "models" / "tiny")
     made = [("abcdefgh" * 2)[i % 8 : i % 8 + 2 + i % 5] + "xyz"[i % 3] for i in range(48)]
     rows = [{"input": word, "output": word.capitalize()} for word in made]
@@ -58,6 +60,28 @@ def test_a_run_that_its_time_limit_ends_resumes_to_the_same_loss(trains: Path):
     assert len(starts[0]) > 1 and len(starts[1]) == 1
     last = [events(folder, "step")[-1] for folder in folders]
     assert last[0]["step"] == last[1]["step"] == 4000 and last[0]["loss"] == last[1]["loss"]
+
+
+@pytest.mark.timeout(900)
+def test_two_nodes_told_of_their_limit_go_on_to_the_losses_of_one_process(trains: Path, cluster: Cluster):
+    """The signal goes to the script alone, on the first node, as `--signal=B:USR1` sends it."""
+    plan("one", controls={"max_steps": 200})
+    plan("two", controls={"max_steps": 200}, nodes=2)
+    one, two = (trains / "experiments" / name / "runs" / "lora_alpha8" for name in ("one", "two"))
+    tools.submit_experiment("one", confirm=True)
+    (job,) = tools.submit_experiment("two", confirm=True).jobs.values()
+    cluster.wait_for(lambda: (two / "metrics.jsonl").exists() and events(two, "step"), 120, "first step")
+    assert cluster.squeue(job, fields="%D") == ["2"]
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    for name in ("one", "two"):
+        (row,) = ended(name, 300).runs
+        assert (row.state, row.restarts) == (State.COMPLETED, 1 if name == "two" else 0)
+    starts = events(two, "start")
+    assert [start["world_size"] for start in starts] == [2, 2] and 0 < starts[1]["step"] < 200
+    losses = [{step["step"]: step["loss"] for step in events(run, "step")} for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[1]) == 200
+    record = tools.collect_records("two").records[0]
+    assert (record.usage.nodes, record.usage.cpus) == (2, 2)
 
 
 @pytest.mark.timeout(900)

@@ -135,6 +135,8 @@ class Options(Frozen):
 
     job_name: str = Field(description="--job-name.")
     output: str = Field(description="--output, with %j, %x and, of an array, %A and %a.")
+    nodes: int = Field(default=1, ge=1, description="--nodes.")
+    tasks: int = Field(default=1, ge=1, description="--ntasks.")
     cpus: int = Field(ge=1, description="--cpus-per-task.")
     gpus: int = Field(ge=0, description="The number in --gres=gpu:[type:]N or --gpus=[type:]N.")
     time_limit_s: int | None = Field(description="--time in seconds.")
@@ -166,6 +168,8 @@ def read_options(script: Path) -> Options:
     return Options(
         job_name=found.get("--job-name", script.stem),
         output=found.get("--output", "slurm-%j.out"),
+        nodes=found.get("--nodes", 1),
+        tasks=found.get("--ntasks", 1),
         cpus=found.get("--cpus-per-task", 1),
         gpus=found.get("--gres", found.get("--gpus", 0)),
         time_limit_s=found.get("--time") or None,  # as in Slurm, 0 is no limit
@@ -179,10 +183,13 @@ def _text(value: str) -> str:
     return value
 
 
-def _cpus(value: str) -> int:
-    if not re.fullmatch(r"[1-9]\d{0,5}", value):
-        raise EngineError(f"--cpus-per-task={value} is no number of CPUs: write 1 or more")
-    return int(value)
+def _count(option: str, of: str) -> Callable[[str], int]:
+    def read(value: str) -> int:
+        if not re.fullmatch(r"[1-9]\d{0,5}", value):
+            raise EngineError(f"{option}={value} is no number of {of}: write 1 or more")
+        return int(value)
+
+    return read
 
 
 def _gpus(value: str) -> int:
@@ -216,7 +223,9 @@ def seconds(clock: str) -> int:
 READ: dict[str, Callable[[str], Any]] = {
     "--job-name": _text,
     "--output": _text,
-    "--cpus-per-task": _cpus,
+    "--nodes": _count("--nodes", "nodes"),
+    "--ntasks": _count("--ntasks", "tasks"),
+    "--cpus-per-task": _count("--cpus-per-task", "CPUs"),
     "--gres": _gpus,
     "--gpus": lambda value: _gpus(f"gpu:{value}"),
     "--time": seconds,

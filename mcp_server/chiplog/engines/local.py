@@ -45,6 +45,7 @@ ADDED = {  # since the first version of the table
     "signal_s": "INTEGER",  # before its time limit
     "signalled": "INTEGER NOT NULL DEFAULT 0",
     "ran_s": "REAL NOT NULL DEFAULT 0",  # in attempts before this one
+    "tasks": "INTEGER NOT NULL DEFAULT 1",  # processes; `cpus` is for all of them
 }
 
 
@@ -77,9 +78,14 @@ class LocalEngine:
         asked = [(batch, read_options(batch.script)) for batch in batches]
         cpus, gpus = available_cpus(), len(available_gpus()) if any(o.gpus for _, o in asked) else 0
         for batch, options in asked:
-            if options.cpus > cpus or options.gpus > gpus:
+            if options.nodes > 1:
                 raise EngineError(
-                    f"{batch.script} asks for {options.cpus} CPUs and {options.gpus} GPUs, and this machine has "
+                    f"{batch.script} asks for {options.nodes} nodes, and this machine is one: submit to a cluster, or "
+                    "plan with fewer"
+                )
+            if (needed := options.tasks * options.cpus) > cpus or options.gpus > gpus:
+                raise EngineError(
+                    f"{batch.script} asks for {needed} CPUs and {options.gpus} GPUs, and this machine has "
                     f"{cpus} and {gpus}: plan with fewer, or submit to a cluster"
                 )
         done: list[list[int]] = []
@@ -180,12 +186,13 @@ def _insert(
     """The ids of the new jobs of a batch; `before` has those of the batches before it."""
     ids: list[int] = []
     for place, task in enumerate(batch.indices or [None]):
-        values = (options.job_name, str(batch.script), options.cpus, options.gpus, options.time_limit_s)
+        cpus = options.tasks * options.cpus
+        values = (options.job_name, str(batch.script), cpus, options.gpus, options.time_limit_s)
         cursor = queue.execute(
             "INSERT INTO jobs (name, script, cpus, gpus, time_limit_s, bin, state, submitted, log, held, folder, task, "
-            "at_once, tag, signal_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, '', 1, ?, ?, ?, ?, ?)",
+            "at_once, tag, signal_s, tasks) VALUES (?, ?, ?, ?, ?, ?, ?, ?, '', 1, ?, ?, ?, ?, ?, ?)",
             (*values, str(Path(sys.executable).parent), State.PENDING, utc_now(), str(batch.folder), task,
-             batch.at_once, tag, options.signal_s),
+             batch.at_once, tag, options.signal_s, options.tasks),
         )  # fmt: skip
         assert cursor.lastrowid is not None
         ids.append(cursor.lastrowid)

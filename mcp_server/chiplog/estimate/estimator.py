@@ -119,7 +119,7 @@ def estimate_run(
     Without them, records alone speak, and what they do not hold is null.
     """
     history = History(run, work, records)
-    found = estimate_job(job, work, place, history, trains=run.kind != "control", gpus=run.resources.gpus)
+    found = estimate_job(job, work, place, history, trains=run.kind != "control", gpus=run.resources.all_gpus)
     if found.out_of_memory is not None and history.same:  # they did not run out, as often as it was tried
         return found.model_copy(update={"out_of_memory": 0.5 / (len(history.same) + 1)})
     return found

@@ -46,9 +46,9 @@ class History:
 
     def __init__(self, run: Run, work: Workload, records: Sequence[Record]) -> None:
         self.run, self.work = run, work
-        model, resources = run.config["model"], (run.resources.cpus, run.resources.gpus)
+        model, resources = run.config["model"], (run.resources.all_cpus, run.resources.all_gpus, run.resources.nodes)
         every = [r for r in records if r.config.get("model") == model]
-        every = [r for r in every if (r.usage.cpus, r.usage.gpus) == resources]
+        every = [r for r in every if (r.usage.cpus, r.usage.gpus, r.usage.nodes or 1) == resources]
         alike = [r for r in every if r.state is State.COMPLETED]
         self.loaded = [r for r in alike if not _differs(run.config, r.config) & LOADING]
         self.answered = [r for r in alike if r.kind == run.kind and not _differs(run.config, r.config) & ANSWERING]

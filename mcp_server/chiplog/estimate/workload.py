@@ -49,10 +49,10 @@ def validations(config: Config, total: int) -> int:
 def validating(run: Run, trained: Steps, counts: SplitTokens) -> dict[str, Any]:
     """The fields of a Workload that say how much the validations of a run are, from the tokens of its split.
 
-    Each GPU takes one micro-batch after another, of the size that it trains with.
+    Each process takes one micro-batch after another, of the size that it trains with.
     """
-    config, gpus = run.config, max(run.resources.gpus, 1)
-    micro = min(trained.micro_batch, max(1, config["batch_size"] // gpus))
+    config, processes = run.config, run.resources.processes
+    micro = min(trained.micro_batch, max(1, config["batch_size"] // processes))
     once = steps(
         counts.lengths, batch_size=micro, micro_batch_size=micro, epochs=1, max_seq_len=config.get("max_seq_len"),
         packed=config.get("packed", False), drop_last=False, n_rows=counts.rows, longest=counts.longest,
@@ -60,7 +60,7 @@ def validating(run: Run, trained: Steps, counts: SplitTokens) -> dict[str, Any]:
     times = validations(config, trained.total)
     return {
         "validations": times,
-        "validation_passes": times * -(-once.per_epoch // gpus),
+        "validation_passes": times * -(-once.per_epoch // processes),
         "validation_mean_len": once.tokens_per_step_mean / (1 - once.padding_share) / micro,
         "val_samples": counts.rows,
         "val_label_tokens": counts.label,
