@@ -339,7 +339,7 @@ def test_runs_on_several_nodes_are_of_a_recipe_for_it_and_their_controls_are_alo
         plan(nodes=2, gpus=4, controls={"batch_size": 4})
     with pytest.raises(PlanError, match="shares batch_size 3 over 2 nodes"):
         plan(nodes=2, gpus=0, controls={"batch_size": 3})
-    with pytest.raises(PlanError, match="asks for 12 a100-80gb and chiplog.toml counts 8"):
+    with pytest.raises(PlanError, match=r"asks for 12 a100-80gb and chiplog.toml counts 8"):
         plan(nodes=3, gpus=4, controls={"batch_size": 12})
     with pytest.raises(PlanError, match="2 GPUs are asked for and the recipe lora_finetune_single_device uses 1"):
         plan(nodes=2, gpus=1, recipe="lora_finetune_single_device")
