@@ -148,7 +148,7 @@ def test_an_array_runs_its_script_once_for_each_index(engine: LocalEngine, tmp_p
     for index in (3, 7, 8):
         (tmp_path / f"home{index}").mkdir()
         (tmp_path / "array" / str(index)).symlink_to(tmp_path / f"home{index}")
-    (ids,) = engine.submit([Batch(script=file, folder=file.parent, indices=(3, 7, 8), at_once=1)], "test")
+    (ids,) = engine.submit([Batch(script=file, folder=file.parent, indices=(3, 7, 8))], "test", 1)
     engine.release(ids)
     jobs = engine.jobs(ids)
     give_up = time.monotonic() + 60
@@ -160,6 +160,20 @@ def test_an_array_runs_its_script_once_for_each_index(engine: LocalEngine, tmp_p
         assert job.log == tmp_path / f"home{index}" / f"slurm-{array}_{index}.out"
         assert job.log.read_text().split()[:2] == [array, str(index)] and job.state is State.COMPLETED
     assert all(first.ended <= then.started for first, then in itertools.pairwise(jobs) if first.ended and then.started)
+
+
+def test_a_limit_on_jobs_at_once_holds_over_all_of_a_tag_and_no_other(engine: LocalEngine, tmp_path: Path):
+    files = [script(tmp_path, name, "sleep 0.5") for name in ("array", "single", "later", "other")]
+    batches = [Batch(script=file, folder=tmp_path) for file in files]
+    array = batches[0].model_copy(update={"indices": (0, 1)})
+    ids = engine.submit([array, batches[1]], "mine", 1) + engine.submit([batches[2]], "mine", 1)
+    other = engine.submit([batches[3]], "other", 1)
+    engine.release([number for batch in [*ids, *other] for number in batch])
+    found = ended(engine, engine.jobs(other[0])) | ended(engine, engine.jobs(ids[2]))
+    jobs = engine.jobs([number for batch in ids for number in batch])
+    assert all(first.ended <= then.started for first, then in itertools.pairwise(jobs) if first.ended and then.started)
+    if available_cpus() > 1:
+        assert found["other"].ended and jobs[-1].started and found["other"].ended < jobs[-1].started
 
 
 def test_jobs_wait_for_what_they_come_after(engine: LocalEngine, tmp_path: Path):

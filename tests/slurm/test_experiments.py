@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -123,6 +124,30 @@ def test_what_is_cancelled_while_it_waits_is_known_as_cancelled(on_slurm: Path, 
     assert [row.state for row in rows] == [State.RUNNING, State.PENDING, State.CANCELLED]
     tools.cancel_experiment("waits", confirm=True)
     assert {row.state for row in ended("waits").runs} == {State.CANCELLED}
+
+
+def most_at_once(folder: Path) -> int:
+    """The most jobs of an experiment that ran at the same time, by Slurm's own times, in whole seconds."""
+    ids = [number for submission in ExperimentFolder(folder).submissions() for number in submission.job_ids]
+    jobs = SlurmEngine().jobs(ids)
+    assert len(jobs) == len(ids)
+    changes = [(job.ended, -1) for job in jobs if job.started] + [(job.started, 1) for job in jobs if job.started]
+    return max(itertools.accumulate(change for _, change in sorted(changes, key=lambda one: (str(one[0]), one[1]))))
+
+
+def test_no_more_jobs_run_at_once_than_the_budget_says_however_many_arrays_they_are(on_slurm: Path):
+    """Four trainings and two controls, which are two arrays, two trainings that ask for more time, and evaluations."""
+    (on_slurm / "chiplog.toml").write_text('[slurm]\npartition = "gpu"\n[budget]\njobs_at_once = 2\n')
+    folder = set_up(
+        on_slurm, "capped", models={"S": "small", "L": "large"}, controls={"seconds_a_step": 0.4},
+        variables={"model": ["S", "L"], "lora_rank": [4, 8, 16]},
+    )  # fmt: skip
+    for file in folder.glob("runs/*_rank16/run.sbatch"):
+        file.write_text(file.read_text().replace("--time=00:10:00", "--time=02:00:00"))
+    said = tools.submit_experiment("capped", confirm=True)
+    assert len({job.partition("_")[0] for job in said.jobs.values()}) == 3
+    assert Counter(row.state for row in ended("capped").runs) == {State.COMPLETED: 8}
+    assert most_at_once(folder) == 2
 
 
 def test_the_question_says_when_the_first_may_start(on_slurm: Path):

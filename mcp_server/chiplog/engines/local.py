@@ -40,7 +40,7 @@ ADDED = {  # since the first version of the table
     "folder": "TEXT NOT NULL DEFAULT ''",  # where it runs; of an older job, its script's
     "array": "INTEGER",  # id of the array's first job
     "task": "INTEGER",  # its index in the array
-    "at_once": "INTEGER",  # jobs of the array that run at once
+    "at_once": "INTEGER",  # jobs of its tag that run at once
     "after": "TEXT NOT NULL DEFAULT '[]'",  # JSON: [afterok or afterany, id] of each job that it waits for
     "held": "INTEGER NOT NULL DEFAULT 0",
     "tag": "TEXT NOT NULL DEFAULT ''",
@@ -74,8 +74,11 @@ class LocalEngine:
             held = queue.execute("SELECT * FROM queue WHERE tag = ? AND held AND state = 'PENDING' ORDER BY id", (tag,))
             return [_name(row) for row in held]
 
-    def submit(self, batches: Sequence[Batch], tag: str) -> list[list[str]]:
-        """Queues the batches, held. Raises EngineError if one asks for more than this machine has."""
+    def submit(self, batches: Sequence[Batch], tag: str, at_once: int | None = None) -> list[list[str]]:
+        """Queues the batches, held. Raises EngineError if one asks for more than this machine has.
+
+        `at_once` counts all jobs of the tag, of earlier submissions too.
+        """
         asked = [(batch, read_options(batch.script)) for batch in batches]
         cpus, gpus = available_cpus(), len(available_gpus()) if any(o.gpus for _, o in asked) else 0
         for batch, options in asked:
@@ -87,7 +90,7 @@ class LocalEngine:
         done: list[list[int]] = []
         with self.open() as queue:
             for batch, options in asked:
-                done.append(_insert(queue, batch, options, tag, done))
+                done.append(_insert(queue, batch, options, tag, at_once, done))
             return [[_name(row) for row in _rows(queue, "id", numbers)] for numbers in done]
 
     def soonest(self, script: Path, partitions: Sequence[str]) -> dict[str, str]:
@@ -197,7 +200,12 @@ def _bring_up_to_date(queue: sqlite3.Connection, file: Path) -> None:
 
 
 def _insert(
-    queue: sqlite3.Connection, batch: Batch, options: Options, tag: str, before: Sequence[Sequence[int]]
+    queue: sqlite3.Connection,
+    batch: Batch,
+    options: Options,
+    tag: str,
+    at_once: int | None,
+    before: Sequence[Sequence[int]],
 ) -> list[int]:
     """The ids of the new jobs of a batch; `before` has those of the batches before it."""
     ids: list[int] = []
@@ -207,7 +215,7 @@ def _insert(
             "INSERT INTO queue (name, script, cpus, gpus, time_limit_s, bin, state, submitted, log, held, folder, "
             "task, at_once, tag, signal_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, '', 1, ?, ?, ?, ?, ?)",
             (*values, str(Path(sys.executable).parent), State.PENDING, utc_now(), str(batch.folder), task,
-             batch.at_once, tag, options.signal_s),
+             at_once, tag, options.signal_s),
         )  # fmt: skip
         assert cursor.lastrowid is not None
         ids.append(cursor.lastrowid)

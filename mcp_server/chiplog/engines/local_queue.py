@@ -89,16 +89,16 @@ class Worker:
             taken = {gpu for row in running for gpu in (row["gpu_ids"] or "").split(",")}
             free_gpus = [gpu for gpu in self.gpus if gpu not in taken]
             pending = queue.execute("SELECT * FROM queue WHERE state = 'PENDING' AND NOT held ORDER BY id").fetchall()
-            arrays = Counter(row["array"] for row in running)
+            tags = Counter(row["tag"] for row in running)
             for row in pending:
-                if not self._may_start(queue, row) or (row["at_once"] and arrays[row["array"]] >= row["at_once"]):
+                if not self._may_start(queue, row) or (row["at_once"] and tags[row["tag"]] >= row["at_once"]):
                     continue
                 if row["cpus"] > free_cpus or row["gpus"] > len(free_gpus):
                     break  # first come, first served
                 self._start(queue, row, free_gpus[: row["gpus"]])
                 free_cpus -= row["cpus"]
                 free_gpus = free_gpus[row["gpus"] :]
-                arrays[row["array"]] += 1
+                tags[row["tag"]] += 1
             return bool(running or pending)
 
     def _may_start(self, queue: sqlite3.Connection, row: sqlite3.Row) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chiplog.engines.job import Batch, Job, Queue
+from chiplog.engines.slots import turns
 from chiplog.errors import EngineError
 from chiplog.record import State
 from chiplog.settings import load_settings
@@ -84,8 +85,12 @@ class SlurmEngine:
         room = None if most is None else most - n_there
         return Queue(room=room, most=most, longest_array=self._longest_array())
 
-    def submit(self, batches: Sequence[Batch], tag: str) -> list[list[str]]:
-        """Queues the batches, held. Raises EngineError with sbatch's words if it refuses one."""
+    def submit(self, batches: Sequence[Batch], tag: str, at_once: int | None = None) -> list[list[str]]:
+        """Queues the batches, held. Raises EngineError with sbatch's words if it refuses one.
+
+        `at_once` holds over these batches, by a limit on each array and by batches that wait for one another (`turns`);
+        jobs of other submissions are not counted.
+        """
         for batch in batches:
             if read := READ_IN_PATHS.search(str(batch.folder)):
                 raise EngineError(
@@ -96,10 +101,13 @@ class SlurmEngine:
         environment = {"CHIPLOG_PYTHON": sys.executable, "CHIPLOG_WORKSPACE": str(settings.workspace)}
         done: list[str] = []
         try:
-            for batch in batches:
-                after = ",".join(f"{one.kind}:{done[one.batch]}" for one in batch.after)
+            for batch, turn in zip(batches, turns(batches, at_once), strict=True):
+                awaited = [(one.kind, one.batch) for one in batch.after] + [
+                    ("afterany", number) for number in turn.after
+                ]
+                after = ",".join(f"{kind}:{done[number]}" for kind, number in dict.fromkeys(awaited))
                 options = ["--parsable", "--hold", "--export=ALL", f"--comment={_comment(tag)}"]
-                options += [f"--array={_array(batch)}"] if batch.indices else []
+                options += [f"--array={_array(batch, turn.at_once)}"] if batch.indices else []
                 options += [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
                 said = self._call("sbatch", *options, str(batch.script), folder=batch.folder, environment=environment)
                 done.append(said.strip().partition(";")[0])  # ID;CLUSTER
@@ -240,12 +248,12 @@ def _comment(tag: str) -> str:
     return f"chiplog:{tag}"
 
 
-def _array(batch: Batch) -> str:
+def _array(batch: Batch, at_once: int | None) -> str:
     """As sbatch takes it: `0-3%2`."""
     indices = ",".join(map(str, batch.indices))
     if batch.indices == tuple(range(batch.indices[0], batch.indices[-1] + 1)):
         indices = f"{batch.indices[0]}-{batch.indices[-1]}"
-    return f"{indices}%{batch.at_once}" if batch.at_once else indices
+    return f"{indices}%{at_once}" if at_once else indices
 
 
 def _bases(ids: Sequence[str]) -> list[str]:
