@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -185,6 +187,26 @@ def test_a_refusal_is_in_slurms_words_and_nothing_is_left(on_slurm: Path):
         tools.submit_experiment("refused", confirm=True)
     assert SlurmEngine().held(str(folder)) == []
     assert not [*folder.glob("arrays/*"), *folder.glob("*.jsonl"), *folder.glob("runs/*/estimate.json")]
+
+
+def test_submit_sh_cancels_a_training_whose_evaluation_is_refused_and_goes_on_the_next_time(on_slurm: Path):
+    """Run once more, it submits nothing twice."""
+    folder = set_up(on_slurm, "by_hand")
+    script = folder / "runs" / "rank8" / "eval.sbatch"
+    sound = script.read_text()
+    script.write_text(sound.replace("--partition=gpu", "--partition=nowhere"))
+    refused = subprocess.run(["bash", folder / "submit.sh"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and "invalid partition specified: nowhere" in refused.stderr
+    cancelled = re.search(r"the evaluation of rank8 was refused, so its training, job (\d+), is c", refused.stderr)
+    assert cancelled and [one.run for one in ExperimentFolder(folder).submissions()] == ["rank4"]
+    assert SlurmEngine().jobs([cancelled[1]])[0].state is State.CANCELLED
+    script.write_text(sound)
+    again = [
+        subprocess.run(["bash", folder / "submit.sh"], capture_output=True, text=True, check=True) for _ in range(2)
+    ]
+    assert again[0].stderr.startswith("rank4 was submitted before") and len(again[1].stderr.splitlines()) == 3
+    assert [one.run for one in ExperimentFolder(folder).submissions()] == ["rank4", "rank8", "S_base"]
+    assert Counter(row.state for row in ended("by_hand").runs) == {State.COMPLETED: 3}
 
 
 def test_a_folder_whose_name_shell_and_slurm_would_read_is_only_a_name(
