@@ -236,6 +236,42 @@ def test_a_folder_whose_name_slurm_would_read_is_refused(
     assert not (folder / "jobs.jsonl").exists()
 
 
+# The job that closes a submission pauses 30 s and more between its tries: here until the test says so.
+SLEEP = """#!/bin/sh
+[ "$1" = 0 ] && exit
+echo "$1" >> {folder}/pauses
+until [ -e {folder}/go_on ]; do /bin/sleep 0.1; done
+"""
+
+
+def test_runs_that_wait_for_room_are_submitted_once_others_leave_the_queue(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The job that is to submit them finds the queue full of other jobs at first."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "sleep").write_text(SLEEP.format(folder=tmp_path))
+    (programs / "sleep").chmod(0o755)
+    with Cluster(tmp_path / "full", nodes=1) as cluster:
+        use(lab, cluster, monkeypatch)
+        monkeypatch.setenv("PATH", f"{programs}:{cluster.env['PATH']}")
+        (lab / "chiplog.toml").write_text('[slurm]\npartition = "gpu"\nmax_submit = 5\n')
+        folder = set_up(lab, "waits", variables={"lora_rank": [4, 8, 16]}, control="none")
+        said = tools.submit_experiment("waits", confirm=True)
+        assert list(said.jobs) == ["rank4", "rank8"] and "1 more wait for room" in said.summary
+        others = [cluster.submit("--hold", "--output=/dev/null", "--wrap=true") for _ in range(4)]
+        cluster.wait_for((tmp_path / "pauses").is_file, 60, "second try")
+        (log,) = folder.glob("slurm-*-close.out")
+        assert "the queue takes 0 more of your jobs (of 5 at once), and the next run needs 3" in log.read_text()
+        assert [row.state for row in tools.experiment_status("waits").runs] == [
+            State.COMPLETED, State.COMPLETED, State.PENDING
+        ]  # fmt: skip
+        cluster.run("scancel", *others)
+        (tmp_path / "go_on").touch()
+        assert Counter(row.state for row in ended("waits").runs) == {State.COMPLETED: 3}
+        assert (tmp_path / "pauses").read_text() == "30\n" and "Submitted 1 runs to Slurm" in log.read_text()
+
+
 @pytest.fixture
 def limited(tmp_path: Path) -> Iterator[Cluster]:
     with Cluster(tmp_path / "limited", nodes=2, cpus=32, max_submit=50) as cluster:

@@ -157,18 +157,20 @@ class SlurmEngine:
         return found
 
     def _squeue(self, which: str) -> list[dict[str, str]]:
-        """What the controller knows, each element of an array apart."""
+        """What the controller knows, each element of an array apart.
+
+        Not by --array, which leaves out the last of 0-58:2, that is 58.
+        """
         fields = ",".join(f"{name}:|" for name in QUEUED)  # what ends each; the last, a comment, may hold it too
         try:
-            lines = self._call(
-                "squeue", "--noheader", "--array", "--states=all", which, f"--Format={fields}"
-            ).splitlines()
+            lines = self._call("squeue", "--noheader", "--states=all", which, f"--Format={fields}").splitlines()
         except EngineError as error:
             if "Invalid job id" in str(error):  # Slurm has forgotten the only one that was asked for
                 return []
             raise
-        rows = [line.removesuffix("|").split("|", len(QUEUED) - 1) for line in lines]
-        return [dict(zip(QUEUED, row, strict=True)) for row in rows if len(row) == len(QUEUED)]
+        cells = [line.removesuffix("|").split("|", len(QUEUED) - 1) for line in lines]
+        rows = [dict(zip(QUEUED, row, strict=True)) for row in cells if len(row) == len(QUEUED)]
+        return [{**row, "JobArrayID": name} for row in rows for name in _elements(row["JobArrayID"])]
 
     def _sacct(self, bases: str) -> dict[str, list[Attempt]]:
         """All goes of these jobs by their ids, the oldest first; none where there is no accounting."""
@@ -262,7 +264,7 @@ def _bases(ids: Sequence[str]) -> list[str]:
 
 
 def _elements(job_id: str) -> list[str]:
-    """The ids of what accounting has in one line, `12_3`, or `12_[0,2-4%2]` where it never started."""
+    """The ids of what stands in one line, `12_3`, or `12_[0,2-4%2]` and `12_[0-8:2]` of elements that never started."""
     base, bracket, rest = job_id.partition("_[")
     if not bracket:
         return [job_id]
