@@ -116,6 +116,4 @@ def _array(folder: ExperimentFolder, runs: Sequence[Run], script: str, label: st
         (home / str(number)).symlink_to(Path("../../runs") / run.name)
     write_atomic(home.with_suffix(".sbatch"), text.encode())
     indices = tuple(range(len(runs)))
-    return Batch(
-        script=home.with_suffix(".sbatch"), folder=folder.path, indices=indices, at_once=settings.budget.jobs_at_once
-    )
+    return Batch(script=home.with_suffix(".sbatch"), folder=folder.path, indices=indices)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from chiplog.ledger.metrics import Start, of_job, read_events
 from chiplog.plan import Run
 from chiplog.record import Record, State
 from chiplog.schema import Frozen
@@ -43,7 +44,7 @@ def read_deviation(run_folder: Path) -> Deviation | None:
 def after_running_out(run: Run, run_folder: Path, last: Record | None) -> Deviation | None:
     """For a run whose last attempt was ended for its memory: the next smaller divisor, at most half; null: none left.
 
-    A recipe that noticed by itself has noted its own already.
+    A size that a recipe noted by itself is tried first: nothing is halved that the attempt did not run with.
     """
     if last is None or last.state is not State.OUT_OF_MEMORY or run.kind == "control":
         return None
@@ -55,9 +56,20 @@ def after_running_out(run: Run, run_folder: Path, last: Record | None) -> Deviat
         return None
     noted = read_deviation(run_folder)
     before = noted.micro_batch_size if noted else asked
+    if not _was_tried(before, run_folder, last):
+        return None
     of_each = batch // run.resources.processes
     smaller = [size for size in range(1, before // 2 + 1) if of_each % size == 0]
     if not smaller:
         return None
     reason = f"job {last.job_id} ran out of memory with {before}"
     return Deviation(micro_batch_size=smaller[-1], asked=asked, reason=reason)
+
+
+def _was_tried(size: int, run_folder: Path, attempt: Record) -> bool:
+    """Whether the last start of that attempt took that size; also where nothing was ever written that would say so."""
+    events = read_events(run_folder / "metrics.jsonl")
+    if not any(isinstance(event, Start) and event.micro_batch_size for event in events):
+        return True
+    starts = [event for event in of_job(events, attempt.started) if isinstance(event, Start)]
+    return bool(starts) and starts[-1].micro_batch_size == size

@@ -125,7 +125,7 @@ def describe(
         mem_kind=steps[-1].mem_kind if steps else None,
         training_left_s=left.value if left else None,
         training_left_interval_s=(left.low, left.high) if left and told else None,
-        warnings=list(_warnings(job, left, run, said)) if left and (told or left.low) else [],
+        warnings=list(_warnings(job, left, run, said)) if job.state is State.RUNNING else [],
         log=str(job.log),
     )
 
@@ -138,16 +138,19 @@ def _left(events: Sequence[Event], total: int, run: Run | None) -> Left | None:
     return left and with_validations(left, seen, validations_left(events, total, run))
 
 
-def _warnings(job: Job, left: Left, run: Run | None, said: Prediction | None) -> list[str]:
-    """What will go otherwise than was foretold or asked for, so surely that its interval says so."""
+def _warnings(job: Job, left: Left | None, run: Run | None, said: Prediction | None) -> list[str]:
+    """What will go otherwise than was foretold or asked for, so surely that its interval says so.
+
+    Of a run whose steps tell nothing yet, or that evaluates, no more is sure than what it took so far.
+    """
     found = []
-    if said and said.elapsed_s and job.ran_s is not None and job.ran_s + left.low > said.elapsed_s[2]:
+    least = left.low if left else 0.0
+    if said and said.elapsed_s and job.ran_s is not None and job.ran_s + least > said.elapsed_s[2]:
         value, low, high = map(duration, said.elapsed_s)
-        found.append(
-            f"slower than predicted: {duration(job.ran_s + left.value)} in all, and {value} ({low} to {high}) was said"
-        )
+        takes = f"{duration(job.ran_s + left.value)} in all" if left else f"{duration(job.ran_s)} so far"
+        found.append(f"slower than predicted: {takes}, and {value} ({low} to {high}) was said")
     limit = run.resources.time_limit_s if run else None
-    if limit and job.attempt_s is not None and job.attempt_s + left.low > limit:
+    if limit and left and job.attempt_s is not None and job.attempt_s + least > limit:
         found.append(
             f"it will reach its time limit of {duration(limit)}, save its state and go on in another turn of the queue"
         )

@@ -102,7 +102,9 @@ class Budget(Frozen):
 
     gpu_hours: float | None = Field(default=None, gt=0, description="GPU hours in one plan.")
     cost: float | None = Field(default=None, gt=0, description="Price of one plan, as price_per_hour counts it.")
-    jobs_at_once: int | None = Field(default=None, ge=1, description="Jobs that run at once; null: not limited.")
+    jobs_at_once: int | None = Field(
+        default=None, ge=1, description="Jobs of an experiment that run at once; null: any."
+    )
 
 
 class Settings(Frozen):

@@ -24,7 +24,8 @@ from chiplog.estimate.jobs import called, control_job, measured_run, planned_job
 from chiplog.estimate.tokens import Steps
 from chiplog.estimate.workload import SplitTokens, training_steps
 from chiplog.ledger import Ledger
-from chiplog.plan import Run
+from chiplog.plan import Config, Run
+from chiplog.recipes import manual
 from chiplog.record import Record, State
 from chiplog.render import find_gpu
 from chiplog.schema import Frozen
@@ -173,8 +174,22 @@ class Sizing:
             names = (
                 ["cpu"] if device == "cpu" else _devices(self.ledger, card) if card else _called(self.ledger, device)
             )
-            self._records[device, model] = self.ledger.search({"device": names, "model": model}, limit=OWN_RUNS)[0]
+            found = self.ledger.search({"device": names, "model": model}, limit=OWN_RUNS)[0]
+            defaults = {r.recipe: _defaults(r.recipe or "evaluate") for r in found if r.experiment}
+            self._records[device, model] = [_filled(r, defaults[r.recipe]) if r.experiment else r for r in found]
         return self._records[device, model]
+
+
+def _defaults(recipe: str) -> Config:
+    """Every setting of a recipe as it stands now; none where it is gone."""
+    with suppress(ChiplogError):
+        return manual(recipe).defaults
+    return {}
+
+
+def _filled(record: Record, defaults: Config) -> Record:
+    """The record of a run of ours; settings that its recipe had not yet are as they are by default."""
+    return record.model_copy(update={"config": {**defaults, **record.config}})
 
 
 def estimated(runs: Sequence[Run], settings: Settings) -> list[PlannedRun]:

@@ -103,7 +103,7 @@ def submit(
         try:
             for name, text in files.items():
                 write_atomic(folder.path / name, text.encode() + b"\n")
-            jobs = engine.submit(chain.batches, tag)
+            jobs = engine.submit(chain.batches, tag, settings.budget.jobs_at_once)
             done = []
             for run, said in predictions.items():
                 first, *then = [jobs[batch][number] for batch, number in chain.places[run]]

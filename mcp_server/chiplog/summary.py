@@ -80,13 +80,19 @@ class Summary(Frozen):
     )
     not_shown: list[str] = Field(description="What this experiment does not show.")
     deviations: list[str] = Field(default=[], description="What runs did otherwise than planned, and why.")
-    run_s: float | None = Field(description="Seconds of all runs added up.")
-    gpu_hours: float = Field(description="GPU hours of all runs.")
+    attempts: int = Field(description="How often runs were submitted, all added up.")
+    run_s: float | None = Field(description="Seconds of all attempts at all runs, added up.")
+    gpu_hours: float = Field(description="GPU hours of them all.")
 
     @property
     def complete(self) -> bool:
         """Whether every run ended well."""
         return all(row.state is State.COMPLETED for row in self.rows)
+
+    @property
+    def repeated(self) -> bool:
+        """Whether some run was submitted more than once."""
+        return any(row.attempts > 1 for row in self.rows)
 
     @property
     def n_compared(self) -> int:
@@ -113,8 +119,9 @@ def summarize(folder: ExperimentFolder, records: Sequence[Record]) -> Summary:
         except RecordError as error:
             left_out.append(f"{name}: cannot be compared, since {error}")
     comparisons = _comparisons(metric, runs, {name: found for name, found in answers.items() if found})
-    elapsed = [row.elapsed_s for row in rows if row.elapsed_s is not None]
-    gpu_s = sum(run.resources.all_gpus * (last[run.name].usage.elapsed_s or 0) for run in runs if run.name in last)
+    gpus = {run.name: run.resources.all_gpus for run in runs}
+    attempts = [(record.usage.elapsed_s, gpus[record.run]) for record in records if record.run in gpus]
+    took = [(seconds, n) for seconds, n in attempts if seconds is not None]
     return Summary(
         experiment=folder.path.name,
         question=plan.question,
@@ -125,8 +132,9 @@ def summarize(folder: ExperimentFolder, records: Sequence[Record]) -> Summary:
             *_not_shown(rows, comparisons, runs, [name for name, found in answers.items() if not found]),
         ],
         deviations=[f"{run.name}: {words}" for run in runs if run.name in last and (words := last[run.name].deviation)],
-        run_s=sum(elapsed) if elapsed else None,
-        gpu_hours=gpu_s / 3600,
+        attempts=len(attempts),
+        run_s=sum(seconds for seconds, _ in took) if took else None,
+        gpu_hours=sum(seconds * n for seconds, n in took) / 3600,
     )
 
 

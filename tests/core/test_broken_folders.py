@@ -77,7 +77,7 @@ def end_job(folder: ExperimentFolder, run: str, state: State = State.COMPLETED) 
     times = ("2026-01-01T00:00:00+00:00", "2026-01-01T00:00:00.500+00:00", "2026-01-01T00:00:09+00:00")
     with LocalEngine().open() as queue:
         cursor = queue.execute(
-            "INSERT INTO jobs (name, script, log, cpus, gpus, bin, state, exit_code, submitted, started, ended) "
+            "INSERT INTO queue (name, script, log, cpus, gpus, bin, state, exit_code, submitted, started, ended) "
             "VALUES (?, ?, ?, 1, 0, '', ?, 0, ?, ?, ?)",
             (run, str(path / "run.sbatch"), str(path / "slurm-1.out"), state, *times),
         )

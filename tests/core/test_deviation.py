@@ -26,6 +26,10 @@ def ended(state: State) -> Record:
     return Record(key="local:7", job_id="7", state=state)
 
 
+def note(folder: Path, size: int) -> None:
+    (folder / "deviation.json").write_text(json.dumps({"micro_batch_size": size, "asked": 12, "reason": "r"}))
+
+
 @pytest.mark.parametrize(
     ("config", "noted", "expected"),
     [({}, None, 6), ({"micro_batch_size": 6}, None, 3), ({"micro_batch_size": 3}, None, 1), ({}, 4, 2),
@@ -35,11 +39,35 @@ def test_the_next_size_is_a_divisor_of_the_batch_and_at_most_half(
     tmp_path: Path, config: dict[str, object], noted: int | None, expected: int | None
 ):
     if noted:
-        (tmp_path / "deviation.json").write_text(json.dumps({"micro_batch_size": noted, "asked": 12, "reason": "r"}))
+        note(tmp_path, noted)
     found = after_running_out(run(**config), tmp_path, ended(State.OUT_OF_MEMORY))
     assert (found and found.micro_batch_size) == expected
     if found:
         assert found.asked == (config.get("micro_batch_size") or 12) and "job 7" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("began", "expected"),
+    [
+        ([(5, 12)], None),  # it was killed on its way out, or found no turn to try the smaller one
+        ([(5, 12), (6, 6)], 3),
+        ([(5, 12), (6, 6), (7, 12)], None),
+        ([(1, 6)], None),  # an earlier attempt tried it, and this one did not get so far
+    ],
+)
+def test_a_size_that_the_recipe_noted_is_not_halved_before_it_was_tried(
+    tmp_path: Path, began: list[tuple[int, int]], expected: int | None
+):
+    note(tmp_path, 6)
+    starts = [
+        {"event": "start", "started": f"2026-11-20T00:00:0{second}+00:00", "device": "cpu", "setup_s": 1.0,
+         "micro_batch_size": size}
+        for second, size in began
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in starts))
+    last = ended(State.OUT_OF_MEMORY).model_copy(update={"started": "2026-11-20T00:00:04+00:00"})
+    found = after_running_out(run(), tmp_path, last)
+    assert (found and found.micro_batch_size) == expected
 
 
 @pytest.mark.parametrize("state", [State.FAILED, State.TIMEOUT, State.CANCELLED, State.COMPLETED])

@@ -62,7 +62,7 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
 
 def queued() -> set[str]:
     with LocalEngine().open() as queue:
-        return {row["state"] for row in queue.execute("SELECT state FROM jobs")}
+        return {row["state"] for row in queue.execute("SELECT state FROM queue")}
 
 
 def fail(*_: object) -> NoReturn:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import sqlite3
+import subprocess
+import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from chiplog.engines import After, Batch, Job, LocalEngine
+from chiplog.engines import After, Batch, Job, LocalEngine, local_queue
 from chiplog.engines.job import read_options, seconds
-from chiplog.engines.local import ADDED
+from chiplog.engines.local import VERSION, utc_now
 from chiplog.errors import EngineError
 from chiplog.machine import available_cpus
 from chiplog.record import State
@@ -126,7 +130,7 @@ def test_more_than_the_machine_has_is_refused_and_nothing_is_queued(engine: Loca
     with pytest.raises(EngineError, match="9999 CPUs"):
         queued(engine, good, greedy)
     with engine.open() as queue:
-        assert queue.execute("SELECT count(*) FROM jobs").fetchone()[0] == 0
+        assert queue.execute("SELECT count(*) FROM queue").fetchone()[0] == 0
 
 
 def test_nodes_are_refused_and_each_task_has_its_cpus(engine: LocalEngine, tmp_path: Path):
@@ -157,7 +161,7 @@ def test_an_array_runs_its_script_once_for_each_index(engine: LocalEngine, tmp_p
     for index in (3, 7, 8):
         (tmp_path / f"home{index}").mkdir()
         (tmp_path / "array" / str(index)).symlink_to(tmp_path / f"home{index}")
-    (ids,) = engine.submit([Batch(script=file, folder=file.parent, indices=(3, 7, 8), at_once=1)], "test")
+    (ids,) = engine.submit([Batch(script=file, folder=file.parent, indices=(3, 7, 8))], "test", 1)
     engine.release(ids)
     jobs = engine.jobs(ids)
     give_up = time.monotonic() + 60
@@ -169,6 +173,20 @@ def test_an_array_runs_its_script_once_for_each_index(engine: LocalEngine, tmp_p
         assert job.log == tmp_path / f"home{index}" / f"slurm-{array}_{index}.out"
         assert job.log.read_text().split()[:2] == [array, str(index)] and job.state is State.COMPLETED
     assert all(first.ended <= then.started for first, then in itertools.pairwise(jobs) if first.ended and then.started)
+
+
+def test_a_limit_on_jobs_at_once_holds_over_all_of_a_tag_and_no_other(engine: LocalEngine, tmp_path: Path):
+    files = [script(tmp_path, name, "sleep 0.5") for name in ("array", "single", "later", "other")]
+    batches = [Batch(script=file, folder=tmp_path) for file in files]
+    array = batches[0].model_copy(update={"indices": (0, 1)})
+    ids = engine.submit([array, batches[1]], "mine", 1) + engine.submit([batches[2]], "mine", 1)
+    other = engine.submit([batches[3]], "other", 1)
+    engine.release([number for batch in [*ids, *other] for number in batch])
+    found = ended(engine, engine.jobs(other[0])) | ended(engine, engine.jobs(ids[2]))
+    jobs = engine.jobs([number for batch in ids for number in batch])
+    assert all(first.ended <= then.started for first, then in itertools.pairwise(jobs) if first.ended and then.started)
+    if available_cpus() > 1:
+        assert found["other"].ended and jobs[-1].started and found["other"].ended < jobs[-1].started
 
 
 def test_jobs_wait_for_what_they_come_after(engine: LocalEngine, tmp_path: Path):
@@ -228,14 +246,79 @@ def test_a_new_queue_does_not_count_from_the_same_number_again(tmp_path: Path):
     assert first[0].id != second[0].id and int(second[0].id) > 1000
 
 
+# The queue of the first version, and what its worker does about it, in short.
+FIRST_TABLE = """
+CREATE TABLE IF NOT EXISTS jobs (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, script TEXT NOT NULL, log TEXT NOT NULL,
+  cpus INTEGER NOT NULL, gpus INTEGER NOT NULL, time_limit_s INTEGER, bin TEXT NOT NULL,
+  state TEXT NOT NULL, reason TEXT, exit_code INTEGER, restarts INTEGER NOT NULL DEFAULT 0,
+  pid INTEGER, pid_started TEXT, gpu_ids TEXT, cancel INTEGER NOT NULL DEFAULT 0,
+  submitted TEXT NOT NULL, started TEXT, ended TEXT
+) STRICT
+"""
+FIRST_WORKER = f"""
+import fcntl, sqlite3, time
+lock = open("queue.lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print("up", flush=True)
+while True:
+    with sqlite3.connect("queue.sqlite", timeout=30) as queue:
+        queue.execute("BEGIN IMMEDIATE")
+        queue.execute({FIRST_TABLE!r})
+        queue.execute("UPDATE jobs SET state = 'FAILED', reason = 'taken by the old worker' WHERE state = 'PENDING'")
+        if not queue.execute("SELECT 1 FROM jobs WHERE state IN ('PENDING', 'RUNNING')").fetchone():
+            break
+    time.sleep(0.2)
+"""
+
+
+def of_the_first_version(engine: LocalEngine, **job: object) -> None:
+    """Makes its queue one of the first version, with this job."""
+    engine.folder.mkdir()
+    said = {"log": "", "cpus": 1, "gpus": 0, "bin": "", "submitted": "2026-11-20T00:00:00+00:00", **job}
+    marks = ", ".join("?" * len(said))
+    with closing(sqlite3.connect(engine.folder / "queue.sqlite")) as queue, queue:
+        queue.execute(FIRST_TABLE)
+        queue.execute(f"INSERT INTO jobs ({', '.join(said)}) VALUES ({marks})", [*said.values()])
+
+
 def test_a_queue_of_an_older_version_goes_on(engine: LocalEngine, tmp_path: Path):
-    with engine.open() as queue:
-        for column in ADDED:
-            queue.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
-        queue.execute(
-            "INSERT INTO jobs (id, name, script, log, cpus, gpus, bin, state, submitted) "
-            "VALUES (7, 'old', ?, ?, 1, 0, '', 'PENDING', '2026-11-20T00:00:00+00:00')",
-            (str(script(tmp_path, "old", "pwd")), str(tmp_path / "old.log")),
-        )
+    file, log = script(tmp_path, "old", "pwd"), tmp_path / "old.log"
+    of_the_first_version(engine, id=7, name="old", script=str(file), log=str(log), state="PENDING")
     found = ended(engine, engine.jobs(["7"]))["old"]
     assert found.state is State.COMPLETED and found.log.read_text().strip() == str(tmp_path / "old")
+    assert int(queued(engine, script(tmp_path, "next", "true"))[0].id) == 8
+
+
+def test_a_worker_of_an_older_version_takes_no_job_and_leaves_those_that_it_started(
+    engine: LocalEngine, tmp_path: Path
+):
+    exit_file = tmp_path / "queue" / "7.exit"
+    started = subprocess.Popen(["bash", "-c", f"sleep 2; echo 0 > {exit_file}"], start_new_session=True)
+    of_the_first_version(
+        engine, id=7, name="old", script="old", state="RUNNING", pid=started.pid,
+        pid_started=local_queue._start_mark(started.pid), started=utc_now(),
+    )  # fmt: skip
+    old = subprocess.Popen([sys.executable, "-c", FIRST_WORKER], cwd=engine.folder, stdout=subprocess.PIPE, text=True)
+    assert old.stdout and old.stdout.readline() == "up\n"
+    held, free = (Batch(script=script(tmp_path, name, "true"), folder=tmp_path) for name in ("held", "free"))
+    ids = [number for batch in engine.submit([held, free], "test") for number in batch]
+    engine.release([ids[1]])
+    assert old.communicate(timeout=30) == ("", None) and (old.returncode, started.wait(30)) == (0, 0)
+    assert {name: job.state for name, job in ended(engine, engine.jobs(["7", ids[1]])).items()} == {
+        "old": State.COMPLETED,
+        "free": State.COMPLETED,
+    }
+    assert engine.jobs([ids[0]])[0].state is State.PENDING
+
+
+def test_a_queue_of_a_later_version_is_left_alone_with_words(engine: LocalEngine, tmp_path: Path):
+    queued(engine, script(tmp_path, "job", "sleep 2"))
+    with closing(sqlite3.connect(engine.folder / "queue.sqlite", timeout=30)) as queue, queue:
+        queue.execute(f"PRAGMA user_version = {VERSION + 1}")
+    with pytest.raises(EngineError, match="that of a later chiplog"):
+        engine.jobs(["1"])
+    give_up = time.monotonic() + 30
+    while not (said := (engine.folder / "queue.log").read_text()) and time.monotonic() < give_up:
+        time.sleep(0.1)
+    assert "this worker leaves: the local queue" in said

@@ -301,6 +301,23 @@ def test_a_plan_over_its_card_can_be_planned_all_the_same(lab: Path):
     assert any("runs out of GPU memory with a chance" in check.found for check in oversize.warnings)
 
 
+def test_a_run_from_before_a_setting_was_added_counts_as_one_with_its_default(lab: Path):
+    """Of ours; what another's log does not say is not known."""
+    record = done(lab, "S", "finetune", "cpu", 30.0)
+    older = record.model_copy(update={"config": {k: v for k, v in record.config.items() if k != "right_up_to"}})
+    Ledger().put([older.model_copy(update={"experiment": None})])
+    assert basis() != "same-configuration"
+    Ledger().put([older])
+    assert (basis(), basis(right_up_to=9)) == ("same-configuration", "same-configuration")
+    assert basis(right_up_to=5) != "same-configuration"
+
+
+def basis(**controls: Any) -> str | None:
+    """What the time of the run of `plan()` rests on."""
+    elapsed = plan(controls=controls).rows[0].estimate.elapsed
+    return elapsed and elapsed.basis
+
+
 def test_jobs_at_once_cap_what_runs_side_by_side(lab: Path):
     Ledger().put(
         [done(lab, run, kind, "NVIDIA H200", 100.0, gpus=1) for run, kind in (("S", "finetune"), ("S_base", "control"))]

@@ -11,6 +11,7 @@ import pytest
 
 from chiplog import tools
 from chiplog.engines import Job
+from chiplog.jobs import _status_words
 from chiplog.ledger.metrics import Event, Start, Step
 from chiplog.plan import Resources, Run
 from chiplog.progress import describe, training_left
@@ -78,6 +79,31 @@ def test_a_run_that_will_miss_what_was_foretold_or_its_limit_is_warned_of():
     assert "will reach its time limit of 1:30 min" in slow[1]
     fine = said.model_copy(update={"elapsed_s": (100.0, 90.0, 120.0)})
     assert describe("a", job(**about), 1, "1", events, run(limit=200), fine).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("events", "part", "takes"),
+    [([start()], "run", "1:30 min so far"), ([start(), *steps([20.0] * 4)], "run", "33:30 min in all"),
+     ([start(), *steps([1.0] * 50)], "evaluation", "1:30 min so far")],
+)  # fmt: skip
+def test_a_run_that_took_longer_than_foretold_is_warned_of_though_its_steps_tell_nothing(
+    events: list[Event], part: str, takes: str
+):
+    said = Prediction(elapsed_s=(70.0, 60.0, 80.0), basis="scaled")
+    now = describe("a", job(ran_s=90.0, attempt_s=90.0, part=part), 1, "1", events, run(limit=100), said)
+    assert now.warnings == [f"slower than predicted: {takes}, and 70 s (60 s to 80 s) was said"]
+    ended = describe("a", job(ran_s=90.0, state=State.COMPLETED), 1, "1", events, run(), said)
+    assert ended.warnings == []
+
+
+def test_the_status_says_requeues_memory_so_far_and_what_looks_wrong():
+    said = Prediction(elapsed_s=(70.0, 60.0, 80.0), basis="scaled")
+    about = {"ran_s": 90.0, "attempt_s": 90.0, "restarts": 2}
+    row = describe("a", job(**about), 1, "1", [start(), *steps([20.0] * 4)], run(), said)
+    assert _status_words(row) == (
+        "a: RUNNING, step 4 of 100, loss 1, 32:00 min of training left, 5 B so far, put back into the queue 2 times\n"
+        "  warning: slower than predicted: 33:30 min in all, and 70 s (60 s to 80 s) was said"
+    )
 
 
 def test_of_a_run_that_evaluates_or_has_ended_nothing_is_left():

@@ -17,7 +17,7 @@ from scipy import stats
 from chiplog.errors import RenderError
 from chiplog.figure import scores_figure
 from chiplog.folder import ExperimentFolder
-from chiplog.plan import Experiment, Plan, expand
+from chiplog.plan import Experiment, Plan, Resources, expand
 from chiplog.recipes import manual
 from chiplog.record import Record, Score, State, Usage
 from chiplog.render import render, write_experiment
@@ -34,14 +34,19 @@ def folder(lab: Path) -> ExperimentFolder:
     return set_up(lab, [0, 1, 2])
 
 
-def set_up(lab: Path, seeds: list[int], question: str = "Which rank?") -> ExperimentFolder:
+def set_up(lab: Path, seeds: list[int], question: str = "Which rank?", gpus: int = 0) -> ExperimentFolder:
     plan = Plan(
         name="ranks",
         question=question,
         models={"S": str(lab / "models" / "small")},
         datasets={"words": str(lab / "data" / "words.json")},
         experiments=[
-            Experiment(recipe="lora_finetune_single_device", variables={"lora_rank": [4, 16]}, seeds=seeds),
+            Experiment(
+                recipe="lora_finetune_single_device",
+                variables={"lora_rank": [4, 16]},
+                seeds=seeds,
+                resources=Resources(gpus=gpus),
+            ),
         ],
     )
     path = lab / "experiments" / "ranks"
@@ -138,6 +143,20 @@ def test_replicates_are_summarised_with_the_numbers_of_scipy_and_without_what_fa
     assert "| 2 | rank4_seed1 | S | finetune | 4 | 1 | 4 | no evidence | – | 60 s |" in text
     assert "95.0 (75.1-99.9)" in text and "7 runs, 7:00 min one after another" in text
     assert "p values are adjusted for 3 comparisons (Holm)" in text
+
+
+def test_a_run_costs_what_all_its_attempts_took(lab: Path):
+    folder = set_up(lab, [0], gpus=1)
+    whole = [ended(folder, name, first(N)) for name in ("rank4", "rank16", "S_base")]
+    assert "3 runs, 3:00 min one after another, 0.05 GPU hours" in text_of(folder, whole)
+    killed = ended(folder, "rank4", first(N), State.TIMEOUT)
+    usage = killed.usage.model_copy(update={"elapsed_s": 3000.0})
+    again = whole[0].model_copy(update={"attempt": 2, "key": "local:again"})
+    records = [killed.model_copy(update={"usage": usage}), again, *whole[1:]]
+    summary = summarize(folder, records)
+    assert (summary.attempts, summary.run_s, summary.gpu_hours) == (4, 3180.0, pytest.approx(3180 / 3600))
+    assert {row.elapsed_s for row in summary.rows} == {60.0}
+    assert "3 runs in 4 attempts, 53:00 min one after another, 0.88 GPU hours" in text_of(folder, records)
 
 
 def test_an_arm_with_one_training_left_is_not_taken_to_be_free_of_chance(folder: ExperimentFolder):

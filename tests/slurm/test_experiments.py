@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -125,6 +128,30 @@ def test_what_is_cancelled_while_it_waits_is_known_as_cancelled(on_slurm: Path, 
     assert {row.state for row in ended("waits").runs} == {State.CANCELLED}
 
 
+def most_at_once(folder: Path) -> int:
+    """The most jobs of an experiment that ran at the same time, by Slurm's own times, in whole seconds."""
+    ids = [number for submission in ExperimentFolder(folder).submissions() for number in submission.job_ids]
+    jobs = SlurmEngine().jobs(ids)
+    assert len(jobs) == len(ids)
+    changes = [(job.ended, -1) for job in jobs if job.started] + [(job.started, 1) for job in jobs if job.started]
+    return max(itertools.accumulate(change for _, change in sorted(changes, key=lambda one: (str(one[0]), one[1]))))
+
+
+def test_no_more_jobs_run_at_once_than_the_budget_says_however_many_arrays_they_are(on_slurm: Path):
+    """Four trainings and two controls, which are two arrays, two trainings that ask for more time, and evaluations."""
+    (on_slurm / "chiplog.toml").write_text('[slurm]\npartition = "gpu"\n[budget]\njobs_at_once = 2\n')
+    folder = set_up(
+        on_slurm, "capped", models={"S": "small", "L": "large"}, controls={"seconds_a_step": 0.4},
+        variables={"model": ["S", "L"], "lora_rank": [4, 8, 16]},
+    )  # fmt: skip
+    for file in folder.glob("runs/*_rank16/run.sbatch"):
+        file.write_text(file.read_text().replace("--time=00:10:00", "--time=02:00:00"))
+    said = tools.submit_experiment("capped", confirm=True)
+    assert len({job.partition("_")[0] for job in said.jobs.values()}) == 3
+    assert Counter(row.state for row in ended("capped").runs) == {State.COMPLETED: 8}
+    assert most_at_once(folder) == 2
+
+
 def test_the_question_says_when_the_first_may_start(on_slurm: Path):
     (on_slurm / "chiplog.toml").write_text('[slurm]\npartition = "gpu"\ncpu_partition = "short"\n')
     set_up(on_slurm, "asks")
@@ -162,6 +189,26 @@ def test_a_refusal_is_in_slurms_words_and_nothing_is_left(on_slurm: Path):
     assert not [*folder.glob("arrays/*"), *folder.glob("*.jsonl"), *folder.glob("runs/*/estimate.json")]
 
 
+def test_submit_sh_cancels_a_training_whose_evaluation_is_refused_and_goes_on_the_next_time(on_slurm: Path):
+    """Run once more, it submits nothing twice."""
+    folder = set_up(on_slurm, "by_hand")
+    script = folder / "runs" / "rank8" / "eval.sbatch"
+    sound = script.read_text()
+    script.write_text(sound.replace("--partition=gpu", "--partition=nowhere"))
+    refused = subprocess.run(["bash", folder / "submit.sh"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and "invalid partition specified: nowhere" in refused.stderr
+    cancelled = re.search(r"the evaluation of rank8 was refused, so its training, job (\d+), is c", refused.stderr)
+    assert cancelled and [one.run for one in ExperimentFolder(folder).submissions()] == ["rank4"]
+    assert SlurmEngine().jobs([cancelled[1]])[0].state is State.CANCELLED
+    script.write_text(sound)
+    again = [
+        subprocess.run(["bash", folder / "submit.sh"], capture_output=True, text=True, check=True) for _ in range(2)
+    ]
+    assert again[0].stderr.startswith("rank4 was submitted before") and len(again[1].stderr.splitlines()) == 3
+    assert [one.run for one in ExperimentFolder(folder).submissions()] == ["rank4", "rank8", "S_base"]
+    assert Counter(row.state for row in ended("by_hand").runs) == {State.COMPLETED: 3}
+
+
 def test_a_folder_whose_name_shell_and_slurm_would_read_is_only_a_name(
     lab: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ):
@@ -187,6 +234,42 @@ def test_a_folder_whose_name_slurm_would_read_is_refused(
     with pytest.raises(EngineError, match="which Slurm reads in the names of logs"):
         tools.submit_experiment("odd", confirm=True)
     assert not (folder / "jobs.jsonl").exists()
+
+
+# The job that closes a submission pauses 30 s and more between its tries: here until the test says so.
+SLEEP = """#!/bin/sh
+[ "$1" = 0 ] && exit
+echo "$1" >> {folder}/pauses
+until [ -e {folder}/go_on ]; do /bin/sleep 0.1; done
+"""
+
+
+def test_runs_that_wait_for_room_are_submitted_once_others_leave_the_queue(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The job that is to submit them finds the queue full of other jobs at first."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "sleep").write_text(SLEEP.format(folder=tmp_path))
+    (programs / "sleep").chmod(0o755)
+    with Cluster(tmp_path / "full", nodes=1) as cluster:
+        use(lab, cluster, monkeypatch)
+        monkeypatch.setenv("PATH", f"{programs}:{cluster.env['PATH']}")
+        (lab / "chiplog.toml").write_text('[slurm]\npartition = "gpu"\nmax_submit = 5\n')
+        folder = set_up(lab, "waits", variables={"lora_rank": [4, 8, 16]}, control="none")
+        said = tools.submit_experiment("waits", confirm=True)
+        assert list(said.jobs) == ["rank4", "rank8"] and "1 more wait for room" in said.summary
+        others = [cluster.submit("--hold", "--output=/dev/null", "--wrap=true") for _ in range(4)]
+        cluster.wait_for((tmp_path / "pauses").is_file, 60, "second try")
+        (log,) = folder.glob("slurm-*-close.out")
+        assert "the queue takes 0 more of your jobs (of 5 at once), and the next run needs 3" in log.read_text()
+        assert [row.state for row in tools.experiment_status("waits").runs] == [
+            State.COMPLETED, State.COMPLETED, State.PENDING
+        ]  # fmt: skip
+        cluster.run("scancel", *others)
+        (tmp_path / "go_on").touch()
+        assert Counter(row.state for row in ended("waits").runs) == {State.COMPLETED: 3}
+        assert (tmp_path / "pauses").read_text() == "30\n" and "Submitted 1 runs to Slurm" in log.read_text()
 
 
 @pytest.fixture

@@ -75,7 +75,6 @@ class Batch(Frozen):
     script: Path = Field(description="The script.")
     folder: Path = Field(description="Where it is submitted and runs; paths in its options start there.")
     indices: tuple[int, ...] = Field(default=(), description="Elements of the array; none: a single job.")
-    at_once: int | None = Field(default=None, ge=1, description="Elements that run at once; null: not limited.")
     after: tuple[After, ...] = Field(default=(), description="What it waits for; if that cannot come, it never runs.")
 
     def __len__(self) -> int:
@@ -109,8 +108,11 @@ class Engine(Protocol):
         """What the queue takes."""
         ...
 
-    def submit(self, batches: Sequence[Batch], tag: str) -> list[list[str]]:
-        """Queues each batch, held; the ids of its jobs, in the order of its indices. All are queued or none."""
+    def submit(self, batches: Sequence[Batch], tag: str, at_once: int | None = None) -> list[list[str]]:
+        """Queues each batch, held; the ids of its jobs, in the order of its indices. All are queued or none.
+
+        No more than `at_once` jobs of all the batches run at the same time; null: as many as there is room for.
+        """
         ...
 
     def soonest(self, script: Path, partitions: Sequence[str]) -> dict[str, str]:

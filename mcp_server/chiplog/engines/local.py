@@ -25,8 +25,10 @@ from chiplog.home import home
 from chiplog.machine import available_cpus
 from chiplog.record import State
 
+# Of the table. A worker or command that knows another one leaves it alone: it would not know what holds a job back.
+VERSION = 2
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
+CREATE TABLE IF NOT EXISTS queue (
   id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, script TEXT NOT NULL, log TEXT NOT NULL,
   cpus INTEGER NOT NULL, gpus INTEGER NOT NULL, time_limit_s INTEGER, bin TEXT NOT NULL,
   state TEXT NOT NULL, reason TEXT, exit_code INTEGER, restarts INTEGER NOT NULL DEFAULT 0,
@@ -38,7 +40,7 @@ ADDED = {  # since the first version of the table
     "folder": "TEXT NOT NULL DEFAULT ''",  # where it runs; of an older job, its script's
     "array": "INTEGER",  # id of the array's first job
     "task": "INTEGER",  # its index in the array
-    "at_once": "INTEGER",  # jobs of the array that run at once
+    "at_once": "INTEGER",  # jobs of its tag that run at once
     "after": "TEXT NOT NULL DEFAULT '[]'",  # JSON: [afterok or afterany, id] of each job that it waits for
     "held": "INTEGER NOT NULL DEFAULT 0",
     "tag": "TEXT NOT NULL DEFAULT ''",
@@ -70,11 +72,14 @@ class LocalEngine:
     def held(self, tag: str) -> list[str]:
         """The jobs of that tag that are still held."""
         with self.open() as queue:
-            held = queue.execute("SELECT * FROM jobs WHERE tag = ? AND held AND state = 'PENDING' ORDER BY id", (tag,))
+            held = queue.execute("SELECT * FROM queue WHERE tag = ? AND held AND state = 'PENDING' ORDER BY id", (tag,))
             return [_name(row) for row in held]
 
-    def submit(self, batches: Sequence[Batch], tag: str) -> list[list[str]]:
-        """Queues the batches, held. Raises EngineError if one asks for more than this machine has."""
+    def submit(self, batches: Sequence[Batch], tag: str, at_once: int | None = None) -> list[list[str]]:
+        """Queues the batches, held. Raises EngineError if one asks for more than this machine has.
+
+        `at_once` counts all jobs of the tag, of earlier submissions too.
+        """
         asked = [(batch, read_options(batch.script)) for batch in batches]
         cpus, gpus = available_cpus(), len(available_gpus()) if any(o.gpus for _, o in asked) else 0
         for batch, options in asked:
@@ -91,7 +96,7 @@ class LocalEngine:
         done: list[list[int]] = []
         with self.open() as queue:
             for batch, options in asked:
-                done.append(_insert(queue, batch, options, tag, done))
+                done.append(_insert(queue, batch, options, tag, at_once, done))
             return [[_name(row) for row in _rows(queue, "id", numbers)] for numbers in done]
 
     def soonest(self, script: Path, partitions: Sequence[str]) -> dict[str, str]:
@@ -102,7 +107,7 @@ class LocalEngine:
         """Lets held jobs run, once CPUs and GPUs are free."""
         with self.open() as queue:
             numbers = [row["id"] for row in _found(queue, ids).values()]
-            queue.executemany("UPDATE jobs SET held = 0 WHERE id = ?", [(number,) for number in numbers])
+            queue.executemany("UPDATE queue SET held = 0 WHERE id = ?", [(number,) for number in numbers])
         self._start_worker()
 
     def jobs(self, ids: Sequence[str]) -> list[Job]:
@@ -119,11 +124,11 @@ class LocalEngine:
         with self.open() as queue:
             for row in _found(queue, ids).values():
                 queue.execute(
-                    "UPDATE jobs SET state = 'CANCELLED', reason = 'cancelled before it started', ended = ? "
+                    "UPDATE queue SET state = 'CANCELLED', reason = 'cancelled before it started', ended = ? "
                     "WHERE state = 'PENDING' AND id = ?",
                     (utc_now(), row["id"]),
                 )
-                queue.execute("UPDATE jobs SET cancel = 1 WHERE state = 'RUNNING' AND id = ?", (row["id"],))
+                queue.execute("UPDATE queue SET cancel = 1 WHERE state = 'RUNNING' AND id = ?", (row["id"],))
         self.jobs(ids)
 
     @contextmanager
@@ -135,19 +140,9 @@ class LocalEngine:
             connection = sqlite3.connect(file, timeout=30)
             connection.row_factory = sqlite3.Row
             try:
-                connection.execute(_SCHEMA)
                 connection.execute("BEGIN IMMEDIATE")
-                there = {row["name"] for row in connection.execute("PRAGMA table_info(jobs)")}
-                for column, kind in ADDED.items():
-                    if column not in there:
-                        connection.execute(f"ALTER TABLE jobs ADD COLUMN {column} {kind}")
-                # A new queue does not count from 1 again: a job's id stands for it in records and in the ledger.
-                connection.execute(
-                    "INSERT INTO sqlite_sequence (name, seq) SELECT 'jobs', ? "
-                    "WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'jobs')",
-                    (int(time.time()) - EPOCH,),
-                )
                 with connection:
+                    _bring_up_to_date(connection, file)
                     yield connection
             finally:
                 connection.close()
@@ -180,8 +175,43 @@ class LocalEngine:
             )
 
 
+def _bring_up_to_date(queue: sqlite3.Connection, file: Path) -> None:
+    """Makes the table, or the one of an earlier version this one. Raises EngineError for one of a later version.
+
+    The first version called it `jobs` and asked for no version. Its worker, if one still runs, makes itself an empty
+    table of that name, finds nothing left to do and leaves; who took its lock goes on with its jobs.
+    """
+    (version,) = queue.execute("PRAGMA user_version").fetchone()
+    if version > VERSION:
+        raise EngineError(
+            f"the local queue {file} is that of a later chiplog (version {version}, this one knows {VERSION}): "
+            "use that one, or set CHIPLOG_HOME to another folder"
+        )
+    if version == VERSION:
+        return
+    if queue.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone():
+        queue.execute("ALTER TABLE jobs RENAME TO queue")
+    queue.execute(_SCHEMA)
+    there = {row["name"] for row in queue.execute("PRAGMA table_info(queue)")}
+    for column, kind in ADDED.items():
+        if column not in there:
+            queue.execute(f"ALTER TABLE queue ADD COLUMN {column} {kind}")
+    # A new queue does not count from 1 again: a job's id stands for it in records and in the ledger.
+    queue.execute(
+        "INSERT INTO sqlite_sequence (name, seq) SELECT 'queue', ? "
+        "WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'queue')",
+        (int(time.time()) - EPOCH,),
+    )
+    queue.execute(f"PRAGMA user_version = {VERSION}")
+
+
 def _insert(
-    queue: sqlite3.Connection, batch: Batch, options: Options, tag: str, before: Sequence[Sequence[int]]
+    queue: sqlite3.Connection,
+    batch: Batch,
+    options: Options,
+    tag: str,
+    at_once: int | None,
+    before: Sequence[Sequence[int]],
 ) -> list[int]:
     """The ids of the new jobs of a batch; `before` has those of the batches before it."""
     ids: list[int] = []
@@ -189,10 +219,10 @@ def _insert(
         cpus = options.tasks * options.cpus
         values = (options.job_name, str(batch.script), cpus, options.gpus, options.time_limit_s)
         cursor = queue.execute(
-            "INSERT INTO jobs (name, script, cpus, gpus, time_limit_s, bin, state, submitted, log, held, folder, task, "
-            "at_once, tag, signal_s, tasks) VALUES (?, ?, ?, ?, ?, ?, ?, ?, '', 1, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO queue (name, script, cpus, gpus, time_limit_s, bin, state, submitted, log, held, folder, "
+            "task, at_once, tag, signal_s, tasks) VALUES (?, ?, ?, ?, ?, ?, ?, ?, '', 1, ?, ?, ?, ?, ?, ?)",
             (*values, str(Path(sys.executable).parent), State.PENDING, utc_now(), str(batch.folder), task,
-             batch.at_once, tag, options.signal_s, options.tasks),
+             at_once, tag, options.signal_s, options.tasks),
         )  # fmt: skip
         assert cursor.lastrowid is not None
         ids.append(cursor.lastrowid)
@@ -200,7 +230,7 @@ def _insert(
         log = _filled(options, ids[-1], array, task)
         after = [pair for one in batch.after for pair in _pairs(one, before[one.batch], place)]
         queue.execute(
-            "UPDATE jobs SET log = ?, array = ?, after = ? WHERE id = ?",
+            "UPDATE queue SET log = ?, array = ?, after = ? WHERE id = ?",
             (str(batch.folder / log), array, json.dumps(after), ids[-1]),
         )
     return ids
@@ -224,7 +254,7 @@ def _rows(queue: sqlite3.Connection, column: str, values: Sequence[int]) -> Iter
     for start in range(0, len(values), MOST):
         part = values[start : start + MOST]
         marks = ",".join("?" * len(part))
-        yield from queue.execute(f"SELECT * FROM jobs WHERE {column} IN ({marks}) ORDER BY id", part)
+        yield from queue.execute(f"SELECT * FROM queue WHERE {column} IN ({marks}) ORDER BY id", part)
 
 
 def _found(queue: sqlite3.Connection, ids: Sequence[str]) -> dict[str, sqlite3.Row]:

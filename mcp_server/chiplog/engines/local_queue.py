@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from chiplog.engines.local import LocalEngine, available_gpus, group_alive, kill_group, utc_now
+from chiplog.errors import EngineError
 from chiplog.machine import available_cpus
 from chiplog.record import State
 
@@ -48,8 +49,11 @@ def main(folder: Path) -> None:
         if not _take(lock.fileno()):
             return
         worker = Worker(LocalEngine(folder))
-        while worker.turn():
-            time.sleep(POLL_S)
+        try:
+            while worker.turn():
+                time.sleep(POLL_S)
+        except EngineError as error:  # a later version has the queue now, or its file is broken
+            sys.exit(f"{utc_now()}: this worker leaves: {error}")
 
 
 def _take(descriptor: int) -> bool:
@@ -77,31 +81,31 @@ class Worker:
     def turn(self) -> bool:
         """Looks at every job once. False when none is left."""
         with self.engine.open() as queue:
-            running = queue.execute("SELECT * FROM jobs WHERE state = 'RUNNING' ORDER BY id").fetchall()
+            running = queue.execute("SELECT * FROM queue WHERE state = 'RUNNING' ORDER BY id").fetchall()
             for row in running:
                 self._look(queue, row)
-            running = queue.execute("SELECT * FROM jobs WHERE state = 'RUNNING'").fetchall()
+            running = queue.execute("SELECT * FROM queue WHERE state = 'RUNNING'").fetchall()
             free_cpus = self.cpus - sum(row["cpus"] for row in running)
             taken = {gpu for row in running for gpu in (row["gpu_ids"] or "").split(",")}
             free_gpus = [gpu for gpu in self.gpus if gpu not in taken]
-            pending = queue.execute("SELECT * FROM jobs WHERE state = 'PENDING' AND NOT held ORDER BY id").fetchall()
-            arrays = Counter(row["array"] for row in running)
+            pending = queue.execute("SELECT * FROM queue WHERE state = 'PENDING' AND NOT held ORDER BY id").fetchall()
+            tags = Counter(row["tag"] for row in running)
             for row in pending:
-                if not self._may_start(queue, row) or (row["at_once"] and arrays[row["array"]] >= row["at_once"]):
+                if not self._may_start(queue, row) or (row["at_once"] and tags[row["tag"]] >= row["at_once"]):
                     continue
                 if row["cpus"] > free_cpus or row["gpus"] > len(free_gpus):
                     break  # first come, first served
                 self._start(queue, row, free_gpus[: row["gpus"]])
                 free_cpus -= row["cpus"]
                 free_gpus = free_gpus[row["gpus"] :]
-                arrays[row["array"]] += 1
+                tags[row["tag"]] += 1
             return bool(running or pending)
 
     def _may_start(self, queue: sqlite3.Connection, row: sqlite3.Row) -> bool:
         """Whether all that it waits for has ended as it should; one of which that cannot be any more is cancelled."""
         waits = json.loads(row["after"])
         for kind, number in waits:
-            found = queue.execute("SELECT state FROM jobs WHERE id = ?", (number,)).fetchone()
+            found = queue.execute("SELECT state FROM queue WHERE id = ?", (number,)).fetchone()
             state = State(found["state"]) if found else State.CANCELLED
             if state.ended and kind == "afterok" and state is not State.COMPLETED:
                 self._end(queue, row, State.CANCELLED, f"Dependency: the job that it waits for ended {state}", None)
@@ -135,7 +139,7 @@ class Worker:
             environment |= {"SLURM_ARRAY_JOB_ID": str(row["array"]), "SLURM_ARRAY_TASK_ID": str(row["task"])}
         # Noted before it starts: a worker that dies here leaves a job that vanished, never one that starts twice.
         noted = queue.execute(
-            "UPDATE jobs SET state = 'RUNNING', reason = NULL, started = ?, pid = NULL, gpu_ids = ?, signalled = 0 "
+            "UPDATE queue SET state = 'RUNNING', reason = NULL, started = ?, pid = NULL, gpu_ids = ?, signalled = 0 "
             "WHERE id = ? AND state = 'PENDING' AND NOT held",
             (utc_now(), ",".join(gpus), row["id"]),
         )
@@ -158,7 +162,7 @@ class Worker:
             return
         self.children[row["id"]] = child
         mark = (child.pid, _start_mark(child.pid), row["id"])
-        queue.execute("UPDATE jobs SET pid = ?, pid_started = ? WHERE id = ?", mark)
+        queue.execute("UPDATE queue SET pid = ?, pid_started = ? WHERE id = ?", mark)
         queue.commit()
 
     def _look(self, queue: sqlite3.Connection, row: sqlite3.Row) -> None:
@@ -180,7 +184,7 @@ class Worker:
             elif self._nears_its_limit(row):
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(row["pid"], signal.SIGUSR1)
-                queue.execute("UPDATE jobs SET signalled = 1 WHERE id = ?", (number,))
+                queue.execute("UPDATE queue SET signalled = 1 WHERE id = ?", (number,))
             return
         self.children.pop(number, None)
         code = self._exit_code(number, child)
@@ -198,7 +202,7 @@ class Worker:
             self._end(queue, row, State.COMPLETED, None, 0)
         elif code == REQUEUE_EXIT and row["restarts"] < MAX_RESTARTS:
             queue.execute(
-                "UPDATE jobs SET state = 'PENDING', restarts = restarts + 1, ran_s = ran_s + ?, started = NULL "
+                "UPDATE queue SET state = 'PENDING', restarts = restarts + 1, ran_s = ran_s + ?, started = NULL "
                 "WHERE id = ?",
                 (_ran_s(row), number),
             )
@@ -227,7 +231,7 @@ class Worker:
         ended = at.isoformat(timespec="milliseconds")
         exit_file.unlink(missing_ok=True)
         values = (state, reason, code, ended, row["id"])
-        queue.execute("UPDATE jobs SET state = ?, reason = ?, exit_code = ?, ended = ? WHERE id = ?", values)
+        queue.execute("UPDATE queue SET state = ?, reason = ?, exit_code = ?, ended = ? WHERE id = ?", values)
 
     def _say(self, row: sqlite3.Row, words: str) -> None:
         """Writes into the job's log what Slurm would have written."""

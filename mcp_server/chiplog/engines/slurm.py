@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chiplog.engines.job import Batch, Job, Queue
+from chiplog.engines.slots import turns
 from chiplog.errors import EngineError
 from chiplog.record import State
 from chiplog.settings import load_settings
@@ -84,8 +85,12 @@ class SlurmEngine:
         room = None if most is None else most - n_there
         return Queue(room=room, most=most, longest_array=self._longest_array())
 
-    def submit(self, batches: Sequence[Batch], tag: str) -> list[list[str]]:
-        """Queues the batches, held. Raises EngineError with sbatch's words if it refuses one."""
+    def submit(self, batches: Sequence[Batch], tag: str, at_once: int | None = None) -> list[list[str]]:
+        """Queues the batches, held. Raises EngineError with sbatch's words if it refuses one.
+
+        `at_once` holds over these batches, by a limit on each array and by batches that wait for one another (`turns`);
+        jobs of other submissions are not counted.
+        """
         for batch in batches:
             if read := READ_IN_PATHS.search(str(batch.folder)):
                 raise EngineError(
@@ -96,10 +101,13 @@ class SlurmEngine:
         environment = {"CHIPLOG_PYTHON": sys.executable, "CHIPLOG_WORKSPACE": str(settings.workspace)}
         done: list[str] = []
         try:
-            for batch in batches:
-                after = ",".join(f"{one.kind}:{done[one.batch]}" for one in batch.after)
+            for batch, turn in zip(batches, turns(batches, at_once), strict=True):
+                awaited = [(one.kind, one.batch) for one in batch.after] + [
+                    ("afterany", number) for number in turn.after
+                ]
+                after = ",".join(f"{kind}:{done[number]}" for kind, number in dict.fromkeys(awaited))
                 options = ["--parsable", "--hold", "--export=ALL", f"--comment={_comment(tag)}"]
-                options += [f"--array={_array(batch)}"] if batch.indices else []
+                options += [f"--array={_array(batch, turn.at_once)}"] if batch.indices else []
                 options += [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
                 said = self._call("sbatch", *options, str(batch.script), folder=batch.folder, environment=environment)
                 done.append(said.strip().partition(";")[0])  # ID;CLUSTER
@@ -149,18 +157,20 @@ class SlurmEngine:
         return found
 
     def _squeue(self, which: str) -> list[dict[str, str]]:
-        """What the controller knows, each element of an array apart."""
+        """What the controller knows, each element of an array apart.
+
+        Not by --array, which leaves out the last of 0-58:2, that is 58.
+        """
         fields = ",".join(f"{name}:|" for name in QUEUED)  # what ends each; the last, a comment, may hold it too
         try:
-            lines = self._call(
-                "squeue", "--noheader", "--array", "--states=all", which, f"--Format={fields}"
-            ).splitlines()
+            lines = self._call("squeue", "--noheader", "--states=all", which, f"--Format={fields}").splitlines()
         except EngineError as error:
             if "Invalid job id" in str(error):  # Slurm has forgotten the only one that was asked for
                 return []
             raise
-        rows = [line.removesuffix("|").split("|", len(QUEUED) - 1) for line in lines]
-        return [dict(zip(QUEUED, row, strict=True)) for row in rows if len(row) == len(QUEUED)]
+        cells = [line.removesuffix("|").split("|", len(QUEUED) - 1) for line in lines]
+        rows = [dict(zip(QUEUED, row, strict=True)) for row in cells if len(row) == len(QUEUED)]
+        return [{**row, "JobArrayID": name} for row in rows for name in _elements(row["JobArrayID"])]
 
     def _sacct(self, bases: str) -> dict[str, list[Attempt]]:
         """All goes of these jobs by their ids, the oldest first; none where there is no accounting."""
@@ -240,12 +250,12 @@ def _comment(tag: str) -> str:
     return f"chiplog:{tag}"
 
 
-def _array(batch: Batch) -> str:
+def _array(batch: Batch, at_once: int | None) -> str:
     """As sbatch takes it: `0-3%2`."""
     indices = ",".join(map(str, batch.indices))
     if batch.indices == tuple(range(batch.indices[0], batch.indices[-1] + 1)):
         indices = f"{batch.indices[0]}-{batch.indices[-1]}"
-    return f"{indices}%{batch.at_once}" if batch.at_once else indices
+    return f"{indices}%{at_once}" if at_once else indices
 
 
 def _bases(ids: Sequence[str]) -> list[str]:
@@ -254,7 +264,7 @@ def _bases(ids: Sequence[str]) -> list[str]:
 
 
 def _elements(job_id: str) -> list[str]:
-    """The ids of what accounting has in one line, `12_3`, or `12_[0,2-4%2]` where it never started."""
+    """The ids of what stands in one line, `12_3`, or `12_[0,2-4%2]` and `12_[0-8:2]` of elements that never started."""
     base, bracket, rest = job_id.partition("_[")
     if not bracket:
         return [job_id]

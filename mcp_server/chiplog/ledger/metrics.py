@@ -39,6 +39,7 @@ class Start(Written):
     step: Count = Field(default=0, description="Steps that an earlier attempt had saved.")
     total_steps: Count | None = Field(default=None, description="Steps planned.")
     n_params: Count | None = Field(default=None, description="Parameters of the base model.")
+    micro_batch_size: Count | None = Field(default=None, description="Samples of a forward pass, of each process.")
     packages: dict[str, str] = Field(default={}, description="Versions of the packages that run.")
 
 

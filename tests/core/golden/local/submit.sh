@@ -1,26 +1,38 @@
 #!/bin/bash
-# Submits every run of 2026-11-20-lora-rank to Slurm, its evaluation after its training. Where chiplog is at hand,
-# `chiplog submit-experiment 2026-11-20-lora-rank --engine slurm` does it in arrays, within your limits, and once only.
+# Submits to Slurm every run of 2026-11-20-lora-rank that jobs.jsonl does not name yet, its evaluation after its training.
+# Where chiplog is at hand, `chiplog submit-experiment 2026-11-20-lora-rank --engine slurm` does it in arrays, within your
+# limits, and submits again what failed.
 set -euo pipefail
 cd "$(dirname "$0")/runs"
 
+is_new() { # RUN
+  if ! grep -Fqs "\"run\":\"$1\"" ../jobs.jsonl; then return 0; fi
+  echo "$1 was submitted before: chiplog, or sbatch in runs/$1, submits it again" >&2
+  return 1
+}
+
 submit() ( # RUN SCRIPT [OPTION]: the job's id
-  cd "$1"
-  sbatch --parsable --kill-on-invalid-dep=yes "${@:3}" "$2" | cut -d ';' -f 1
+  cd "$1" && sbatch --parsable --kill-on-invalid-dep=yes "${@:3}" "$2" | cut -d ';' -f 1
 )
 
 note() { # RUN ID [ID OF ITS EVALUATION]: chiplog follows the jobs that it finds here
-  local attempt=1 evaluation=null
-  if [ -f ../jobs.jsonl ]; then attempt=$((1 + $(grep -c "\"run\":\"$1\"" ../jobs.jsonl || true))); fi
+  local evaluation=null
   if [ -n "${3:-}" ]; then evaluation="\"$3\""; fi
-  echo "{\"run\":\"$1\",\"engine\":\"slurm\",\"job_id\":\"$2\",\"eval_job_id\":$evaluation,\"attempt\":$attempt}" >> ../jobs.jsonl
+  echo "{\"run\":\"$1\",\"engine\":\"slurm\",\"job_id\":\"$2\",\"eval_job_id\":$evaluation,\"attempt\":1}" >> ../jobs.jsonl
 }
 
 for run in 1B_rank4 1B_rank64 3B_rank4 3B_rank64; do
+  is_new "$run" || continue
   job=$(submit "$run" run.sbatch)
-  evaluation=$(submit "$run" eval.sbatch "--dependency=afterok:$job")
+  evaluation=$(submit "$run" eval.sbatch "--dependency=afterok:$job") || {
+    echo "error: the evaluation of $run was refused, so its training, job $job, is cancelled; mend that and go on with the same command" >&2
+    scancel "$job"
+    exit 1
+  }
   note "$run" "$job" "$evaluation"
 done
 for run in 1B_base 3B_base; do
-  note "$run" "$(submit "$run" run.sbatch)"
+  is_new "$run" || continue
+  job=$(submit "$run" run.sbatch)
+  note "$run" "$job"
 done
