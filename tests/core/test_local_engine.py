@@ -60,7 +60,7 @@ def test_each_way_to_end_has_its_state(engine: LocalEngine, tmp_path: Path):
             script(tmp_path, "bad", "exit 3"),
             script(tmp_path, "killed", "kill -9 $$"),
             script(tmp_path, "slow", "sleep 60", "--time=00:00:01"),
-            script(tmp_path, "again", '[ "$SLURM_RESTART_COUNT" = 2 ] || exit 75'),
+            script(tmp_path, "again", '[ "${SLURM_RESTART_COUNT:-0}" = 2 ] || exit 75'),
             script(tmp_path, "for_ever", "exit 75"),
         ],
     )

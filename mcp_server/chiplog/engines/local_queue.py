@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from chiplog.engines.local import LocalEngine, available_gpus, group_alive, kill_group, utc_now
+from chiplog.engines.local_variables import variables
 from chiplog.errors import EngineError
 from chiplog.machine import available_cpus
 from chiplog.record import State
@@ -120,23 +121,12 @@ class Worker:
         script = Path(row["script"])
         folder = Path(row["folder"] or script.parent)
         environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith("SLURM_")},
+            **{key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SLURMD_"))},
             "PATH": os.pathsep.join([row["bin"], os.environ.get("PATH", os.defpath)]),
             "CHIPLOG_ENGINE": "local",
             "CUDA_VISIBLE_DEVICES": ",".join(gpus),
-            "SLURM_JOB_ID": str(row["id"]),
-            "SLURM_JOB_NAME": row["name"],
-            "SLURM_SUBMIT_DIR": str(folder),
-            "SLURM_CPUS_PER_TASK": str(row["cpus"] // row["tasks"]),
-            "SLURM_JOB_NODELIST": socket.gethostname(),
-            "SLURM_NNODES": "1",
-            "SLURM_NTASKS": str(row["tasks"]),
-            "SLURM_PROCID": "0",
-            "SLURM_LOCALID": "0",
-            "SLURM_RESTART_COUNT": str(row["restarts"]),
+            **variables(queue, row, str(folder)),
         }
-        if row["array"] is not None:
-            environment |= {"SLURM_ARRAY_JOB_ID": str(row["array"]), "SLURM_ARRAY_TASK_ID": str(row["task"])}
         # Noted before it starts: a worker that dies here leaves a job that vanished, never one that starts twice.
         noted = queue.execute(
             "UPDATE queue SET state = 'RUNNING', reason = NULL, started = ?, pid = NULL, gpu_ids = ?, signalled = 0 "
