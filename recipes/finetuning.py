@@ -96,7 +96,6 @@ class Finetuning:
         self.identity = {**identity, "dataset_sha256": file_hash(dataset)}
         self.shape = read_shape(model, config.max_seq_len)
         self._read_data(ChatTokenizer(model), dataset)
-        torch.manual_seed(config.seed)  # for the adapter's first values, the same in every process
         self._make_model(model)
         self.optimizer = torch.optim.AdamW(
             self.adapter.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True
@@ -338,7 +337,8 @@ class Finetuning:
 
     def _make_model(self, folder: Path) -> None:
         config = self.config
-        self.model = load_model(folder, self.shape, config, self.device)
+        self.mesh = self.ranks.mesh() if config.shard_model else None
+        self.model = load_model(folder, self.shape, config, self.device, self.mesh)
         self.adapter = get_adapter_params(self.model)
         self.loss = CEWithChunkedOutputLoss(ignore_index=IGNORED)
         if config.chunked_loss:

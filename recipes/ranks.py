@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer import job
 from trainer.job import UserError
@@ -41,6 +42,10 @@ class Ranks:
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
         return sums.tolist()
+
+    def mesh(self) -> DeviceMesh | None:
+        """All processes, as those that divide a model; None for one alone."""
+        return init_device_mesh(self.device.type, (self.world_size,)) if self.world_size > 1 else None
 
     def wait(self) -> None:
         """Until every process is here."""
