@@ -22,10 +22,11 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -68,6 +69,7 @@ def main(recipe: Path, stop: Stop, *, distributed: bool = False) -> int:
         run = Finetuning(config, arguments.out, ranks, recipe.stem)
         return 0 if run.train(stop) else REQUEUE
     except (RuntimeError, MemoryError) as error:
+        ranks.heed()
         if not job.is_out_of_memory(error):
             raise
         raise UserError(
@@ -134,6 +136,8 @@ class Finetuning:
         try:
             return self._train(stop)
         except OutOfMemory as error:
+            if self.mesh:
+                self._end_all(error)
             self._take_less_memory(error)
             return False
 
@@ -187,11 +191,9 @@ class Finetuning:
         torch.manual_seed(seed_of(self.config.seed, self.step, self.ranks.rank, 1))
         parts = self._parts(lines)
         label_tokens = sum(part.label_tokens for part in parts)
-        loss, failed = job.within_memory(lambda: self._gradients(self.ranks.share(parts), label_tokens))
-        loss, stops, failures = self.ranks.total(loss, stop.asked, failed)
-        if failures:
-            self.optimizer.zero_grad(set_to_none=True)
-            raise OutOfMemory(f"in step {self.step + 1}")
+        loss, stopped = self._together(
+            lambda: self._gradients(self.ranks.share(parts), label_tokens), stop, f"in step {self.step + 1}"
+        )
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} at step {self.step + 1}: lower lr, clip gradients or use fp32")
         self.ranks.add_up(self.adapter.values())
@@ -212,7 +214,24 @@ class Finetuning:
             "label_tokens": label_tokens,
             "samples": sum(map(len, lines)),
         }
-        return done, stops > 0
+        return done, stopped
+
+    def _together(self, work: Callable[[], float], stop: Stop, when: str) -> tuple[float, bool]:
+        """What `work` returns, added up over the processes, and whether a signal came to any of them.
+
+        Raises OutOfMemory, which says `when`, where one has too little memory: in every process if each holds the whole
+        model, else in that one alone, since the others wait for it inside their passes.
+        """
+        if self.mesh:
+            self.ranks.wait()  # what came before is written, so that one can act for all
+        value, failed = job.within_memory(work)
+        if failed and self.mesh:
+            raise OutOfMemory(when)
+        value, stops, failures = self.ranks.total(value, stop.asked, failed)
+        if failures:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise OutOfMemory(when)
+        return value, stops > 0
 
     def _gradients(self, parts: list[Batch], label_tokens: int) -> float:
         """Forward and backward passes; this process's part of the loss."""
@@ -243,13 +262,11 @@ class Finetuning:
         parts = self._parts(self.val_lines)
         label_tokens = sum(part.label_tokens for part in parts)
         self.model.eval()
-        for i in range(0, len(parts), size):  # one for each process, the last may have none
-            share = self.ranks.share(parts[i : i + size])
-            summed, failed = job.within_memory(lambda share=share: sum(self._loss(part).item() for part in share))
-            summed, stops, failures = self.ranks.total(summed, stop.asked, failed)
-            if failures:
-                raise OutOfMemory(f"in the validation after step {self.step}")
-            if stops:
+        for i in range(0, len(parts), size):
+            summed, stopped = self._together(
+                lambda few=parts[i : i + size]: self._part_of(few), stop, f"in the validation after step {self.step}"
+            )
+            if stopped:
                 self.model.train()
                 return False
             loss += summed / label_tokens
@@ -263,6 +280,12 @@ class Finetuning:
         seconds = time.perf_counter() - began
         self._record("validation", step=self.step, loss=loss, best=is_best, **counts, seconds=seconds)
         return True
+
+    def _part_of(self, parts: list[Batch]) -> float:
+        """The loss of this process's part. Without one it computes another's: a divided model needs all in a pass."""
+        mine = self.ranks.share(parts)
+        loss = self._loss((mine or parts)[0]).item()
+        return loss if mine else 0.0
 
     def _validation_is_due(self) -> bool:
         every = self.config.run_val_every_n_steps
@@ -289,6 +312,19 @@ class Finetuning:
             job.write_json(self.out / "deviation.json", deviation)
         self.ranks.wait()
         log.warning(f"{reason}: start again to go on with {self.micro.smaller}")
+
+    def _end_all(self, error: OutOfMemory) -> NoReturn:
+        """`_take_less_memory` by the first process that ran out, then the end of all: the others wait inside a pass."""
+        code = REQUEUE
+        print(file=sys.stderr)  # the bar of process 0 is left as it is
+        try:
+            with self.ranks.instead_of_all() as self.ranks:
+                log.disabled = False
+                self._take_less_memory(error)
+        except UserError as mistake:
+            print(f"error: {mistake}", file=sys.stderr)
+            code = 1
+        self.ranks.end_all(code)
 
     def _parts(self, lines: list[list[Example]]) -> list[Batch]:
         """The micro batches of a batch."""

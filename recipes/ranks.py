@@ -6,13 +6,16 @@ Each holds the whole model and takes its part of every batch; what they add up i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from watch import Watch
 
 from trainer import job
 from trainer.job import UserError
@@ -25,6 +28,7 @@ class Ranks:
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    watch: Watch | None = None  # where there are several
 
     @property
     def writes(self) -> bool:
@@ -61,10 +65,34 @@ class Ranks:
         for gradient, p in zip(_split(together, gradients), parameters, strict=True):
             p.grad = gradient.to(p.dtype)
 
+    @contextmanager
+    def instead_of_all(self) -> Iterator[Ranks]:
+        """This process as if it were alone, to act for all while the others wait inside a pass.
+
+        Only the first that asks comes back: the others' states are the same.
+        """
+        assert self.watch
+        self.watch.claim()
+        # A gather that not all have begun may hold up the stream of the pass for ever.
+        stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+        with torch.cuda.stream(stream):
+            yield Ranks(self.device, watch=self.watch)
+
+    def end_all(self, code: int) -> NoReturn:
+        """Ends every process, wherever it waits, with this exit code."""
+        assert self.watch
+        self.watch.end_all(code)
+
+    def heed(self) -> None:
+        """Ends this process as all were told to, if they were."""
+        if self.watch:
+            self.watch.heed()
+
     def leave(self) -> None:
         """Ends the talk between the processes."""
-        if self.world_size > 1:
+        if self.watch:
             dist.destroy_process_group()
+            self.watch.stop()
 
 
 def join(device: str | None) -> Ranks:
@@ -99,7 +127,8 @@ def join(device: str | None) -> Ranks:
             )
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world_size)
-    return Ranks(chosen, rank, world_size)
+        return Ranks(chosen, rank, world_size, Watch(rank, world_size))
+    return Ranks(chosen)
 
 
 def _split(together: Tensor, like: list[Tensor]) -> list[Tensor]:

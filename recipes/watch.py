@@ -1,0 +1,101 @@
+"""What ends the processes of a run together when they cannot talk: a thread in each that looks at their common store.
+
+A process that has left a pass through a divided model, because its memory ran out or because it died, leaves the others
+waiting in a gather, where no word reaches them: in NCCL's kernels for ten minutes and more. The thread needs none of
+that. It counts on in the store, listens whether the next process does so too, and ends its own where one says so.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+
+EVERY_S = 0.5  # between looks
+SILENT_S = 45.0  # without a count: a process is gone. A busy one counts on: reading and computing let threads run
+LEAVING_S = 10.0  # how long those that end wait for each other, and for word of their own process that it is done
+
+
+class Watch:
+    """The thread of process `rank`, on a connection of its own: the other may be waiting for hours."""
+
+    def __init__(self, rank: int, world_size: int):
+        self.rank, self.world_size = rank, world_size
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=30))
+        # torchrun's own process keeps the store over its restarts.
+        self.store = dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self.ending, self._done = False, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def claim(self) -> None:
+        """Comes back in the first process that asks; others end here, with that one."""
+        if self.store.add("claims", 1) > 1:
+            self._thread.join()
+
+    def end_all(self, code: int) -> NoReturn:
+        """Ends every process with this exit code."""
+        self.store.set("code", str(code))
+        self._thread.join()
+        raise AssertionError("the thread ends the process")
+
+    def heed(self) -> None:
+        """Where all were told to end: ends as they do, whatever went wrong as others left."""
+        if self.ending:
+            self._thread.join()
+
+    def stop(self) -> None:
+        """Looks no longer."""
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            code = self._look()
+        except dist.DistError:  # process 0 has the store, and goes first at the end of a run
+            if self._done.wait(LEAVING_S):
+                return
+            code = _gone(0)
+        if code is not None:
+            self._end(code)
+
+    def _look(self) -> int | None:
+        """The exit code that was asked for, or that of a process that is gone; None once this process is done."""
+        after = (self.rank + 1) % self.world_size
+        count, counted_at = 0, time.monotonic()
+        while not self._done.wait(EVERY_S):
+            if self.store.check(["code"]):
+                return int(self.store.get("code"))
+            self.store.add(f"count/{self.rank}", 1)
+            before, count = count, self.store.add(f"count/{after}", 0)
+            if count != before:
+                counted_at = time.monotonic()
+            elif count and time.monotonic() - counted_at > SILENT_S:
+                code = _gone(after)
+                self.store.set("code", str(code))
+                return code
+        return None
+
+    def _end(self, code: int) -> NoReturn:
+        """Once all know, so that none takes the other's end for a fault; process 0 has the store and may go first."""
+        self.ending = True
+        until = time.monotonic() + LEAVING_S
+        try:
+            self.store.add("leaving", 1)
+            while self.store.add("leaving", 0) < self.world_size and time.monotonic() < until:
+                time.sleep(0.05)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)  # no other way ends a process whose main thread waits in a kernel
+
+
+def _gone(rank: int) -> int:
+    print(f"error: process {rank} is gone: start again", file=sys.stderr)
+    return 1
