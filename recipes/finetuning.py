@@ -30,20 +30,20 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from checkpoints import append_event, last_step, load_checkpoint, save_checkpoint
+from checkpoints import append_event, last_step, load_checkpoint, restore, save_checkpoint
+from lines import micro_batches, read_lines
 from lora_models import load_model, read_shape, save_adapter
 from ranks import Ranks, join
+from schedule import make_schedule
 from settings import FREE, checked, micro_batch
-from torch.optim.lr_scheduler import LambdaLR
 from torchtune import training, utils
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params
-from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 from tqdm import tqdm
 
 from trainer import job
-from trainer.batches import IGNORED, Batch, collate, collate_packs, data_order, pack, read_samples, seed_of
+from trainer.batches import IGNORED, Batch, data_order, seed_of
 from trainer.chat import ChatTokenizer, Example
 from trainer.job import REQUEUE, Stop, UserError
 from trainer.rows import file_hash
@@ -136,9 +136,7 @@ class Finetuning:
         try:
             return self._train(stop)
         except OutOfMemory as error:
-            if self.mesh:
-                self._end_all(error)
-            self._take_less_memory(error)
+            self._end_all(error) if self.mesh else self._take_less_memory(error)
             return False
 
     def _train(self, stop: Stop) -> bool:
@@ -189,7 +187,7 @@ class Finetuning:
         no state of it has to be kept. Raises OutOfMemory in every process when one has too little.
         """
         torch.manual_seed(seed_of(self.config.seed, self.step, self.ranks.rank, 1))
-        parts = self._parts(lines)
+        parts = micro_batches(lines, self.micro.size, self.pad_id, self.config)
         label_tokens = sum(part.label_tokens for part in parts)
         loss, stopped = self._together(
             lambda: self._gradients(self.ranks.share(parts), label_tokens), stop, f"in step {self.step + 1}"
@@ -259,7 +257,7 @@ class Finetuning:
         Raises OutOfMemory in every process when one has too little.
         """
         began, loss, size = time.perf_counter(), 0.0, self.ranks.world_size
-        parts = self._parts(self.val_lines)
+        parts = micro_batches(self.val_lines, self.micro.size, self.pad_id, self.config)
         label_tokens = sum(part.label_tokens for part in parts)
         self.model.eval()
         for i in range(0, len(parts), size):
@@ -326,43 +324,19 @@ class Finetuning:
             code = 1
         self.ranks.end_all(code)
 
-    def _parts(self, lines: list[list[Example]]) -> list[Batch]:
-        """The micro batches of a batch."""
-        size, pad_id = self.micro.size, self.pad_id
-        parts = [lines[i : i + size] for i in range(0, len(lines), size)]
-        if self.config.packed:
-            return [collate_packs(part, pad_id, self.config.max_seq_len) for part in parts]
-        return [collate([sample for line in part for sample in line], pad_id) for part in parts]
-
     def _progress(self, first: int) -> tqdm:
-        # A log file gets a line every ten seconds, a terminal ten a second.
-        interval = 0.1 if sys.stderr.isatty() else 10.0
+        interval = 0.1 if sys.stderr.isatty() else 10.0  # s; a log file gets few lines
         return tqdm(total=self.steps_per_epoch, initial=first, mininterval=interval, disable=not self.ranks.writes)
 
     def _read_data(self, tokenizer: ChatTokenizer, dataset: Path) -> None:
-        """The samples, and the lines of which batches are made: a sample each, or a pack of several."""
+        """The samples and lines to train on, those to validate on, and how many steps they make."""
         config, self.pad_id = self.config, tokenizer.pad_id
-        self.n_truncated, self.samples, self.val_lines = 0, [], []
-        for split in filter(None, ("train", config.val_split)):
-            samples = read_samples(
-                dataset,
-                split,
-                tokenizer,
-                system_prompt=config.system_prompt,
-                prompt=config.prompt,
-                max_seq_len=config.max_seq_len,
-                vocab_size=self.shape.vocab_size,
-            )
-            n_truncated = sum(len(sample.ids) > config.max_seq_len for sample in samples)
-            if n_truncated:
-                of = "" if split == "train" else f" of {split}"
-                log.warning(f"{n_truncated} of {len(samples)} samples{of} are cut to max_seq_len {config.max_seq_len}")
-            samples = [Example(sample.ids[: config.max_seq_len], sample.n_prompt) for sample in samples]
-            lines = pack(samples, config.max_seq_len) if config.packed else [[sample] for sample in samples]
-            if split == "train":
-                self.samples, self.lines, self.n_truncated = samples, lines, n_truncated
-            else:
-                self.val_lines = lines
+        found = {
+            split: read_lines(dataset, split, tokenizer, config, self.shape.vocab_size)
+            for split in filter(None, ("train", config.val_split))
+        }
+        self.samples, self.lines, self.n_truncated = found["train"]
+        self.val_lines = found[config.val_split].lines if config.val_split else []
         self.steps_per_epoch = len(self.lines) // config.batch_size
         if not self.steps_per_epoch:
             what = f"{len(self.lines)} packs of the {len(self.samples)}" if config.packed else str(len(self.lines))
@@ -410,10 +384,7 @@ class Finetuning:
         state = load_checkpoint(self.out / "checkpoints", self.identity)
         if state is None:
             return
-        with torch.no_grad():
-            for name, p in self.adapter.items():
-                p.copy_(state["adapter"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore(state, self.adapter, self.optimizer)
         self.step, self.validated, self.best_loss = state["step"], state["validated"], state["best_loss"]
         log.info(f"Going on after step {self.step}.")
 
@@ -426,11 +397,3 @@ class Finetuning:
     def _record(self, event: str, **values: Any) -> None:
         if self.ranks.writes:
             append_event(self.out / "metrics.jsonl", event, **values)
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, config: SimpleNamespace, total_steps: int, step: int) -> LambdaLR:
-    """The learning rate after `step` steps and on: a rise over warmup_steps, then a cosine to 0 or constant."""
-    if config.lr_schedule == "cosine":
-        return get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, total_steps, last_epoch=step - 1)
-    rise = config.warmup_steps
-    return LambdaLR(optimizer, lambda done: done / rise if done < rise else 1.0, last_epoch=step - 1)

@@ -14,7 +14,11 @@ import time
 from datetime import timedelta
 from typing import NoReturn
 
-import torch.distributed as dist
+from torch.distributed import (
+    DistError,
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 EVERY_S = 0.5  # between looks
 SILENT_S = 45.0  # without a count: a process is gone. A busy one counts on: reading and computing let threads run
@@ -27,9 +31,9 @@ class Watch:
     def __init__(self, rank: int, world_size: int):
         self.rank, self.world_size = rank, world_size
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=30))
+        store = TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=30))
         # torchrun's own process keeps the store over its restarts.
-        self.store = dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self.store = PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         self.ending, self._done = False, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -58,7 +62,7 @@ class Watch:
     def _run(self) -> None:
         try:
             code = self._look()
-        except dist.DistError:  # process 0 has the store, and goes first at the end of a run
+        except DistError:  # process 0 has the store, and goes first at the end of a run
             if self._done.wait(LEAVING_S):
                 return
             code = _gone(0)
