@@ -136,7 +136,9 @@ class Finetuning:
         try:
             return self._train(stop)
         except OutOfMemory as error:
-            self._end_all(error) if self.mesh else self._take_less_memory(error)
+            if self.mesh:
+                self._end_all(error)
+            self._take_less_memory(error)
             return False
 
     def _train(self, stop: Stop) -> bool:

@@ -15,7 +15,6 @@ from datetime import timedelta
 from typing import NoReturn
 
 from torch.distributed import (
-    DistError,
     PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
@@ -62,7 +61,7 @@ class Watch:
     def _run(self) -> None:
         try:
             code = self._look()
-        except DistError:  # process 0 has the store, and goes first at the end of a run
+        except RuntimeError:  # process 0 has the store, and goes first at the end of a run
             if self._done.wait(LEAVING_S):
                 return
             code = _gone(0)
