@@ -2,7 +2,7 @@
 
 A process that has left a pass through a divided model, because its memory ran out or because it died, leaves the others
 waiting in a gather, where no word reaches them: in NCCL's kernels for ten minutes and more. The thread needs none of
-that. It counts on in the store, listens whether the next process does so too, and ends its own where one says so.
+that. It counts in the store, looks whether the next process does so too, and ends its own process where one says so.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from torch.distributed import (
 )
 
 EVERY_S = 0.5  # between looks
-SILENT_S = 45.0  # without a count: a process is gone. A busy one counts on: reading and computing let threads run
-LEAVING_S = 10.0  # how long those that end wait for each other, and for word of their own process that it is done
+# Without a count: a process is gone. A busy one counts on, since reading and computing let threads run. Time is counted
+# in looks, so that a job which Slurm suspends and resumes has missed nothing.
+SILENT_S = 45.0
+LEAVING_S = 5.0  # how long those that end wait for each other, and for word of their own process that it is done
 
 
 class Watch:
@@ -34,8 +36,11 @@ class Watch:
         # torchrun's own process keeps the store over its restarts.
         self.store = PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         self.ending, self._done = False, threading.Event()
+        self._silent_s = 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)
+        self._clock = threading.Thread(target=self._keep_time, daemon=True)
         self._thread.start()
+        self._clock.start()
 
     def claim(self) -> None:
         """Comes back in the first process that asks; others end here, with that one."""
@@ -56,34 +61,34 @@ class Watch:
     def stop(self) -> None:
         """Looks no longer."""
         self._done.set()
-        self._thread.join()
+        self._thread.join(LEAVING_S)  # it may wait for a store that is gone
 
     def _run(self) -> None:
         try:
-            code = self._look()
+            self._look()
         except RuntimeError:  # process 0 has the store, and goes first at the end of a run
-            if self._done.wait(LEAVING_S):
-                return
-            code = _gone(0)
-        if code is not None:
-            self._end(code)
+            if not self._done.wait(LEAVING_S):
+                self._end_alone()
 
-    def _look(self) -> int | None:
-        """The exit code that was asked for, or that of a process that is gone; None once this process is done."""
-        after = (self.rank + 1) % self.world_size
-        count, counted_at = 0, time.monotonic()
+    def _look(self) -> None:
+        after, count = (self.rank + 1) % self.world_size, 0
         while not self._done.wait(EVERY_S):
             if self.store.check(["code"]):
-                return int(self.store.get("code"))
+                self._end(int(self.store.get("code")))
             self.store.add(f"count/{self.rank}", 1)
             before, count = count, self.store.add(f"count/{after}", 0)
-            if count != before:
-                counted_at = time.monotonic()
-            elif count and time.monotonic() - counted_at > SILENT_S:
-                code = _gone(after)
-                self.store.set("code", str(code))
-                return code
-        return None
+            if count != before or not count:
+                self._silent_s = 0.0
+            elif self._silent_s > SILENT_S:
+                print(f"\nerror: process {after} is gone: start again", file=sys.stderr)
+                self.store.set("code", "1")
+
+    def _keep_time(self) -> None:
+        """Ends the process also where the store does not answer: torch sets no limit to that."""
+        while not self._done.wait(EVERY_S):
+            self._silent_s += EVERY_S
+            if self._silent_s > SILENT_S + 2 * LEAVING_S:
+                self._end_alone()
 
     def _end(self, code: int) -> NoReturn:
         """Once all know, so that none takes the other's end for a fault; process 0 has the store and may go first."""
@@ -98,7 +103,6 @@ class Watch:
         finally:
             os._exit(code)  # no other way ends a process whose main thread waits in a kernel
 
-
-def _gone(rank: int) -> int:
-    print(f"error: process {rank} is gone: start again", file=sys.stderr)
-    return 1
+    def _end_alone(self) -> NoReturn:
+        print("\nerror: process 0 is gone: start again", file=sys.stderr, flush=True)
+        os._exit(1)
