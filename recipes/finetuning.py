@@ -12,7 +12,8 @@ The YAML beside a recipe explains its settings; config.yaml gives all of them. I
 Exit code 75 asks to be started again. After SIGUSR1 or SIGTERM the run finishes its step, saves and exits with it; one
 that has made no step yet makes one first, so that each start gets further. Only a signal during the validation with
 which a start began ends it with 1: it would never get past that. Out of memory, the run halves its micro batch and
-exits with 75; a micro batch of 1 cannot be halved and ends it with 1.
+exits with 75; a micro batch of 1 cannot be halved and ends it with 1. Where processes divide the model, the first that
+runs out does this for all, and a thread ends the others inside their passes (watch.py).
 """
 
 from __future__ import annotations
@@ -327,16 +328,14 @@ class Finetuning:
         self.ranks.end_all(code)
 
     def _progress(self, first: int) -> tqdm:
-        interval = 0.1 if sys.stderr.isatty() else 10.0  # s; a log file gets few lines
-        return tqdm(total=self.steps_per_epoch, initial=first, mininterval=interval, disable=not self.ranks.writes)
+        every_s = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets few lines
+        return tqdm(total=self.steps_per_epoch, initial=first, mininterval=every_s, disable=not self.ranks.writes)
 
     def _read_data(self, tokenizer: ChatTokenizer, dataset: Path) -> None:
         """The samples and lines to train on, those to validate on, and how many steps they make."""
         config, self.pad_id = self.config, tokenizer.pad_id
-        found = {
-            split: read_lines(dataset, split, tokenizer, config, self.shape.vocab_size)
-            for split in filter(None, ("train", config.val_split))
-        }
+        splits, vocab_size = filter(None, ("train", config.val_split)), self.shape.vocab_size
+        found = {split: read_lines(dataset, split, tokenizer, config, vocab_size) for split in splits}
         self.samples, self.lines, self.n_truncated = found["train"]
         self.val_lines = found[config.val_split].lines if config.val_split else []
         self.steps_per_epoch = len(self.lines) // config.batch_size

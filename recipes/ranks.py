@@ -1,6 +1,7 @@
 """The processes that train one model together: who they are, and the sums that they make.
 
-Each holds the whole model and takes its part of every batch; what they add up is the adapter's gradients, a few MB.
+Each takes its part of every batch; what they add up is the adapter's gradients, a few MB. The frozen weights are whole
+in each, or divided (sharding.py).
 """
 
 from __future__ import annotations

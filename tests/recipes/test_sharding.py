@@ -39,7 +39,7 @@ ranks = finetuning.join("cpu")
 for name, settings in config.items():
     out = Path(sys.argv[4]) / name
     out.mkdir(exist_ok=True)
-    run = finetuning.Finetuning(finetuning.checked(SimpleNamespace(**settings)), out, ranks, "lora_finetune_distributed")
+    run = finetuning.Finetuning(finetuning.checked(SimpleNamespace(**settings)), out, ranks, "driver")
     (out / f"held-{ranks.rank}.json").write_text(json.dumps(held_bytes(run.model)))
     assert run.train(stop)
 ranks.leave()
