@@ -92,8 +92,8 @@ class Ranks:
     def leave(self) -> None:
         """Ends the talk between the processes."""
         if self.watch:
-            dist.destroy_process_group()
             self.watch.stop()
+            dist.destroy_process_group()
 
 
 def join(device: str | None) -> Ranks:

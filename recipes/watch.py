@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import NoReturn
 
@@ -59,14 +60,15 @@ class Watch:
             self._thread.join()
 
     def stop(self) -> None:
-        """Looks no longer."""
+        """Looks no longer. The clock runs on: what is left to do ends soon, or is ended."""
         self._done.set()
         self._thread.join(LEAVING_S)  # it may wait for a store that is gone
+        self._leave("stopped")
 
     def _run(self) -> None:
         try:
             self._look()
-        except RuntimeError:  # process 0 has the store, and goes first at the end of a run
+        except RuntimeError:  # process 0 has gone, with the store
             if not self._done.wait(LEAVING_S):
                 self._end_alone()
 
@@ -83,25 +85,37 @@ class Watch:
                 print(f"\nerror: process {after} is gone: start again", file=sys.stderr)
                 self.store.set("code", "1")
 
-    def _keep_time(self) -> None:
+    def _keep_time(self) -> NoReturn:
         """Ends the process also where the store does not answer: torch sets no limit to that."""
-        while not self._done.wait(EVERY_S):
+        while True:
+            time.sleep(EVERY_S)
             self._silent_s += EVERY_S
             if self._silent_s > SILENT_S + 2 * LEAVING_S:
                 self._end_alone()
 
     def _end(self, code: int) -> NoReturn:
-        """Once all know, so that none takes the other's end for a fault; process 0 has the store and may go first."""
+        """Once all know, so that none takes the other's end for a fault."""
         self.ending = True
-        until = time.monotonic() + LEAVING_S
         try:
-            self.store.add("leaving", 1)
-            while self.store.add("leaving", 0) < self.world_size and time.monotonic() < until:
-                time.sleep(0.05)
+            self._meet("ending", everyone=True)
             sys.stdout.flush()
             sys.stderr.flush()
+            self._leave("ended")
         finally:
             os._exit(code)  # no other way ends a process whose main thread waits in a kernel
+
+    def _leave(self, name: str) -> None:
+        """Process 0 has the store, so it waits for the others to leave."""
+        with suppress(RuntimeError):  # one that is gone has taken the store with it
+            self._meet(name, everyone=self.rank == 0)
+
+    def _meet(self, name: str, *, everyone: bool) -> None:
+        """Says that this process is there, and waits a while for the others where everyone is needed."""
+        until = time.monotonic() + LEAVING_S
+        there = self.store.add(name, 1)
+        while everyone and there < self.world_size and time.monotonic() < until:
+            time.sleep(0.05)
+            there = self.store.add(name, 0)
 
     def _end_alone(self) -> NoReturn:
         print("\nerror: process 0 is gone: start again", file=sys.stderr, flush=True)

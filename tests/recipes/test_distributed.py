@@ -141,8 +141,11 @@ def short_of_memory(when: str) -> str:
     )
 
 
-@pytest.mark.parametrize("shard_model", [True, False], ids=["divided", "whole"])
-@pytest.mark.parametrize("where", ["run.ranks.rank == 1", "True"], ids=["in one", "in both"])
+@pytest.mark.parametrize(
+    ("where", "shard_model"),
+    [("run.ranks.rank == 1", True), ("run.ranks.rank == 1", False), ("True", True)],
+    ids=["in one that divides the model", "in one that holds it whole", "in both"],
+)
 def test_too_little_memory_ends_both_processes_with_a_smaller_micro_batch(
     where: str, shard_model: bool, several: dict, tmp_path: Path
 ):
@@ -171,10 +174,9 @@ def test_too_little_memory_for_the_smallest_micro_batch_ends_both_processes_with
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_4"]
 
 
-@pytest.mark.parametrize("shard_model", [True, False], ids=["divided", "whole"])
 @pytest.mark.parametrize("gone", [0, 1])
-def test_a_process_that_is_killed_leaves_no_other_waiting(gone: int, shard_model: bool, several: dict, tmp_path: Path):
-    jobs = start_two(several | {"epochs": 300, "max_steps": 3000, "shard_model": shard_model}, tmp_path)
+def test_a_process_that_is_killed_leaves_no_other_waiting(gone: int, several: dict, tmp_path: Path):
+    jobs = start_two(several | {"epochs": 300, "max_steps": 3000}, tmp_path)
     wait_for(tmp_path, 3, jobs)
     jobs[gone].kill()
     jobs[1 - gone].communicate(timeout=100)
