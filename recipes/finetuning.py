@@ -12,7 +12,8 @@ The YAML beside a recipe explains its settings; config.yaml gives all of them. I
 Exit code 75 asks to be started again. After SIGUSR1 or SIGTERM the run finishes its step, saves and exits with it; one
 that has made no step yet makes one first, so that each start gets further. Only a signal during the validation with
 which a start began ends it with 1: it would never get past that. Out of memory, the run halves its micro batch and
-exits with 75; a micro batch of 1 cannot be halved and ends it with 1.
+exits with 75; a micro batch of 1 cannot be halved and ends it with 1. Where processes divide the model, the first that
+runs out does this for all, and a thread ends the others inside their passes (watch.py).
 """
 
 from __future__ import annotations
@@ -22,27 +23,28 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
-from checkpoints import append_event, last_step, load_checkpoint, save_checkpoint
+from checkpoints import append_event, last_step, load_checkpoint, restore, save_checkpoint
+from lines import micro_batches, read_lines
 from lora_models import load_model, read_shape, save_adapter
 from ranks import Ranks, join
+from schedule import make_schedule
 from settings import FREE, checked, micro_batch
-from torch.optim.lr_scheduler import LambdaLR
 from torchtune import training, utils
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params
-from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 from tqdm import tqdm
 
 from trainer import job
-from trainer.batches import IGNORED, Batch, collate, collate_packs, data_order, pack, read_samples, seed_of
+from trainer.batches import IGNORED, Batch, data_order, seed_of
 from trainer.chat import ChatTokenizer, Example
 from trainer.job import REQUEUE, Stop, UserError
 from trainer.rows import file_hash
@@ -68,6 +70,7 @@ def main(recipe: Path, stop: Stop, *, distributed: bool = False) -> int:
         run = Finetuning(config, arguments.out, ranks, recipe.stem)
         return 0 if run.train(stop) else REQUEUE
     except (RuntimeError, MemoryError) as error:
+        ranks.heed()
         if not job.is_out_of_memory(error):
             raise
         raise UserError(
@@ -96,7 +99,6 @@ class Finetuning:
         self.identity = {**identity, "dataset_sha256": file_hash(dataset)}
         self.shape = read_shape(model, config.max_seq_len)
         self._read_data(ChatTokenizer(model), dataset)
-        torch.manual_seed(config.seed)  # for the adapter's first values, the same in every process
         self._make_model(model)
         self.optimizer = torch.optim.AdamW(
             self.adapter.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True
@@ -135,6 +137,8 @@ class Finetuning:
         try:
             return self._train(stop)
         except OutOfMemory as error:
+            if self.mesh:
+                self._end_all(error)
             self._take_less_memory(error)
             return False
 
@@ -186,13 +190,11 @@ class Finetuning:
         no state of it has to be kept. Raises OutOfMemory in every process when one has too little.
         """
         torch.manual_seed(seed_of(self.config.seed, self.step, self.ranks.rank, 1))
-        parts = self._parts(lines)
+        parts = micro_batches(lines, self.micro.size, self.pad_id, self.config)
         label_tokens = sum(part.label_tokens for part in parts)
-        loss, failed = job.within_memory(lambda: self._gradients(self.ranks.share(parts), label_tokens))
-        loss, stops, failures = self.ranks.total(loss, stop.asked, failed)
-        if failures:
-            self.optimizer.zero_grad(set_to_none=True)
-            raise OutOfMemory(f"in step {self.step + 1}")
+        loss, stopped = self._together(
+            lambda: self._gradients(self.ranks.share(parts), label_tokens), stop, f"in step {self.step + 1}"
+        )
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} at step {self.step + 1}: lower lr, clip gradients or use fp32")
         self.ranks.add_up(self.adapter.values())
@@ -213,7 +215,24 @@ class Finetuning:
             "label_tokens": label_tokens,
             "samples": sum(map(len, lines)),
         }
-        return done, stops > 0
+        return done, stopped
+
+    def _together(self, work: Callable[[], float], stop: Stop, when: str) -> tuple[float, bool]:
+        """What `work` returns, added up over the processes, and whether a signal came to any of them.
+
+        Raises OutOfMemory, which says `when`, where one has too little memory: in every process if each holds the whole
+        model, else in that one alone, since the others wait for it inside their passes.
+        """
+        if self.mesh:
+            self.ranks.wait()  # what came before is written, so that one can act for all
+        value, failed = job.within_memory(work)
+        if failed and self.mesh:
+            raise OutOfMemory(when)
+        value, stops, failures = self.ranks.total(value, stop.asked, failed)
+        if failures:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise OutOfMemory(when)
+        return value, stops > 0
 
     def _gradients(self, parts: list[Batch], label_tokens: int) -> float:
         """Forward and backward passes; this process's part of the loss."""
@@ -241,16 +260,14 @@ class Finetuning:
         Raises OutOfMemory in every process when one has too little.
         """
         began, loss, size = time.perf_counter(), 0.0, self.ranks.world_size
-        parts = self._parts(self.val_lines)
+        parts = micro_batches(self.val_lines, self.micro.size, self.pad_id, self.config)
         label_tokens = sum(part.label_tokens for part in parts)
         self.model.eval()
-        for i in range(0, len(parts), size):  # one for each process, the last may have none
-            share = self.ranks.share(parts[i : i + size])
-            summed, failed = job.within_memory(lambda share=share: sum(self._loss(part).item() for part in share))
-            summed, stops, failures = self.ranks.total(summed, stop.asked, failed)
-            if failures:
-                raise OutOfMemory(f"in the validation after step {self.step}")
-            if stops:
+        for i in range(0, len(parts), size):
+            summed, stopped = self._together(
+                lambda few=parts[i : i + size]: self._part_of(few), stop, f"in the validation after step {self.step}"
+            )
+            if stopped:
                 self.model.train()
                 return False
             loss += summed / label_tokens
@@ -264,6 +281,12 @@ class Finetuning:
         seconds = time.perf_counter() - began
         self._record("validation", step=self.step, loss=loss, best=is_best, **counts, seconds=seconds)
         return True
+
+    def _part_of(self, parts: list[Batch]) -> float:
+        """The loss of this process's part. Without one it computes another's: a divided model needs all in a pass."""
+        mine = self.ranks.share(parts)
+        loss = self._loss((mine or parts)[0]).item()
+        return loss if mine else 0.0
 
     def _validation_is_due(self) -> bool:
         every = self.config.run_val_every_n_steps
@@ -291,43 +314,30 @@ class Finetuning:
         self.ranks.wait()
         log.warning(f"{reason}: start again to go on with {self.micro.smaller}")
 
-    def _parts(self, lines: list[list[Example]]) -> list[Batch]:
-        """The micro batches of a batch."""
-        size, pad_id = self.micro.size, self.pad_id
-        parts = [lines[i : i + size] for i in range(0, len(lines), size)]
-        if self.config.packed:
-            return [collate_packs(part, pad_id, self.config.max_seq_len) for part in parts]
-        return [collate([sample for line in part for sample in line], pad_id) for part in parts]
+    def _end_all(self, error: OutOfMemory) -> NoReturn:
+        """`_take_less_memory` by the first process that ran out, then the end of all: the others wait inside a pass."""
+        code = REQUEUE
+        print(file=sys.stderr)  # the bar of process 0 is left as it is
+        try:
+            with self.ranks.instead_of_all() as self.ranks:
+                log.disabled = False
+                self._take_less_memory(error)
+        except UserError as mistake:
+            print(f"error: {mistake}", file=sys.stderr)
+            code = 1
+        self.ranks.end_all(code)
 
     def _progress(self, first: int) -> tqdm:
-        # A log file gets a line every ten seconds, a terminal ten a second.
-        interval = 0.1 if sys.stderr.isatty() else 10.0
-        return tqdm(total=self.steps_per_epoch, initial=first, mininterval=interval, disable=not self.ranks.writes)
+        every_s = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets few lines
+        return tqdm(total=self.steps_per_epoch, initial=first, mininterval=every_s, disable=not self.ranks.writes)
 
     def _read_data(self, tokenizer: ChatTokenizer, dataset: Path) -> None:
-        """The samples, and the lines of which batches are made: a sample each, or a pack of several."""
+        """The samples and lines to train on, those to validate on, and how many steps they make."""
         config, self.pad_id = self.config, tokenizer.pad_id
-        self.n_truncated, self.samples, self.val_lines = 0, [], []
-        for split in filter(None, ("train", config.val_split)):
-            samples = read_samples(
-                dataset,
-                split,
-                tokenizer,
-                system_prompt=config.system_prompt,
-                prompt=config.prompt,
-                max_seq_len=config.max_seq_len,
-                vocab_size=self.shape.vocab_size,
-            )
-            n_truncated = sum(len(sample.ids) > config.max_seq_len for sample in samples)
-            if n_truncated:
-                of = "" if split == "train" else f" of {split}"
-                log.warning(f"{n_truncated} of {len(samples)} samples{of} are cut to max_seq_len {config.max_seq_len}")
-            samples = [Example(sample.ids[: config.max_seq_len], sample.n_prompt) for sample in samples]
-            lines = pack(samples, config.max_seq_len) if config.packed else [[sample] for sample in samples]
-            if split == "train":
-                self.samples, self.lines, self.n_truncated = samples, lines, n_truncated
-            else:
-                self.val_lines = lines
+        splits, vocab_size = filter(None, ("train", config.val_split)), self.shape.vocab_size
+        found = {split: read_lines(dataset, split, tokenizer, config, vocab_size) for split in splits}
+        self.samples, self.lines, self.n_truncated = found["train"]
+        self.val_lines = found[config.val_split].lines if config.val_split else []
         self.steps_per_epoch = len(self.lines) // config.batch_size
         if not self.steps_per_epoch:
             what = f"{len(self.lines)} packs of the {len(self.samples)}" if config.packed else str(len(self.lines))
@@ -338,7 +348,8 @@ class Finetuning:
 
     def _make_model(self, folder: Path) -> None:
         config = self.config
-        self.model = load_model(folder, self.shape, config, self.device)
+        self.mesh = self.ranks.mesh() if config.shard_model else None
+        self.model = load_model(folder, self.shape, config, self.device, self.mesh)
         self.adapter = get_adapter_params(self.model)
         self.loss = CEWithChunkedOutputLoss(ignore_index=IGNORED)
         if config.chunked_loss:
@@ -374,10 +385,7 @@ class Finetuning:
         state = load_checkpoint(self.out / "checkpoints", self.identity)
         if state is None:
             return
-        with torch.no_grad():
-            for name, p in self.adapter.items():
-                p.copy_(state["adapter"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore(state, self.adapter, self.optimizer)
         self.step, self.validated, self.best_loss = state["step"], state["validated"], state["best_loss"]
         log.info(f"Going on after step {self.step}.")
 
@@ -390,11 +398,3 @@ class Finetuning:
     def _record(self, event: str, **values: Any) -> None:
         if self.ranks.writes:
             append_event(self.out / "metrics.jsonl", event, **values)
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, config: SimpleNamespace, total_steps: int, step: int) -> LambdaLR:
-    """The learning rate after `step` steps and on: a rise over warmup_steps, then a cosine to 0 or constant."""
-    if config.lr_schedule == "cosine":
-        return get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, total_steps, last_epoch=step - 1)
-    rise = config.warmup_steps
-    return LambdaLR(optimizer, lambda done: done / rise if done < rise else 1.0, last_epoch=step - 1)

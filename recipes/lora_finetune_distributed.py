@@ -1,4 +1,4 @@
-"""LoRA fine-tuning on several devices, each with the whole model and its part of every batch; validates if asked to.
+"""LoRA fine-tuning on several devices, which divide the frozen weights and every batch; validates if asked to.
 
     python lora_finetune_distributed.py --config config.yaml [--out .]
 

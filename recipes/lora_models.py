@@ -15,15 +15,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from sharding import shard
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torchtune import training
 from torchtune.models.gemma2._component_builders import lora_gemma2
 from torchtune.models.llama3_2._component_builders import lora_llama3_2
 from torchtune.models.mistral._component_builders import lora_mistral
 from torchtune.models.qwen2._component_builders import lora_qwen2
 from torchtune.modules import RMSNorm, TransformerDecoder
-from torchtune.modules.peft import LORA_ATTN_MODULES, DoRALinear, get_adapter_params, set_trainable_params
+from torchtune.modules.peft import LORA_ATTN_MODULES, DoRALinear, LoRALinear, get_adapter_params, set_trainable_params
+from weights import Weights, fill
 
 from trainer import job
 from trainer.job import UserError
@@ -158,16 +161,20 @@ def read_shape(model_dir: Path, max_seq_len: int) -> Shape:
     return Shape(family, head_dim, tied, hf.get("final_logit_softcapping", 30.0) if gemma else None, builds)
 
 
-def load_model(model_dir: Path, shape: Shape, config: SimpleNamespace, device: torch.device) -> TransformerDecoder:
+def load_model(
+    model_dir: Path, shape: Shape, config: SimpleNamespace, device: torch.device, mesh: DeviceMesh | None = None
+) -> TransformerDecoder:
     """The frozen model with a new adapter, all but the norms in `config.dtype`; only the adapter is trainable.
 
-    Raises UserError when a weight is missing, or the hardware lacks the dtype or cannot hold weights in 4 bits.
+    The processes of a `mesh` divide the frozen weights, each layer's as soon as it is loaded: none ever holds more than
+    the shares and one layer. The adapter's first values follow from `config.seed` alone. Raises UserError when a weight
+    is missing, or the hardware lacks the dtype or cannot hold weights in 4 bits.
     """
     try:
         dtype = training.get_dtype(config.dtype, device=device)
     except RuntimeError as error:
         raise UserError(f"{device} cannot compute in {config.dtype}: set dtype to fp32") from error
-    with training.set_default_dtype(dtype), device:
+    with training.set_default_dtype(dtype), torch.device("meta"):
         model = _build(shape, config)
     if shape.family.build is lora_gemma2:
         model.norm = model.norm.rms_norm  # pyright: ignore[reportAttributeAccessIssue] - without the cap on its output
@@ -176,32 +183,24 @@ def load_model(model_dir: Path, shape: Shape, config: SimpleNamespace, device: t
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.float()  # torchtune normalises in float32, and torch fuses that only with a float32 scale
-    adapter = get_adapter_params(model)
-    set_trainable_params(model, adapter)
-    missing = {name for name, _ in model.named_parameters()} - set(adapter)
-    for file in weight_files(model_dir):
-        weights = dict(_torchtune_weights(load_file(file), shape, file))
-        model.load_state_dict(weights, strict=False)
-        missing -= set(weights)
-    if missing:
+    set_trainable_params(model, get_adapter_params(model))
+    weights = Weights(model_dir, lambda name, file: _torchtune_name(name, shape, file), _turned(shape))
+    if missing := {name for name, p in model.named_parameters() if not p.requires_grad} - set(weights):
         raise UserError(f"{model_dir} lacks the weights of {', '.join(sorted(missing)[:3])}...: download it again")
-    for module in model.modules():
-        if isinstance(module, DoRALinear):
-            module.initialize_dora_magnitude()
-            _keep_bias_as_it_is(module)
+    torch.manual_seed(config.seed)
+    for i, layer in enumerate(model.layers):
+        fill(layer, f"layers.{i}.", weights, device)
+        _begin_adapter(layer)
+        if mesh:
+            shard(layer, mesh)
+    fill(model, "", weights, device)  # what is around the layers
+    if mesh:
+        shard(model, mesh)
+    with device:
+        for module in model.modules():
+            if hasattr(module, "rope_init"):  # its table is no weight: nothing has filled it
+                module.rope_init()  # pyright: ignore[reportCallIssue]
     return model
-
-
-def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a model folder, shard by shard. Raises UserError when one is missing."""
-    index = model_dir / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    files = [model_dir / name for name in sorted(names)]
-    if gone := [file for file in files if not file.is_file()]:
-        raise UserError(f"{gone[0]} is missing: download the model's safetensors files")
-    return files
 
 
 def save_adapter(folder: Path, adapter: Mapping[str, Tensor], shape: Shape, config: SimpleNamespace) -> None:
@@ -250,26 +249,46 @@ def _keep_bias_as_it_is(layer: DoRALinear) -> None:
         layer.use_bias = False
         layer.register_parameter("bias", None)
         layer.register_parameter("unscaled_bias", bias)
-        layer.register_forward_hook(lambda _layer, _inputs, output: output + bias)  # pyright: ignore
+        layer.register_forward_hook(lambda layer, _inputs, output: output + layer.unscaled_bias)  # pyright: ignore
 
 
-def _torchtune_weights(weights: dict[str, Tensor], shape: Shape, file: Path) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a file by torchtune's names. Raises UserError for one that torchtune's model does not have."""
-    inside = LINEAR | shape.family.norms
-    for name, weight in list(weights.items()):
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and shape.tied):
-            continue
-        module, kind = name.rsplit(".", 1)
-        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-        ours = inside.get(layer[2]) if layer else AROUND.get(module)
-        if ours is None:
-            raise UserError(f"{file} has {name}, which torchtune's {shape.family.name} lacks: choose another model")
-        if "norm" in module:
-            kind = "scale"
-        if layer and layer[2] in ("self_attn.q_proj", "self_attn.k_proj") and shape.family.neighbours:
-            halves = weight.unflatten(0, (-1, 2, shape.head_dim // 2))
-            weights[name] = halves.transpose(1, 2).flatten(0, 2)
-        yield f"layers.{layer[1]}.{ours}.{kind}" if layer else f"{ours}.{kind}", weights[name]
+def _torchtune_name(name: str, shape: Shape, file: Path) -> str | None:
+    """What torchtune calls a weight of a file; None for one that it makes itself.
+
+    Raises UserError for a weight that torchtune's model does not have.
+    """
+    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and shape.tied):
+        return None
+    module, kind = name.rsplit(".", 1)
+    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    ours = (LINEAR | shape.family.norms).get(layer[2]) if layer else AROUND.get(module)
+    if ours is None:
+        raise UserError(f"{file} has {name}, which torchtune's {shape.family.name} lacks: choose another model")
+    if "norm" in module:
+        kind = "scale"
+    return f"layers.{layer[1]}.{ours}.{kind}" if layer else f"{ours}.{kind}"
+
+
+def _turned(shape: Shape) -> Callable[[str, Tensor], Tensor]:
+    """Brings a weight, by its name in torchtune, into the order of torchtune's rotary embedding."""
+
+    def turn(name: str, weight: Tensor) -> Tensor:
+        if not shape.family.neighbours or not re.search(r"attn\.[qk]_proj\.", name):
+            return weight
+        halves = weight.unflatten(0, (-1, 2, shape.head_dim // 2))
+        return halves.transpose(1, 2).flatten(0, 2)
+
+    return turn
+
+
+def _begin_adapter(layer: nn.Module) -> None:
+    """The first values of a layer's adapters, whose frozen weights are there."""
+    for module in layer.modules():
+        if isinstance(module, LoRALinear | DoRALinear):
+            module.initialize_parameters()
+        if isinstance(module, DoRALinear):
+            module.initialize_dora_magnitude()
+            _keep_bias_as_it_is(module)
 
 
 def _peft_weights(adapter: Mapping[str, Tensor], shape: Shape) -> Iterator[tuple[str, Tensor]]:

@@ -20,15 +20,16 @@ FREE = {
     "micro_batch_size",
     "run_val_every_n_steps",
     "save_every_n_steps",
+    "shard_model",
     "val_split",
 }
-# What a recipe without validation leaves out.
-NO_VALIDATION = {"val_split": None, "run_val_every_n_steps": None}
+# What recipes without validation, or for one device, leave out.
+LEFT_OUT = {"val_split": None, "run_val_every_n_steps": None, "shard_model": False}
 
 
 def checked(config: SimpleNamespace) -> SimpleNamespace:
     """The settings with all that was left open filled in. Raises UserError for what cannot be trained with."""
-    config = SimpleNamespace(**NO_VALIDATION | vars(config))
+    config = SimpleNamespace(**LEFT_OUT | vars(config))
     counts = ["lora_rank", "batch_size", "micro_batch_size", "max_seq_len", "epochs", "max_steps"]
     counts += ["log_every_n_steps", "save_every_n_steps", "run_val_every_n_steps"]
     job.check_numbers(config, counts, int, 1)

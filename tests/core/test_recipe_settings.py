@@ -41,7 +41,10 @@ def test_a_setting_reaches_the_job_that_is_estimated(changes: dict[str, Any], ex
     assert {name: getattr(job, name) for name in expected} == expected
 
 
-def test_each_gpu_of_our_distributed_recipe_holds_the_whole_model():
-    one, four = planned(), planned(gpus=4)
-    assert (four.gpus, four.sharding, four.micro_batch) == (4, "DDP", 4)
-    assert at_start(four) == pytest.approx(at_start(one))
+def test_the_gpus_of_our_distributed_recipe_hold_the_whole_model_or_divide_it_as_it_says():
+    one, whole, divided = planned(), planned(gpus=4, shard_model=False), planned(gpus=4)
+    assert (whole.gpus, whole.sharding, whole.micro_batch) == (4, "DDP", 4)
+    assert at_start(whole) == pytest.approx(at_start(one))
+    assert (divided.gpus, divided.sharding, divided.micro_batch) == (4, "FSDP", 4)
+    assert at_start(divided) < 0.35 * at_start(one)
+    assert planned(gpus=4, recipe="lora_finetune_single_device").sharding == "DDP"

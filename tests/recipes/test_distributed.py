@@ -51,7 +51,13 @@ def ended(jobs: list[subprocess.Popen[str]]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"clip_grad_norm": 0.5}, {"packed": True, "batch_size": 2, "micro_batch_size": 1}], ids=str
+    "changes",
+    [
+        {"clip_grad_norm": 0.5, "shard_model": True},
+        {"clip_grad_norm": 0.5, "shard_model": False},
+        {"packed": True, "batch_size": 2, "micro_batch_size": 1, "shard_model": False},
+    ],
+    ids=str,
 )
 def test_two_processes_compute_what_one_does_at_the_same_batch(changes: dict, several: dict, tmp_path: Path):
     settings = several | changes | {"lr": 0.002}
@@ -73,6 +79,7 @@ def test_two_processes_compute_what_one_does_at_the_same_batch(changes: dict, se
 
 
 def test_processes_stop_after_the_same_step_are_killed_and_end_with_the_same_bits(several: dict, tmp_path: Path):
+    """Whether they hold the model whole or divide it, and one kind goes on from the other's checkpoint."""
     settings = several | {"lora_dropout": 0.2, "max_steps": 60, "epochs": 10, "run_val_every_n_steps": 20}
     assert ended(start_two(settings, tmp_path / "whole")) == [0, 0]
     out = tmp_path / "parts"
@@ -82,7 +89,7 @@ def test_processes_stop_after_the_same_step_are_killed_and_end_with_the_same_bit
     assert ended(jobs) == [75, 75]
     stopped = events(out, "step")[-1]["step"]
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step_{stopped}"]
-    jobs = start_two(settings, out)
+    jobs = start_two(settings | {"shard_model": False}, out)
     wait_for(out, stopped + 4, jobs)
     for job in jobs:
         job.kill()
@@ -100,33 +107,95 @@ def wait_for(out: Path, step: int, jobs: list[Any]) -> None:
         time.sleep(0.005)
 
 
-def test_too_little_memory_in_one_process_ends_both_with_a_smaller_micro_batch(several: dict, tmp_path: Path):
-    driver = tmp_path / "driver.py"
-    driver.write_text(
+def driver(folder: Path, lines: str) -> Path:
+    """A script that runs the recipe after `lines`, which may change its modules."""
+    script = folder / "driver.py"
+    script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
         f"sys.path[:0] = [{str(ROOT / 'recipes')!r}, {str(ROOT)!r}]\n"
         "from trainer import job\n"
         "stop = job.Stop()\n"
-        "import torch, finetuning\n"
-        "loss = finetuning.Finetuning._loss\n"
-        "def short(run, part):\n"
-        "    if run.ranks.rank == 1 and run.step == 2 and len(part.tokens) > 1:\n"
-        "        raise torch.OutOfMemoryError('CUDA out of memory')\n"
-        "    return loss(run, part)\n"
-        "finetuning.Finetuning._loss = short\n"
+        "import torch, finetuning, watch\n"
+        f"{lines}"
         f"recipe = Path({str(ROOT / SCRIPT)!r})\n"
         "job.run(lambda: finetuning.main(recipe, stop, distributed=True))\n"
     )
+    return script
+
+
+def short_of_memory(when: str) -> str:
+    """Lines that let the process's passes run out of memory in their midst, where `when` holds."""
+    return (
+        "from torchtune.modules import MultiHeadAttention\n"
+        "loss, forward = finetuning.Finetuning._loss, MultiHeadAttention.forward\n"
+        "now = []\n"
+        "def short(run, part):\n"
+        f"    now[:] = [{when}]\n"
+        "    return loss(run, part)\n"
+        "def attend(attention, *inputs, **more):\n"
+        "    if now[0]:\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "    return forward(attention, *inputs, **more)\n"
+        "finetuning.Finetuning._loss, MultiHeadAttention.forward = short, attend\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("where", "shard_model"),
+    [("run.ranks.rank == 1", True), ("run.ranks.rank == 1", False), ("True", True)],
+    ids=["in one that divides the model", "in one that holds it whole", "in both"],
+)
+def test_too_little_memory_ends_both_processes_with_a_smaller_micro_batch(
+    where: str, shard_model: bool, several: dict, tmp_path: Path
+):
+    settings = several | {"shard_model": shard_model}
+    script = driver(tmp_path, short_of_memory(f"{where} and run.step == 2 and len(part.tokens) > 1"))
     out = tmp_path / "run"
-    assert ended(start_two(several, out, script=driver)) == [75, 75]
+    assert ended(start_two(settings, out, script=script)) == [75, 75]
     assert json.loads((out / "deviation.json").read_text()) == {
         "micro_batch_size": 1,
         "asked": 2,
         "reason": "out of memory in step 3 at micro_batch_size 2",
     }
-    assert ended(start_two(several, out, script=driver)) == [0, 0]
+    assert ended(start_two(settings, out, script=script)) == [0, 0]
     assert [(e["step"], e["micro_batch_size"]) for e in events(out, "start")] == [(0, 2), (2, 1)]
+    assert [e["step"] for e in events(out, "step")] == [*range(1, 13)]
+
+
+def test_too_little_memory_for_the_smallest_micro_batch_ends_both_processes_with_words(several: dict, tmp_path: Path):
+    script = driver(tmp_path, short_of_memory("run.ranks.rank == 1 and not run.model.training"))
+    jobs = start_two(several | {"micro_batch_size": 1}, tmp_path / "run", script=script)
+    logs = [job.communicate(timeout=100)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [1, 1], logs
+    errors = [line for line in "".join(logs).splitlines() if "error" in line.lower()]
+    assert len(errors) == 1, logs
+    assert errors[0].startswith("error: out of memory in the validation after step 4 at micro_batch_size 1, the small")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_4"]
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_process_that_is_killed_leaves_no_other_waiting(gone: int, several: dict, tmp_path: Path):
+    jobs = start_two(several | {"epochs": 300, "max_steps": 3000}, tmp_path)
+    wait_for(tmp_path, 3, jobs)
+    jobs[gone].kill()
+    jobs[1 - gone].communicate(timeout=100)
+    jobs[gone].communicate()
+    assert jobs[1 - gone].returncode == 1
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_process_that_falls_silent_ends_the_other(gone: int, several: dict, tmp_path: Path):
+    """As one does that dies beside NCCL, whose kernels wait on: gloo's sockets stay open here."""
+    script = driver(tmp_path, "watch.SILENT_S, watch.LEAVING_S = 3.0, 1.0\n")
+    jobs = start_two(several | {"epochs": 300, "max_steps": 3000}, tmp_path / "run", script=script)
+    wait_for(tmp_path / "run", 3, jobs)
+    jobs[gone].send_signal(signal.SIGSTOP)
+    _, log = jobs[1 - gone].communicate(timeout=100)
+    jobs[gone].kill()
+    jobs[gone].communicate()
+    assert jobs[1 - gone].returncode == 1
+    assert log.splitlines()[-1] == f"error: process {gone} is gone: start again"
 
 
 @pytest.mark.parametrize(

@@ -194,12 +194,12 @@ def _optimizer(name: str) -> Literal["adamw", "adamw8bit", "paged", "sgd"]:
 
 
 def _sharding(config: Mapping[str, Any]) -> str:
-    """How several GPUs divide the model: as a log of DeepSpeed says; not at all in our recipes; else as torchtune does.
+    """How several GPUs divide the model: as a log of DeepSpeed or our recipe says; else as torchtune does.
 
     Our recipes are known by `chunked_loss`, which no other has.
     """
     stage = config.get("zero_stage")
-    whole = stage == 0 or "chunked_loss" in config
+    whole = stage == 0 or ("chunked_loss" in config and config.get("shard_model") is not True)
     return f"ZeRO-{stage}" if stage in (1, 2, 3) else "DDP" if whole else "FSDP"
 
 
