@@ -23,7 +23,7 @@ from torch.distributed import (
 EVERY_S = 0.5  # between looks
 # Without a count: a process is gone. A busy one counts on, since reading and computing let threads run. Time is counted
 # in looks, so that a job which Slurm suspends and resumes has missed nothing.
-SILENT_S = 45.0
+SILENT_S = 40.0
 LEAVING_S = 5.0  # how long those that end wait for each other, and for word of their own process that it is done
 
 
@@ -36,6 +36,7 @@ class Watch:
         store = TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=30))
         # torchrun's own process keeps the store over its restarts.
         self.store = PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        self.store.add(f"count/{rank}", 1)  # from here on it can be missed
         self.ending, self._done = False, threading.Event()
         self._silent_s = 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -90,7 +91,7 @@ class Watch:
         while True:
             time.sleep(EVERY_S)
             self._silent_s += EVERY_S
-            if self._silent_s > SILENT_S + 2 * LEAVING_S:
+            if self._silent_s > SILENT_S + 4 * LEAVING_S:
                 self._end_alone()
 
     def _end(self, code: int) -> NoReturn:
@@ -118,5 +119,5 @@ class Watch:
             there = self.store.add(name, 0)
 
     def _end_alone(self) -> NoReturn:
-        print("\nerror: process 0 is gone: start again", file=sys.stderr, flush=True)
+        print("\nerror: the other processes do not answer: start again", file=sys.stderr, flush=True)
         os._exit(1)
