@@ -243,6 +243,7 @@ def test_intervals_hold_on_made_runs(quantity: forecast.Quantity):
     ("FSDP4 CP2 TP8 PP8", 512, (512, 512, 512), 128), ("HYBRID_SHARD", 32, (8, 8, 8), 1), ("TP0", 1, (1, 1, 1), 1),
     ("model-parallel-size 8", 16, (8, 8, 8), 8), ("device_map='auto'", 2, (2, 2, 2), 2), ("ulysses", 4, (1, 1, 1), 4),
     ("ZeRO-3 SP 4", 16, (16, 16, 16), 4), ("TP8 SP", 8, (8, 8, 8), 8),
+    ("FSDP of frozen weights", 8, (8, 1, 1), 1),
     ("tensor model parallel size 4 pipeline-model-parallel-size 2", 8, (8, 8, 8), 8),
 ])  # fmt: skip
 def test_sharding_divides_what_it_says(text: str, gpus: int, divided: tuple[int, ...], shared: int):

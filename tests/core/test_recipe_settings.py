@@ -9,7 +9,7 @@ import pytest
 from chiplog.estimate.gpus import gpu
 from chiplog.estimate.job import Job
 from chiplog.estimate.jobs import planned_job
-from chiplog.estimate.memory import at_start
+from chiplog.estimate.memory import ROPE, at_start, trained_params
 from chiplog.estimate.tokens import steps
 from chiplog.recipes import load_recipe
 
@@ -45,6 +45,7 @@ def test_the_gpus_of_our_distributed_recipe_hold_the_whole_model_or_divide_it_as
     one, whole, divided = planned(), planned(gpus=4, shard_model=False), planned(gpus=4)
     assert (whole.gpus, whole.sharding, whole.micro_batch) == (4, "DDP", 4)
     assert at_start(whole) == pytest.approx(at_start(one))
-    assert (divided.gpus, divided.sharding, divided.micro_batch) == (4, "FSDP", 4)
-    assert at_start(divided) < 0.35 * at_start(one)
+    assert (divided.gpus, divided.sharding, divided.micro_batch) == (4, "FSDP of frozen weights", 4)
+    whole_on_each = 2 * trained_params(one) + 4 * ROPE * one.shape.head_dim  # what is trained, and a table
+    assert at_start(divided) - whole_on_each == pytest.approx((at_start(one) - whole_on_each) / 4)
     assert planned(gpus=4, recipe="lora_finetune_single_device").sharding == "DDP"

@@ -53,7 +53,8 @@ def spread(sharding: str, gpus: int) -> Spread:
     """How `gpus` cards share a job, as people write it: FSDP, ZeRO-2, TP4 PP8, DDP.
 
     Nothing said, and plain data parallelism, divide nothing. DeepSpeed without a stage is taken as stage 3 where it is
-    all that is said. Degrees that make more than there are cards are left out.
+    all that is said. Degrees that make more than there are cards are left out. "frozen weights": what is trained is
+    whole on each card.
     """
     text = sharding.lower()
     degrees = [_degree(form, text, gpus) for form in WAYS]
@@ -62,10 +63,13 @@ def spread(sharding: str, gpus: int) -> Spread:
     within, rest = tensor * pipeline, gpus // (tensor * pipeline)  # cards along the sequence hold shards of their own
     over, level = _shards(text, rest, context), _level(text)
     weights, gradients, states = (within * (over if level >= least else 1) for least in (3, 2, 1))
+    if FROZEN in text:
+        gradients = states = within
     expert = expert if rest % expert == 0 else 1
     return Spread(weights, gradients, states, tensor, pipeline, context, expert, gathers=level == 3 and over > 1)
 
 
+FROZEN = "frozen weights"
 BEGINS = r"(?<![a-wyz])"  # a word, or what an x joins: TP8xPP4
 WAYS = (  # device_map gives each card some of the layers; Megatron's sequence parallelism has no degree of its own
     rf"{BEGINS}tp|tensor[ _-](?:model[ _-])?parallel\w*|(?<!(?:tensor|peline)[ _-]){BEGINS}model[ _-]parallel\w*",

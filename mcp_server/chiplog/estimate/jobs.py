@@ -12,7 +12,7 @@ from typing import Any, Literal
 from chiplog.errors import ChiplogError, NotFoundError, PlanError
 from chiplog.estimate.gpus import Gpu, gpu
 from chiplog.estimate.history import TIME_SPREAD, is_amount, name_of
-from chiplog.estimate.job import ALL_LINEAR, Job, Measured, MemoryKind, Method, Target
+from chiplog.estimate.job import ALL_LINEAR, FROZEN, Job, Measured, MemoryKind, Method, Target
 from chiplog.estimate.memory import at_start
 from chiplog.estimate.shapes import Shape, find, known_as, shape_of
 from chiplog.estimate.tokens import Steps
@@ -200,6 +200,8 @@ def _sharding(config: Mapping[str, Any]) -> str:
     """
     stage = config.get("zero_stage")
     whole = stage == 0 or ("chunked_loss" in config and config.get("shard_model") is not True)
+    if "chunked_loss" in config and not whole:
+        return f"FSDP of {FROZEN}"
     return f"ZeRO-{stage}" if stage in (1, 2, 3) else "DDP" if whole else "FSDP"
 
 

@@ -79,7 +79,8 @@ def moments(job: Job) -> dict[str, Parts]:
 
 def at_start(job: Job) -> float:
     """Bytes of the weights as they lie on one card before the first step: "memory after model init", and no peak."""
-    return (_weights(job) + _adapters(job, trained_params(job))) * _share(job, job.spread.weights) + _rope(job)
+    trained = _adapters(job, trained_params(job)) * _share(job, min(job.spread.weights, job.spread.states))
+    return _weights(job) * _share(job, job.spread.weights) + trained + _rope(job)
 
 
 def peak(job: Job) -> Parts:
