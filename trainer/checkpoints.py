@@ -1,0 +1,68 @@
+"""What a fine-tuning leaves on the disk to go on from: its last checkpoint, and the events of metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import job
+from trainer.job import UserError
+
+
+def save_checkpoint(checkpoints: Path, state: dict[str, Any], keep: int = 1) -> None:
+    """Writes `step_N/state.pt`, whole or not at all, then removes all but the last `keep`."""
+    folder = checkpoints / f"step_{state['step']}"
+    with job.whole_folder(folder) as beside:
+        torch.save(state, beside / "state.pt")
+    for older in sorted(checkpoints.glob("step_*"), key=_step)[:-keep]:
+        shutil.rmtree(older)
+
+
+def load_checkpoint(checkpoints: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The state of the last checkpoint; None where there is none.
+
+    Raises UserError for one that cannot be read, or that a run of another `identity` saved.
+    """
+    last = max(checkpoints.glob("step_*"), key=_step, default=None)
+    if last is None:
+        return None
+    try:
+        state = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
+        changed = [key for key, value in identity.items() if state["identity"].get(key) != value]
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{last} cannot be read ({error}): remove {checkpoints} to start anew") from error
+    if changed:
+        raise UserError(f"{last} was made with another {', '.join(changed)}: put it back, or remove {checkpoints}")
+    return state
+
+
+def append_event(file: Path, event: str, **values: Any) -> None:
+    """Adds a line to metrics.jsonl; one that a kill cut off before it stays a line of its own."""
+    line = json.dumps({"event": event, **values}) + "\n"
+    with file.open("ab+") as events:
+        if events.tell():
+            events.seek(-1, 2)
+            line = line if events.read(1) == b"\n" else "\n" + line
+        events.write(line.encode())
+
+
+def last_step(file: Path) -> int:
+    """The highest step that metrics.jsonl records; 0 where there is none."""
+    highest = 0
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:  # cut off by a kill
+            continue
+        if isinstance(event, dict) and event.get("event") == "step":
+            highest = max(highest, event["step"])
+    return highest
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))

@@ -1,0 +1,187 @@
+"""Validity guards of one run: whether what was trained could be trained, did train, and was as much as planned.
+
+torch and the standard library only, so that recipes of any framework can use it:
+
+    watch = Watch(model, optimizer, frozen=...)
+    with watch.step(n):  # around each optimizer.step(), the gradients still there
+        optimizer.step()
+    outcomes = watch.outcomes()
+
+Each outcome says what it looked at; one that looked at nothing has failed. `write` puts them into guards.json, which
+the collector reads: a failed guard turns a conclusion into "not shown".
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trainer import job
+
+STEPS = 5  # after which gradients and weights are judged
+MOVED = 0.01  # share of entries with a gradient that must have changed by then
+FALLS = 0.05  # share by which the loss on one batch must fall
+SAMPLE = 1 << 16  # entries of a tensor that are looked at
+NAMED = 5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one guard saw."""
+
+    guard: str
+    ok: bool
+    examined: int  # tensors, steps or tokens: what it looked at
+    found: str  # in words; with `ok` what was measured, else what is wrong
+
+
+def outcome(guard: str, examined: int, wrong: Iterable[str], fine: str, what: str) -> Outcome:
+    """An outcome that failed where something is wrong, or where nothing was examined."""
+    wrong = list(wrong)
+    if not examined:
+        return Outcome(guard, False, 0, "it examined nothing, so it shows nothing")
+    if not wrong:
+        return Outcome(guard, True, examined, fine)
+    more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+    return Outcome(guard, False, examined, f"{what}: {', '.join(wrong[:NAMED])}{more}")
+
+
+def write(folder: Path, outcomes: Iterable[Outcome]) -> None:
+    """Writes `guards.json`: a list of outcomes, those of an earlier start kept where no new one has their name."""
+    file = folder / "guards.json"
+    found = {one["guard"]: one for one in read(folder)} | {one.guard: asdict(one) for one in outcomes}
+    job.write_json(file, list(found.values()))
+
+
+def read(folder: Path) -> list[dict]:
+    """What `guards.json` holds; nothing where it is not there."""
+    import json
+
+    file = folder / "guards.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
+def optimizer_coverage(model: nn.Module, optimizer: torch.optim.Optimizer) -> Outcome:
+    """Whether every trainable parameter is in exactly one group of the optimizer."""
+    times: dict[int, int] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            times[id(p)] = times.get(id(p), 0) + 1
+    trainable = {name: times.get(id(p), 0) for name, p in model.named_parameters() if p.requires_grad}
+    wrong = [f"{name} in {n}" for name, n in trainable.items() if n != 1]
+    return outcome(
+        "optimizer coverage", len(trainable), wrong, f"{len(trainable)} parameters, each in one group",
+        "parameters that are not in exactly one group",
+    )  # fmt: skip
+
+
+class Watch:
+    """Looks at gradients and weights in the first steps, and at frozen parameters from the first to the last."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int = STEPS):
+        self.model, self.optimizer, self.steps, self.seen = model, optimizer, steps, 0
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad} if steps else {}
+        self.frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad} if steps else {}
+        self.reached: set[str] = set()
+        self.before = {name: _sample(p).clone() for name, p in self.trained.items()}
+        self.with_gradient = {name: torch.zeros_like(kept, dtype=torch.bool) for name, kept in self.before.items()}
+        self.frozen_before = {name: _digest(p) for name, p in self.frozen.items()}
+        self.moved: dict[str, tuple[float, float]] = {}
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around the optimizer's step `number`, from 0, with the gradients that it will use."""
+        if number >= self.steps or not self.trained:
+            yield
+            return
+        for name, p in self.trained.items():
+            if p.grad is not None and bool((gradient := _sample(p.grad)).any() or p.grad.any()):
+                self.reached.add(name)
+                self.with_gradient[name] |= gradient != 0
+        yield
+        self.seen += 1
+        if self.seen == self.steps:
+            self.moved = {name: self._moved(name) for name in self.trained}
+            self.before.clear()
+
+    def _moved(self, name: str) -> tuple[float, float]:
+        """The share of entries with a gradient that changed, and the change relative to the tensor's norm."""
+        kept, now, had = self.before[name], _sample(self.trained[name]), self.with_gradient[name]
+        changed = (now != kept) & had
+        share = changed.sum().item() / max(int(had.sum().item()), 1)
+        change = (now.float() - kept.float()).norm().item() / max(kept.float().norm().item(), 1e-12)
+        return share, change
+
+    def outcomes(self) -> list[Outcome]:
+        """Of what was seen so far; nothing where it was told to look at no steps."""
+        if not self.steps:
+            return []
+        never = [name for name in self.trained if name not in self.reached]
+        stuck = [f"{name} ({share:.2%})" for name, (share, _) in self.moved.items() if share < MOVED]
+        least = min((share for share, _ in self.moved.values()), default=0.0)
+        change = sorted(change for _, change in self.moved.values())
+        middle = change[len(change) // 2] if change else 0.0
+        found = [
+            optimizer_coverage(self.model, self.optimizer),
+            outcome(
+                "gradient reach", len(self.trained) if self.seen else 0, never,
+                f"every parameter had a gradient within {self.seen} steps", f"no gradient in {self.seen} steps",
+            ),
+            outcome(
+                "weights move", len(self.moved), stuck,
+                f"{least:.0%} or more of each tensor's entries changed in {self.seen} steps, by {middle:.2g} (median) "
+                "of its norm",
+                f"fewer than {MOVED:.0%} of the entries that had a gradient changed in {self.seen} steps",
+            ),
+        ]  # fmt: skip
+        if self.frozen:
+            changed = [name for name, p in self.frozen.items() if _digest(p) != self.frozen_before[name]]
+            fine = f"{len(self.frozen)} frozen parameters are as they were, bit for bit"
+            found.append(outcome("frozen stays frozen", len(self.frozen), changed, fine, "frozen parameters changed"))
+        return found
+
+
+def one_batch_overfit(model: nn.Module, loss: Callable[[nn.Module], Tensor], *, steps: int = 20, lr: float = 1e-3) -> Outcome:
+    """Whether a copy of the model learns one batch: `loss(copy)` must fall by FALLS in `steps` steps of Adam."""
+    tried = copy.deepcopy(model)
+    optimizer = torch.optim.Adam([p for p in tried.parameters() if p.requires_grad], lr=lr)
+    losses: list[float] = []
+    for _ in range(steps + 1):
+        value = loss(tried)
+        losses.append(value.item())
+        optimizer.zero_grad(set_to_none=True)
+        if value.requires_grad:
+            value.backward()
+            optimizer.step()
+    first, least = losses[0], min(losses)
+    words = f"the loss on one batch went from {first:.4g} to {least:.4g} in {steps} steps"
+    wrong = [] if least <= first * (1 - FALLS) else [words]
+    return outcome("one-batch overfit", steps, wrong, words, f"it should fall by {FALLS:.0%}")
+
+
+def budget_met(tokens: int, planned: int, epochs: float, max_epochs: float) -> Outcome:
+    """Whether as many tokens were trained on as planned, and the corpus was not repeated more than planned."""
+    wrong = [f"{tokens:,} tokens instead of {planned:,}"] if tokens != planned else []
+    if epochs > max_epochs + 1e-9:
+        wrong.append(f"the corpus was read {epochs:.2f} times, and {max_epochs:g} are planned")
+    fine = f"{tokens:,} tokens, {epochs:.2f} times the corpus"
+    return outcome("budget met", tokens, wrong, fine, "otherwise than planned")
+
+
+@torch.no_grad()
+def _sample(tensor: Tensor) -> Tensor:
+    """Evenly spaced entries."""
+    flat = tensor.detach().flatten()
+    return flat[:: max(1, flat.numel() // SAMPLE)]
+
+
+def _digest(tensor: Tensor) -> bytes:
+    import hashlib
+
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).digest()

@@ -1,0 +1,30 @@
+"""The model that settings describe, by its name: the one place where a new kind of model is added."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from trainer.job import UserError
+from trainer.lstm import LSTM
+from trainer.parametrization import Parametrization
+from trainer.shape import ShapeError, make_shape
+from trainer.transformer import Transformer
+
+LanguageModel = Transformer | LSTM
+
+
+def build(config: SimpleNamespace, vocab_size: int) -> LanguageModel:
+    """The model on the CPU, its matrices without values. Raises UserError for a shape that cannot be."""
+    try:
+        shape = make_shape(config, vocab_size)
+    except ShapeError as error:
+        raise UserError(str(error)) from error
+    rules = Parametrization(
+        config.parametrization, shape.width, config.base_width or shape.width, shape.depth,
+        config.base_depth or shape.depth,
+    )  # fmt: skip
+    if shape.model == "lstm":
+        return LSTM(shape, rules, forget_bias=config.forget_bias, dropout=config.dropout)
+    if config.base_heads and rules.base_width % config.base_heads:
+        raise UserError(f"base_heads {config.base_heads} does not divide base_width {rules.base_width}")
+    return Transformer(shape, rules, base_heads=config.base_heads, dropout=config.dropout)

@@ -1,0 +1,41 @@
+"""The settings of train.yaml: what they may be."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from trainer import job
+from trainer.job import UserError
+
+# What a run that goes on may change: it does not reach the weights but by rounding, or is what going on changes.
+FREE = {
+    "data", "device", "compile", "keep_checkpoints", "log_every_n_steps", "max_steps", "micro_batch_size",
+    "run_val_every_n_steps", "save_every_n_steps", "val_tokens", "guard_steps", "overfit_steps", "max_epochs",
+}  # fmt: skip
+
+
+def checked(config: SimpleNamespace) -> SimpleNamespace:
+    """The settings, if a model can be trained with them. Raises UserError."""
+    counts = ["width", "depth", "heads", "base_width", "base_depth", "base_heads", "seq_len", "max_steps"]
+    counts += ["batch_size", "micro_batch_size", "val_tokens", "run_val_every_n_steps", "save_every_n_steps"]
+    counts += ["log_every_n_steps", "keep_checkpoints"]
+    job.check_numbers(config, counts, int, 1)
+    job.check_numbers(config, ["seed", "warmup_steps", "guard_steps", "overfit_steps"], int, 0)
+    numbers = ["ffn_ratio", "dropout", "init_std", "lr", "final_lr", "beta1", "beta2", "eps", "momentum", "max_epochs"]
+    job.check_numbers(config, [*numbers, "weight_decay", "clip_grad_norm"], float, 0)
+    for key, choices in {
+        "parametrization": ("standard", "mup", "completep"), "init": ("fan_in", "gpt2", "xavier"),
+        "optimizer": ("adamw", "adam", "sgd"), "lr_schedule": ("cosine", "linear", "inverse_sqrt", "constant"),
+        "dtype": ("fp32", "bf16", "fp16"),
+    }.items():  # fmt: skip
+        job.check_choice(config, key, choices)
+    for key in ("dropout", "beta1", "beta2", "momentum"):
+        if getattr(config, key) >= 1:
+            raise UserError(f"{key} is {getattr(config, key)}: give a number of at least 0 and below 1")
+    if config.zero_readout and config.tied:
+        raise UserError("zero_readout would make the embedding 0, which is the readout too: set tied to false")
+    if config.parametrization == "completep" and (config.optimizer == "sgd" or config.model == "lstm"):
+        raise UserError("completep is known for Transformers under Adam only: take mup")
+    if config.optimizer == "sgd" and config.nesterov and not config.momentum:
+        raise UserError("nesterov needs a momentum above 0")
+    return config

@@ -1,0 +1,325 @@
+"""Trains a language model of the trainer's own on token files: the whole loop, read top to bottom.
+
+    python -m trainer.train --config config.yaml [--out .]        one process
+    torchrun --nproc-per-node 2 -m trainer.train --config ...     several, each a part of every batch
+
+train.yaml explains the settings; config.yaml gives all of them. Into --out go
+    metrics.jsonl        an event a line: start, step, validation, checkpoint, end; the last line of a step counts
+    checkpoints/step_N/  all it takes to go on bit for bit
+    guards.json          what the validity guards saw
+    model/               the trained weights and their shape: export.py and sample.py read it
+    DONE                 {"step": N}, last; a run that finds it does nothing, unless max_steps is more by now
+
+Exit code 75 asks to be started again: after SIGUSR1 or SIGTERM, which let the step end and save, and out of memory,
+with half the micro batch noted in deviation.json. 1: starting again would not help; the last line says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path[:1] = [str(Path(__file__).resolve().parents[1])]  # in place of this folder, whose names are the package's
+from trainer import job
+
+stop = job.Stop()  # before the long imports
+# isort: split
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from trainer.batches import seed_of
+from trainer.checkpoints import append_event, last_step, load_checkpoint, save_checkpoint
+from trainer.guards import Watch, budget_met, one_batch_overfit, write
+from trainer.job import REQUEUE, Stop, UserError
+from trainer.layers import initialize
+from trainer.micro import MicroBatch, fitted
+from trainer.models import LanguageModel, build
+from trainer.optimizer import make_optimizer, schedule
+from trainer.ranks import Ranks, join
+from trainer.settings import FREE, checked
+from trainer.tokens import Streams, Windows, open_tokens, validation_of
+
+VALIDATED_AT_ONCE = 8  # sequences; the same for every model, so that an LSTM's streams are
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main() -> int:
+    """Exit code: 0 when the model is there, 75 when the run is to be started again."""
+    parser = argparse.ArgumentParser(description="Trains a language model. train.yaml explains the settings.")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file with every setting")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder to write to")
+    arguments = parser.parse_args()
+    config = checked(job.read_config(arguments.config, Path(__file__).with_suffix(".yaml")))
+    if done_steps(arguments.out) >= config.max_steps:
+        print(f"{arguments.out / 'DONE'} is there: nothing to do")
+        return 0
+    ranks = join(config.device)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        return 0 if Training(config, arguments.out, ranks).train(stop) else REQUEUE
+    finally:
+        ranks.leave()
+
+
+def done_steps(out: Path) -> int:
+    """Steps of a finished run; 0 where it is not finished."""
+    file = out / "DONE"
+    return json.loads(file.read_text(encoding="utf-8"))["step"] if file.is_file() else 0
+
+
+class Training:
+    """Model, data, optimizer and how many steps are done; made as the last checkpoint left them."""
+
+    def __init__(self, config: SimpleNamespace, out: Path, ranks: Ranks):
+        self.config, self.out, self.ranks, self.device = config, out, ranks, ranks.device
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # docs.pytorch.org, notes on randomness
+            torch.use_deterministic_algorithms(True)
+        folder = open_tokens(job.folder_of(config, "data"))
+        read = Streams if config.model == "lstm" else Windows
+        self.data = read(folder.split("train"), config.seq_len, config.batch_size, config.seed)
+        self.validation = validation_of(folder.split("validation"), config.val_tokens)
+        identity = {key: value for key, value in vars(config).items() if key not in FREE}
+        self.identity = identity | {"data": folder.sha256["train"]}
+
+        torch.manual_seed(config.seed)  # the first values are the same in every process
+        self.model: LanguageModel = build(config, folder.vocab_size)
+        initialize(
+            self.model, self.model.rules, init=config.init, std=config.init_std, depth=config.depth,
+            zero_readout=config.zero_readout, zero_query=config.zero_query,
+        )  # fmt: skip
+        self.model.to(self.device)
+        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.optimizer = make_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "fp16")
+        self.micro = fitted(config, ranks, out, self._try)
+        self.step, self.validated, self.state = 0, -1, None
+        self._resume()
+        self.began_at, self.recorded = self.step, last_step(out / "metrics.jsonl")
+        if self.step == 0 and config.overfit_steps and ranks.writes:
+            write(out, [one_batch_overfit(self.model, self._first_loss, steps=config.overfit_steps)])
+        ranks.wait()
+        self.watch = Watch(self.model, self.optimizer, steps=config.guard_steps if self.step == 0 else 0)
+        shape = self.model.shape
+        self.flops = shape.train_flops(config.seq_len) * self.tokens_per_step
+        self._record(
+            "start", recipe="train", started=job.started(), **job.describe_device(self.device),
+            world_size=ranks.world_size, n_params=shape.n_params, n_trainable=shape.n_params,
+            n_non_embedding=shape.n_non_embedding, shape=shape.as_dict(), flops_per_token=shape.train_flops(config.seq_len),
+            n_samples=self.data.n, batch_size=config.batch_size, micro_batch_size=self.micro.size,
+            deviation=self.micro.deviation, steps_per_epoch=max(1, self.data.n // config.batch_size),
+            total_steps=config.max_steps, step=self.step, train_sha256=folder.sha256["train"],
+            val_sha256=self.validation.sha256, val_tokens=self.validation.n_targets,
+            packages={"torch": version("torch")}, setup_s=job.age_s(),
+        )  # fmt: skip
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens, and as many targets, of a batch over all processes."""
+        return self.config.batch_size * self.config.seq_len
+
+    @property
+    def rows(self) -> range:
+        """The rows of a batch that this process takes; of an LSTM, its streams."""
+        each = self.config.batch_size // self.ranks.world_size
+        return range(self.ranks.rank * each, (self.ranks.rank + 1) * each)
+
+    def train(self, stop: Stop) -> bool:
+        """All steps that are left, then the model and DONE; False if the run is to be started again.
+
+        Raises UserError for a loss that is no number, and where starting again would not help.
+        """
+        config, train_s, checkpoint_s = self.config, 0.0, 0.0
+        with tqdm(
+            total=config.max_steps, initial=self.step, disable=not self.ranks.writes,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        ) as bar:  # fmt: skip
+            while self.step < config.max_steps:
+                began = time.perf_counter()
+                done, stopped = self._optimizer_step(stop)
+                if done is None:
+                    return self._take_less_memory()
+                seconds = time.perf_counter() - began
+                train_s += seconds
+                self.step += 1
+                bar.set_description(f"Loss: {done['loss']:.4f}", refresh=False)
+                bar.update(1)
+                if self.step % config.log_every_n_steps == 0 or self.step == config.max_steps:
+                    done |= {"tokens_per_s": self.tokens_per_step / seconds, "seconds": seconds}
+                    self._record("step", step=self.step, **done, **job.peak_memory(self.device))
+                if self.step % (config.run_val_every_n_steps or config.max_steps) == 0 or self.step == config.max_steps:
+                    self.validate()
+                if stopped or self._checkpoint_is_due():
+                    checkpoint_s += self._save_checkpoint()
+                if stopped and self.step < config.max_steps:
+                    return False
+        self._finish(train_s, checkpoint_s)
+        return True
+
+    def _optimizer_step(self, stop: Stop) -> tuple[dict[str, Any] | None, bool]:
+        """One step on a batch, null if memory ran out in a process, and whether a signal came to any."""
+        config = self.config
+        loss, failed = job.within_memory(self._gradients)
+        loss, stops, failures = self.ranks.total(loss, stop.asked, failed)
+        if failures:
+            return None, False
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {self.step + 1}: lower lr, clip gradients or use fp32")
+        self.ranks.add_up(self.model.parameters())
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm or math.inf).item()
+        factor = schedule(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        with self.watch.step(self.step):
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        n = self.tokens_per_step
+        counts = {"tokens": n, "padded_tokens": n, "label_tokens": n, "samples": config.batch_size}
+        done = {"loss": loss, "lr": config.lr * factor, "grad_norm": norm, "flops": self.flops, **counts}
+        return done | {"longest_pass_tokens": self.micro.size * config.seq_len}, stops > 0
+
+    def _gradients(self) -> float:
+        """Forward and backward passes over this process's rows; its part of the batch's mean loss, in nats a token."""
+        torch.manual_seed(seed_of(self.config.seed, self.step, self.ranks.rank, 1))  # dropout's, so none need be kept
+        batch, carried, total = self.data.batch(self.step, self.rows), [], 0.0
+        state = None if self.data.begins(self.step) else self.state
+        for first in range(0, len(self.rows), self.micro.size):
+            part = slice(first, first + self.micro.size)
+            before = None if state is None else tuple(each[:, part] for each in state)
+            loss, after = self._pass(batch[part].to(self.device), before)
+            self.scaler.scale(loss).backward()
+            total += loss.item()
+            carried.append(after)
+        if carried[0] is not None:
+            self.state = tuple(torch.cat([each[i] for each in carried], 1) for i in (0, 1))
+        return total
+
+    def _pass(self, lines: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The loss of "row seq+1" lines as their part of the batch's mean, and the state after them."""
+        dtype = DTYPES[self.config.dtype]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
+            hidden, after = self.forward(lines[:, :-1], state)
+            return self.model.loss(hidden, lines[:, 1:]) / self.tokens_per_step, after
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """The mean loss over the validation's targets, in nats a token, the same for every model; recorded."""
+        began, total, state = time.perf_counter(), 0.0, None
+        self.model.eval()
+        carries = self.config.model == "lstm"
+        pieces = self.validation.streams if carries else self.validation.windows
+        for lines in pieces(self.config.seq_len, VALIDATED_AT_ONCE):
+            if state is not None and len(lines) != state[0].shape[1]:
+                state = None
+            loss, state = self._pass(lines.to(self.device), state)
+            total += loss.item() * self.tokens_per_step
+        self.model.train()
+        loss, self.validated = total / self.validation.n_targets, self.step
+        self._record(
+            "validation", step=self.step, loss=loss, label_tokens=self.validation.n_targets, samples=1,
+            seconds=time.perf_counter() - began,
+        )  # fmt: skip
+        return loss
+
+    def _first_loss(self, model: LanguageModel) -> Tensor:
+        """The mean loss of a model on the first micro batch."""
+        lines = self.data.batch(0, self.rows[: self.micro.size]).to(self.device)
+        hidden, _ = model(lines[:, :-1])
+        return model.loss(hidden, lines[:, 1:]) / lines[:, 1:].numel()
+
+    def _try(self, size: int) -> None:
+        """A forward and a backward pass of `size` sequences, without a trace."""
+        zeros = torch.zeros(size, self.config.seq_len + 1, dtype=torch.int64, device=self.device)
+        self.scaler.scale(self._pass(zeros, None)[0]).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _take_less_memory(self) -> bool:
+        """Saves what was done and notes a smaller micro batch for the next start; UserError where there is none."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.step > self.began_at:
+            self._save_checkpoint()
+        reason = f"out of memory in step {self.step + 1} at micro_batch_size {self.micro.size}"
+        if self.micro.smaller is None:
+            raise UserError(f"{reason}, the smallest: lower seq_len or width, or take a device with more memory")
+        if self.ranks.writes:
+            deviation = {"micro_batch_size": self.micro.smaller, "asked": self.micro.size, "reason": reason}
+            job.write_json(self.out / "deviation.json", deviation)
+        self.ranks.wait()
+        print(f"{reason}: start again to go on with {self.micro.smaller}", file=sys.stderr)
+        return False
+
+    def _checkpoint_is_due(self) -> bool:
+        """Also after the last step that an attempt killed before had recorded: nothing is to be lost twice."""
+        every = self.config.save_every_n_steps
+        return self.step in (self.recorded, self.config.max_steps) or bool(every and self.step % every == 0)
+
+    def _save_checkpoint(self) -> float:
+        """Seconds it took."""
+        began = time.perf_counter()
+        carried = None if self.state is None else [self.ranks.gather(each, 1) for each in self.state]
+        if self.ranks.writes:
+            state = {
+                "step": self.step,
+                "validated": self.validated,
+                "model": {name: p.detach().cpu() for name, p in self.model.named_parameters()},
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "carried": carried,
+                "identity": self.identity,
+            }
+            save_checkpoint(self.out / "checkpoints", state, keep=self.config.keep_checkpoints)
+        self.ranks.wait()
+        seconds = time.perf_counter() - began
+        self._record("checkpoint", step=self.step, seconds=seconds)
+        return seconds
+
+    def _resume(self) -> None:
+        state = load_checkpoint(self.out / "checkpoints", self.identity)
+        if state is None:
+            return
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(state["model"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.validated = state["step"], state["validated"]
+        if state["carried"] is not None:
+            rows = slice(self.rows.start, self.rows.stop)
+            self.state = tuple(each[:, rows].to(self.device) for each in state["carried"])
+
+    def _finish(self, train_s: float, checkpoint_s: float) -> None:
+        """The trained model, what the guards saw, and DONE."""
+        if self.ranks.writes:
+            with job.whole_folder(self.out / "model") as folder:
+                weights = {name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters()}
+                save_file(weights, folder / "model.safetensors")
+                job.write_json(folder / "config.json", vars(self.config) | {"shape": self.model.shape.as_dict()})
+            planned = self.config.max_steps * self.tokens_per_step
+            seen = budget_met(
+                self.step * self.tokens_per_step, planned, self.data.epochs(self.step), self.config.max_epochs
+            )
+            write(self.out, [*self.watch.outcomes(), seen])
+            memory = job.peak_memory(self.device)
+            self._record("end", step=self.step, ended=job.now(), train_s=train_s, checkpoint_s=checkpoint_s, **memory)
+            job.write_json(self.out / "DONE", {"step": self.step})
+        self.ranks.wait()
+
+    def _record(self, event: str, **values: Any) -> None:
+        if self.ranks.writes:
+            append_event(self.out / "metrics.jsonl", event, **values)
+
+
+if __name__ == "__main__":
+    job.run(main)
