@@ -23,7 +23,7 @@ def build(config: SimpleNamespace, vocab_size: int) -> LanguageModel:
         config.parametrization, shape.width, config.base_width or shape.width, shape.depth,
         config.base_depth or shape.depth,
     )  # fmt: skip
-    if shape.model == "lstm":
+    if shape.architecture == "lstm":
         return LSTM(shape, rules, forget_bias=config.forget_bias, dropout=config.dropout)
     if config.base_heads and rules.base_width % config.base_heads:
         raise UserError(f"base_heads {config.base_heads} does not divide base_width {rules.base_width}")

@@ -9,7 +9,7 @@ from trainer.job import UserError
 
 # What a run that goes on may change: it does not reach the weights but by rounding, or is what going on changes.
 FREE = {
-    "data", "device", "compile", "keep_checkpoints", "log_every_n_steps", "max_steps", "micro_batch_size",
+    "dataset", "device", "compile", "keep_checkpoints", "log_every_n_steps", "max_steps", "micro_batch_size",
     "run_val_every_n_steps", "save_every_n_steps", "val_tokens", "guard_steps", "overfit_steps", "max_epochs",
 }  # fmt: skip
 
@@ -34,7 +34,7 @@ def checked(config: SimpleNamespace) -> SimpleNamespace:
             raise UserError(f"{key} is {getattr(config, key)}: give a number of at least 0 and below 1")
     if config.zero_readout and config.tied:
         raise UserError("zero_readout would make the embedding 0, which is the readout too: set tied to false")
-    if config.parametrization == "completep" and (config.optimizer == "sgd" or config.model == "lstm"):
+    if config.parametrization == "completep" and (config.optimizer == "sgd" or config.architecture == "lstm"):
         raise UserError("completep is known for Transformers under Adam only: take mup")
     if config.optimizer == "sgd" and config.nesterov and not config.momentum:
         raise UserError("nesterov needs a momentum above 0")

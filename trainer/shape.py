@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 CHOICES = {
-    "model": ("transformer", "lstm"),
+    "architecture": ("transformer", "lstm"),
     "activation": ("gelu", "relu", "silu", "glu", "swiglu"),
     "norm": ("layernorm", "rmsnorm"),
     "norm_position": ("pre", "post"),
@@ -26,7 +26,7 @@ class ShapeError(ValueError):
 class Shape:
     """A decoder-only Transformer, or an LSTM language model, which has no use for what stands under `heads`."""
 
-    model: str
+    architecture: str
     vocab_size: int
     width: int
     depth: int
@@ -50,7 +50,7 @@ class Shape:
         """How many parameters each kind of module has; their sum is `n_params`."""
         v, d, b = self.vocab_size, self.width, int(self.bias)
         outside = {"embedding": v * d, "readout": 0 if self.tied else v * d}
-        if self.model == "lstm":  # two biases for each of four gates, as torch and cuDNN have them
+        if self.architecture == "lstm":  # two biases for each of four gates, as torch and cuDNN have them
             return outside | {"recurrent": self.depth * (8 * d * d + 8 * d)}
         norm = d * (1 + (b if self.norm == "layernorm" else 0))
         up = 2 if self.activation in GATED else 1
@@ -78,7 +78,7 @@ class Shape:
         work is left out: some 1 % from a width of 512 on.
         """
         v, d = self.vocab_size, self.width
-        if self.model == "lstm":
+        if self.architecture == "lstm":
             return 2.0 * (8 * d * d * self.depth + v * d)
         up = 2 if self.activation in GATED else 1
         matrices = self.depth * (4 * d * d + (up + 1) * d * self.ffn_width) + v * d
@@ -98,7 +98,7 @@ def make_shape(settings: Any, vocab_size: int) -> Shape:
     for name, choices in CHOICES.items():
         if getattr(settings, name) not in choices:
             raise ShapeError(f"{name} is {getattr(settings, name)!r}: choose {' or '.join(choices)}")
-    width, transformer = settings.width, settings.model == "transformer"
+    width, transformer = settings.width, settings.architecture == "transformer"
     heads = (settings.heads or _heads(width)) if transformer else 1
     if width % heads:
         raise ShapeError(f"width {width} cannot be divided by {heads} heads: take {_near_divisors(width, heads)}")
@@ -109,7 +109,7 @@ def make_shape(settings: Any, vocab_size: int) -> Shape:
     if transformer and settings.position == "sinusoidal" and width % 2:
         raise ShapeError(f"width {width} is odd, and sinusoidal positions come in pairs: take an even width")
     return Shape(
-        model=settings.model,
+        architecture=settings.architecture,
         vocab_size=vocab_size,
         width=width,
         depth=settings.depth,

@@ -85,12 +85,12 @@ class Training:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # docs.pytorch.org, notes on randomness
             torch.use_deterministic_algorithms(True)
-        folder = open_tokens(job.folder_of(config, "data"))
-        read = Streams if config.model == "lstm" else Windows
+        folder = open_tokens(job.folder_of(config, "dataset"))
+        read = Streams if config.architecture == "lstm" else Windows
         self.data = read(folder.split("train"), config.seq_len, config.batch_size, config.seed)
         self.validation = validation_of(folder.split("validation"), config.val_tokens)
         identity = {key: value for key, value in vars(config).items() if key not in FREE}
-        self.identity = identity | {"data": folder.sha256["train"]}
+        self.identity = identity | {"dataset": folder.sha256["train"]}
 
         torch.manual_seed(config.seed)  # the first values are the same in every process
         self.model: LanguageModel = build(config, folder.vocab_size)
@@ -218,7 +218,7 @@ class Training:
         """The mean loss over the validation's targets, in nats a token, the same for every model; recorded."""
         began, total, state = time.perf_counter(), 0.0, None
         self.model.eval()
-        carries = self.config.model == "lstm"
+        carries = self.config.architecture == "lstm"
         pieces = self.validation.streams if carries else self.validation.windows
         for lines in pieces(self.config.seq_len, VALIDATED_AT_ONCE):
             if state is not None and len(lines) != state[0].shape[1]:

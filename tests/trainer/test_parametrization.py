@@ -1,0 +1,123 @@
+"""muP: acceptance tests 1, 2 and 5 of the study; 3 and 4 are slow, in test_transfer.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainer.helpers import config
+from tests.trainer.test_models import LSTMS, made
+from trainer.coordinates import Sizes, sizes, slopes
+from trainer.layers import tagged
+from trainer.optimizer import make_optimizer
+
+UPDATES = {
+    "adam": {"optimizer": "adamw", "lr": 2.0**-7, "weight_decay": 0.1},
+    "sgd": {"optimizer": "sgd", "lr": 0.25, "momentum": 0.9},
+}
+LEVEL = 0.10
+UNTIED = {"tied": False, "zero_readout": True, "base_width": 64, "seq_len": 32}
+
+
+def batch(seed: int) -> torch.Tensor:
+    return torch.randint(0, 128, (8, 33), generator=torch.Generator().manual_seed(seed))
+
+
+def grown(widths: tuple[int, ...] = (64, 128, 256, 512, 1024), seeds: int = 2, **changes: Any) -> dict:
+    """The slopes of all modules at steps 1 to 4."""
+    measured: dict[int, list[Sizes]] = {
+        width: [sizes(config(width=width, seed=seed, **UNTIED | changes), 128, batch(seed)) for seed in range(seeds)]
+        for width in widths
+    }
+    return {key: slope for key, slope in slopes(measured).items() if 1 <= key[0] <= 4}
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("kind", ["mup", "completep"])
+@pytest.mark.parametrize("changes", [{}, {"tied": False, "position": "learned"}, LSTMS[1]], ids=str)
+def test_at_the_base_shape_all_parametrisations_are_the_same_bit_for_bit(update: str, kind: str, changes: dict):
+    if kind == "completep" and (update == "sgd" or changes.get("architecture") == "lstm"):
+        pytest.skip("completep is known for Transformers under Adam only")
+    trained = []
+    for parametrization in ("standard", kind):
+        settings = {"width": 32, "depth": 2, "seq_len": 32, "parametrization": parametrization, **UPDATES[update], **changes}
+        model = made(128, **settings, base_width=32, base_depth=2)
+        optimizer = make_optimizer(model, config(**settings, base_width=32, base_depth=2))
+        for step in range(5):
+            hidden, _ = model(batch(step)[:, :-1])
+            optimizer.zero_grad()
+            (model.loss(hidden, batch(step)[:, 1:]) / 256).backward()
+            optimizer.step()
+        trained.append(dict(model.named_parameters()))
+    assert all(trained[0][name].equal(trained[1][name]) for name in trained[0])
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_under_mup_no_output_of_a_transformer_grows_with_width(update: str):
+    found = grown(parametrization="mup", **UPDATES[update])
+    assert len(found) > 40
+    assert {key: slope for key, slope in found.items() if abs(slope) > LEVEL} == {}
+
+
+@pytest.mark.parametrize(
+    ("update", "low", "high"), [("adam", 0.8, 1.2), ("sgd", 0.8, 1.2)], ids=["adam", "sgd"]
+)
+def test_the_coordinate_check_sees_that_the_standard_parametrisation_grows(update: str, low: float, high: float):
+    """The logits double with the width after the first step."""
+    found = grown(parametrization="standard", **UPDATES[update])
+    assert low < found[1, "logits"] < high
+
+
+def test_the_coordinate_check_sees_adams_rule_under_sgd(monkeypatch: pytest.MonkeyPatch):
+    """Hidden matrices move too little by a whole power of the width."""
+    from trainer.parametrization import Parametrization
+
+    rule = Parametrization.lr
+    monkeypatch.setattr(Parametrization, "lr", lambda self, role, update: rule(self, role, "adam"))
+    assert grown(parametrization="mup", **UPDATES["sgd"])[1, "logits"] < -0.8
+
+
+@pytest.mark.parametrize("changes", [{"tied": True, "zero_readout": False}, {"zero_readout": False}], ids=str)
+def test_with_a_readout_that_is_not_zero_the_logits_of_mup_do_not_grow(changes: dict):
+    found = grown(widths=(64, 128, 256, 512), parametrization="mup", **UPDATES["adam"] | changes)
+    assert max(found[step, "logits"] for step in range(1, 5)) <= LEVEL
+    hidden = {key: slope for key, slope in found.items() if key[1] != "logits"}
+    assert {key: slope for key, slope in hidden.items() if slope > LEVEL} == {}
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": False, "bias": True, "position": "learned"}, LSTMS[3]], ids=str)
+@pytest.mark.parametrize("update", UPDATES)
+def test_every_parameter_is_in_exactly_one_group_with_what_its_role_says(update: str, changes: dict):
+    settings = {"width": 64, "base_width": 16, "depth": 2, "parametrization": "mup", **UPDATES[update], **changes}
+    model = made(128, **settings)
+    optimizer = make_optimizer(model, config(**settings))
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(groups)
+    lr, m = UPDATES[update]["lr"], 4
+    expected = {"adam": {"hidden": lr / m, "else": lr}, "sgd": {"hidden": lr, "else": lr * m}}[update]
+    for _, p, tag in tagged(model):
+        assert groups[p]["lr"] == expected.get(tag.role, expected["else"])
+        decay = {"hidden": 0.1 * m, "vector": 0.0}.get(tag.role, 0.1) if update == "adam" else 0.0
+        assert groups[p]["weight_decay"] == pytest.approx(decay)
+    assert set(groups) == set(model.parameters())
+
+
+def test_first_values_have_the_size_that_the_table_says():
+    wide = made(4096, width=512, base_width=64, parametrization="mup", tied=False, bias=True)
+    for name, p, tag in tagged(wide):
+        if p.dim() == 2:
+            fan_in = p.shape[1]
+            expected = {"hidden": fan_in**-0.5, "embedding": 0.02, "readout": 64**-0.5}[tag.role]
+            assert p.std().item() == pytest.approx(expected, rel=0.03), name
+    assert wide.rules.output_multiplier == 1 / 8
+
+
+def test_completep_keeps_the_stream_of_a_deep_model_as_it_is():
+    """Its learning rate stays and each block adds 1 / depth of what it did."""
+    deep = made(width=32, depth=16, base_depth=2, parametrization="completep", lr=0.01)
+    assert deep.rules.residual_multiplier == 1 / 8
+    groups = make_optimizer(deep, config(width=32, depth=16, base_depth=2, parametrization="completep", lr=0.01)).param_groups
+    assert {group["lr"] for group in groups} == {0.01}
+    assert {round(group["eps"] / 1e-8, 6) for group in groups} == {1.0, 0.125}
