@@ -13,7 +13,7 @@ Exit code 75 asks to be started again. After SIGUSR1 or SIGTERM the run finishes
 that has made no step yet makes one first, so that each start gets further. Only a signal during the validation with
 which a start began ends it with 1: it would never get past that. Out of memory, the run halves its micro batch and
 exits with 75; a micro batch of 1 cannot be halved and ends it with 1. Where processes divide the model, the first that
-runs out does this for all, and a thread ends the others inside their passes (watch.py).
+runs out does this for all, and a thread ends the others inside their passes (trainer/watch.py).
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from checkpoints import append_event, last_step, load_checkpoint, restore, save_checkpoint
 from lines import micro_batches, read_lines
 from lora_models import load_model, read_shape, save_adapter
-from ranks import Ranks, join
 from schedule import make_schedule
 from settings import FREE, checked, micro_batch
 from torchtune import training, utils
@@ -46,7 +44,9 @@ from tqdm import tqdm
 from trainer import job
 from trainer.batches import IGNORED, Batch, data_order, seed_of
 from trainer.chat import ChatTokenizer, Example
+from trainer.checkpoints import append_event, last_step, load_checkpoint, restore, save_checkpoint
 from trainer.job import REQUEUE, Stop, UserError
+from trainer.ranks import Ranks, join
 from trainer.rows import file_hash
 
 log = utils.get_logger("DEBUG")

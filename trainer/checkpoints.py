@@ -1,10 +1,11 @@
-"""What a fine-tuning leaves on the disk to go on from: its last checkpoint, and the events of metrics.jsonl."""
+"""What a training leaves on the disk to go on from: its last checkpoint, and the events of metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ def load_checkpoint(checkpoints: Path, identity: dict[str, Any]) -> dict[str, An
     if changed:
         raise UserError(f"{last} was made with another {', '.join(changed)}: put it back, or remove {checkpoints}")
     return state
+
+
+@torch.no_grad()
+def restore(state: dict[str, Any], adapter: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Brings adapter and optimizer to a checkpoint's state."""
+    for name, p in adapter.items():
+        p.copy_(state["adapter"][name])
+    optimizer.load_state_dict(state["optimizer"])
 
 
 def append_event(file: Path, event: str, **values: Any) -> None:

@@ -147,7 +147,9 @@ class Watch:
         return found
 
 
-def one_batch_overfit(model: nn.Module, loss: Callable[[nn.Module], Tensor], *, steps: int = 20, lr: float = 1e-3) -> Outcome:
+def one_batch_overfit(
+    model: nn.Module, loss: Callable[[nn.Module], Tensor], *, steps: int = 20, lr: float = 1e-3
+) -> Outcome:
     """Whether a copy of the model learns one batch: `loss(copy)` must fall by FALLS in `steps` steps of Adam."""
     tried = copy.deepcopy(model)
     optimizer = torch.optim.Adam([p for p in tried.parameters() if p.requires_grad], lr=lr)

@@ -49,9 +49,7 @@ class LSTM(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The sum of the cross-entropies of "batch seq" targets, in nats."""
-        return readout_loss(
-            hidden.flatten(0, 1), self.output_weight, targets.flatten(), self.rules.output_multiplier
-        )
+        return readout_loss(hidden.flatten(0, 1), self.output_weight, targets.flatten(), self.rules.output_multiplier)
 
 
 class Recurrent(nn.LSTM):
@@ -70,4 +68,6 @@ class Recurrent(nn.LSTM):
     def tags(self) -> dict[str, Tag]:
         """By the names of its parameters."""
         matrix = Tag("hidden", self.hidden_size, 4 * self.hidden_size)
-        return {"weight_ih_l0": matrix, "weight_hh_l0": matrix} | dict.fromkeys(("bias_ih_l0", "bias_hh_l0"), Tag("vector"))
+        return {"weight_ih_l0": matrix, "weight_hh_l0": matrix} | dict.fromkeys(
+            ("bias_ih_l0", "bias_hh_l0"), Tag("vector")
+        )

@@ -40,7 +40,9 @@ def fitted(config: SimpleNamespace, ranks: Ranks, out: Path, attempt: Callable[[
     """
     each, left_over = divmod(config.batch_size, ranks.world_size)
     if left_over:
-        raise UserError(f"batch_size {config.batch_size} cannot be divided by {ranks.world_size} processes: choose another")
+        raise UserError(
+            f"batch_size {config.batch_size} cannot be divided by {ranks.world_size} processes: choose another"
+        )
     choices = [n for n in range(1, each + 1) if each % n == 0]
     file = out / "deviation.json"
     if file.is_file():

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-sys.path[:1] = [str(Path(__file__).resolve().parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from trainer import job
 
 # isort: split
@@ -110,9 +110,7 @@ def make_tokenizer(kind: str, texts: list[str]) -> Tokenizer:
     encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     encoder.decoder = decoders.ByteLevel()  # pyright: ignore
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    learner = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )  # pyright: ignore
+    learner = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)  # pyright: ignore
     encoder.train_from_iterator([] if kind == "bytes" else texts, learner)
     return encoder
 

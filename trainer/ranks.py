@@ -1,20 +1,24 @@
 """The processes that train one model together: who they are, and the sums that they make.
 
-Each holds the whole model and takes its part of every batch; what they add up is the adapter's gradients, a few MB.
+Each takes its part of every batch; what they add up is the gradients of what is trained, at one place of the loop.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer import job
 from trainer.job import UserError
+from trainer.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Ranks:
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    watch: Watch | None = None  # where there are several
 
     @property
     def writes(self) -> bool:
@@ -42,6 +47,18 @@ class Ranks:
         dist.all_reduce(sums)
         return sums.tolist()
 
+    def mesh(self) -> DeviceMesh | None:
+        """All processes, as those that divide a model; None for one alone."""
+        return init_device_mesh(self.device.type, (self.world_size,)) if self.world_size > 1 else None
+
+    def gather(self, part: Tensor, dim: int) -> Tensor:
+        """The parts of all processes, of one shape, joined in their order along `dim`, on the CPU."""
+        if self.world_size == 1:
+            return part.cpu()
+        parts = [torch.empty_like(part) for _ in range(self.world_size)]
+        dist.all_gather(parts, part.contiguous())
+        return torch.cat(parts, dim).cpu()
+
     def wait(self) -> None:
         """Until every process is here."""
         self.total(0.0)
@@ -56,17 +73,33 @@ class Ranks:
         for gradient, p in zip(_split(together, gradients), parameters, strict=True):
             p.grad = gradient.to(p.dtype)
 
-    def gather(self, part: Tensor, dim: int) -> Tensor:
-        """The parts of all processes, of one shape, joined in their order along `dim`, on the CPU."""
-        if self.world_size == 1:
-            return part.cpu()
-        parts = [torch.empty_like(part) for _ in range(self.world_size)]
-        dist.all_gather(parts, part.contiguous())
-        return torch.cat(parts, dim).cpu()
+    @contextmanager
+    def instead_of_all(self) -> Iterator[Ranks]:
+        """This process as if it were alone, to act for all while the others wait inside a pass.
+
+        Only the first that asks comes back: the others' states are the same.
+        """
+        assert self.watch
+        self.watch.claim()
+        # A gather that not all have begun may hold up the stream of the pass for ever.
+        stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+        with torch.cuda.stream(stream):
+            yield Ranks(self.device, watch=self.watch)
+
+    def end_all(self, code: int) -> NoReturn:
+        """Ends every process, wherever it waits, with this exit code."""
+        assert self.watch
+        self.watch.end_all(code)
+
+    def heed(self) -> None:
+        """Ends this process as all were told to, if they were."""
+        if self.watch:
+            self.watch.heed()
 
     def leave(self) -> None:
         """Ends the talk between the processes."""
-        if self.world_size > 1:
+        if self.watch:
+            self.watch.stop()
             dist.destroy_process_group()
 
 
@@ -102,7 +135,8 @@ def join(device: str | None) -> Ranks:
             )
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world_size)
-    return Ranks(chosen, rank, world_size)
+        return Ranks(chosen, rank, world_size, Watch(rank, world_size))
+    return Ranks(chosen)
 
 
 def _split(together: Tensor, like: list[Tensor]) -> list[Tensor]:

@@ -27,10 +27,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-sys.path[:1] = [str(Path(__file__).resolve().parents[1])]  # in place of this folder, whose names are the package's
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from trainer import job
 
-stop = job.Stop()  # before the long imports
 # isort: split
 import torch
 from safetensors.torch import save_file
@@ -42,7 +41,7 @@ from trainer.checkpoints import append_event, last_step, load_checkpoint, save_c
 from trainer.guards import Watch, budget_met, one_batch_overfit, write
 from trainer.job import REQUEUE, Stop, UserError
 from trainer.layers import initialize
-from trainer.micro import MicroBatch, fitted
+from trainer.micro import fitted
 from trainer.models import LanguageModel, build
 from trainer.optimizer import make_optimizer, schedule
 from trainer.ranks import Ranks, join
@@ -63,7 +62,7 @@ def main() -> int:
     if done_steps(arguments.out) >= config.max_steps:
         print(f"{arguments.out / 'DONE'} is there: nothing to do")
         return 0
-    ranks = join(config.device)
+    stop, ranks = Stop(), join(config.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
         return 0 if Training(config, arguments.out, ranks).train(stop) else REQUEUE
@@ -115,7 +114,8 @@ class Training:
         self._record(
             "start", recipe="train", started=job.started(), **job.describe_device(self.device),
             world_size=ranks.world_size, n_params=shape.n_params, n_trainable=shape.n_params,
-            n_non_embedding=shape.n_non_embedding, shape=shape.as_dict(), flops_per_token=shape.train_flops(config.seq_len),
+            n_non_embedding=shape.n_non_embedding, shape=shape.as_dict(),
+            flops_per_token=shape.train_flops(config.seq_len),
             n_samples=self.data.n, batch_size=config.batch_size, micro_batch_size=self.micro.size,
             deviation=self.micro.deviation, steps_per_epoch=max(1, self.data.n // config.batch_size),
             total_steps=config.max_steps, step=self.step, train_sha256=folder.sha256["train"],

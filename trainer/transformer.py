@@ -59,9 +59,7 @@ class Transformer(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The sum of the cross-entropies of "batch seq" targets, in nats."""
-        return readout_loss(
-            hidden.flatten(0, 1), self.output_weight, targets.flatten(), self.rules.output_multiplier
-        )
+        return readout_loss(hidden.flatten(0, 1), self.output_weight, targets.flatten(), self.rules.output_multiplier)
 
 
 class Block(nn.Module):

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path[:1] = [str(Path(__file__).resolve().parents[2])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tasks.scaling_laws import law
 from tasks.scaling_laws.law import Array, Fit
 from trainer import job
@@ -91,7 +91,7 @@ def read_points(file: Path, *, use_all: bool = False, drop_largest: int = 0) -> 
 
 
 def fit_law(points: Points, bootstrap: int, seed: int) -> dict[str, Any]:
-    """What is printed: the law, the objective (a sum), intervals, whether the points identify it, and why or why not."""
+    """What is printed: law, objective (a sum), intervals, whether the points identify the law, and why or why not."""
     found = law.fit(points.n, points.d, points.loss)
     draws = _bootstrap(points, found, bootstrap, seed)
     laws = np.column_stack([np.exp(draws[:, :3]), draws[:, 3:]]) if len(draws) else np.empty((0, 5))
@@ -141,8 +141,8 @@ def why_open(points: Points, found: Fit, interval: list[float] | None) -> list[s
             wrong.append(f"There are only {n} {what}, and the bend of a power law with a floor shows from 3 on.")
     if points.undecayed:
         wrong.append(
-            f"{points.undecayed} points were taken before the learning rate had decayed; they lie above the loss that a "
-            "run of that length would reach: fit the ends of runs."
+            f"{points.undecayed} points were taken before the learning rate had decayed; they lie above the loss that "
+            "a run of that length would reach: fit the ends of runs."
         )
     lowest = float(points.loss.min())
     if interval and interval[1] - interval[0] > WIDE * lowest:

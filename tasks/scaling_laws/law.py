@@ -41,7 +41,9 @@ def predicted(theta: Array, n: Array, d: Array) -> Array:
     return np.exp(_log_sum(_terms(theta, np.log(n), np.log(d)))[0])
 
 
-def objective(theta: Array, n: Array, d: Array, loss: Array, weights: Array | None = None, delta: float = DELTA) -> Array:
+def objective(
+    theta: Array, n: Array, d: Array, loss: Array, weights: Array | None = None, delta: float = DELTA
+) -> Array:
     """The weighted sum of Huber losses, for laws "... 5"; `weights` "... point", or each point once."""
     residual = np.log(predicted(theta, n, d)) - np.log(loss)
     size = np.abs(residual)

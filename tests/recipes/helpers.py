@@ -87,7 +87,7 @@ def finetune(settings: dict[str, Any], out: Path, stop: Any = Never) -> Any:
 
 def begin(settings: dict[str, Any], out: Path) -> Any:
     """A `Finetuning` that has made no step yet."""
-    recipe, ranks = load("recipes/finetuning.py"), load("recipes/ranks.py")
+    recipe, ranks = load("recipes/finetuning.py"), import_module("trainer.ranks")
     out.mkdir(parents=True, exist_ok=True)
     config = recipe.checked(SimpleNamespace(**settings))
     return recipe.Finetuning(config, out, ranks.Ranks(job.pick_device(config.device)), "lora_finetune_single_device")

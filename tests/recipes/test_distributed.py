@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -233,7 +234,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(
 
 
 def test_one_process_that_would_leave_gpus_idle_is_refused(monkeypatch: pytest.MonkeyPatch):
-    ranks = load("recipes/ranks.py")
+    ranks = import_module("trainer.ranks")
     monkeypatch.setattr(ranks.job, "pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for name in (*TORCHRUN, *SLURM):

@@ -59,7 +59,9 @@ def test_loss_and_gradients_are_those_of_plain_cross_entropy(changes: dict):
     loss.backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    plain = F.cross_entropy(model.logits(model(tokens[:, :-1])[0]).flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    plain = F.cross_entropy(
+        model.logits(model(tokens[:, :-1])[0]).flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+    )
     plain.backward()
     torch.testing.assert_close(loss, plain)
     for name, p in model.named_parameters():

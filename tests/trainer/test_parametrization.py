@@ -42,7 +42,14 @@ def test_at_the_base_shape_all_parametrisations_are_the_same_bit_for_bit(update:
         pytest.skip("completep is known for Transformers under Adam only")
     trained = []
     for parametrization in ("standard", kind):
-        settings = {"width": 32, "depth": 2, "seq_len": 32, "parametrization": parametrization, **UPDATES[update], **changes}
+        settings = {
+            "width": 32,
+            "depth": 2,
+            "seq_len": 32,
+            "parametrization": parametrization,
+            **UPDATES[update],
+            **changes,
+        }
         model = made(128, **settings, base_width=32, base_depth=2)
         optimizer = make_optimizer(model, config(**settings, base_width=32, base_depth=2))
         for step in range(5):
@@ -61,9 +68,7 @@ def test_under_mup_no_output_of_a_transformer_grows_with_width(update: str):
     assert {key: slope for key, slope in found.items() if abs(slope) > LEVEL} == {}
 
 
-@pytest.mark.parametrize(
-    ("update", "low", "high"), [("adam", 0.8, 1.2), ("sgd", 0.8, 1.2)], ids=["adam", "sgd"]
-)
+@pytest.mark.parametrize(("update", "low", "high"), [("adam", 0.8, 1.2), ("sgd", 0.8, 1.2)], ids=["adam", "sgd"])
 def test_the_coordinate_check_sees_that_the_standard_parametrisation_grows(update: str, low: float, high: float):
     """The logits double with the width after the first step."""
     found = grown(parametrization="standard", **UPDATES[update])
@@ -118,6 +123,8 @@ def test_completep_keeps_the_stream_of_a_deep_model_as_it_is():
     """Its learning rate stays and each block adds 1 / depth of what it did."""
     deep = made(width=32, depth=16, base_depth=2, parametrization="completep", lr=0.01)
     assert deep.rules.residual_multiplier == 1 / 8
-    groups = make_optimizer(deep, config(width=32, depth=16, base_depth=2, parametrization="completep", lr=0.01)).param_groups
+    groups = make_optimizer(
+        deep, config(width=32, depth=16, base_depth=2, parametrization="completep", lr=0.01)
+    ).param_groups
     assert {group["lr"] for group in groups} == {0.01}
     assert {round(group["eps"] / 1e-8, 6) for group in groups} == {1.0, 0.125}
