@@ -67,6 +67,7 @@ class Ranks:
         """Adds up the gradients over all processes, in place; one that is not there counts as zeros."""
         if self.world_size == 1:
             return
+        parameters = list(parameters)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         together = torch.cat([gradient.flatten().float() for gradient in gradients])
         dist.all_reduce(together)

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from trainer.batches import seed_of
 from trainer.checkpoints import append_event, last_step, load_checkpoint, save_checkpoint
-from trainer.guards import Watch, budget_met, one_batch_overfit, write
+from trainer.guards import Watch, budget_met, one_batch_overfit, outcome, write
 from trainer.job import REQUEUE, Stop, UserError
 from trainer.layers import initialize
 from trainer.micro import fitted
@@ -70,10 +70,15 @@ def main() -> int:
         ranks.leave()
 
 
-def done_steps(out: Path) -> int:
-    """Steps of a finished run; 0 where it is not finished."""
+def done_steps(out: Path) -> float:
+    """Steps of a finished run, without end where it diverged; 0 where it is not finished."""
     file = out / "DONE"
-    return json.loads(file.read_text(encoding="utf-8"))["step"] if file.is_file() else 0
+    done = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"step": 0}
+    return math.inf if done.get("diverged") else done["step"]
+
+
+class Diverged(Exception):
+    """The loss is no number any more. That is a result: starting again would only repeat it."""
 
 
 class Training:
@@ -103,6 +108,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "fp16")
         self.micro = fitted(config, ranks, out, self._try)
         self.step, self.validated, self.state = 0, -1, None
+        self.train_s = self.checkpoint_s = 0.0  # of this start
         self._resume()
         self.began_at, self.recorded = self.step, last_step(out / "metrics.jsonl")
         if self.step == 0 and config.overfit_steps and ranks.writes:
@@ -137,9 +143,18 @@ class Training:
     def train(self, stop: Stop) -> bool:
         """All steps that are left, then the model and DONE; False if the run is to be started again.
 
-        Raises UserError for a loss that is no number, and where starting again would not help.
+        A training that diverges ends there, with DONE and the guard "finite loss" fired. Raises UserError where
+        starting again would not help.
         """
-        config, train_s, checkpoint_s = self.config, 0.0, 0.0
+        try:
+            return self._train(stop)
+        except Diverged as diverged:
+            print(f"diverged: {diverged}; a lower lr, clipped gradients or fp32 may help", file=sys.stderr)
+            self._finish(self.train_s, self.checkpoint_s, diverged)
+            return True
+
+    def _train(self, stop: Stop) -> bool:
+        config = self.config
         with tqdm(
             total=config.max_steps, initial=self.step, disable=not self.ranks.writes,
             mininterval=0.1 if sys.stderr.isatty() else 10.0,
@@ -150,7 +165,7 @@ class Training:
                 if done is None:
                     return self._take_less_memory()
                 seconds = time.perf_counter() - began
-                train_s += seconds
+                self.train_s += seconds
                 self.step += 1
                 bar.set_description(f"Loss: {done['loss']:.4f}", refresh=False)
                 bar.update(1)
@@ -160,10 +175,10 @@ class Training:
                 if self.step % (config.run_val_every_n_steps or config.max_steps) == 0 or self.step == config.max_steps:
                     self.validate()
                 if stopped or self._checkpoint_is_due():
-                    checkpoint_s += self._save_checkpoint()
+                    self.checkpoint_s += self._save_checkpoint()
                 if stopped and self.step < config.max_steps:
                     return False
-        self._finish(train_s, checkpoint_s)
+        self._finish(self.train_s, self.checkpoint_s)
         return True
 
     def _optimizer_step(self, stop: Stop) -> tuple[dict[str, Any] | None, bool]:
@@ -174,7 +189,7 @@ class Training:
         if failures:
             return None, False
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {self.step + 1}: lower lr, clip gradients or use fp32")
+            raise Diverged(f"the loss is {loss} at step {self.step + 1}")
         self.ranks.add_up(self.model.parameters())
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm or math.inf).item()
@@ -299,7 +314,7 @@ class Training:
             rows = slice(self.rows.start, self.rows.stop)
             self.state = tuple(each[:, rows].to(self.device) for each in state["carried"])
 
-    def _finish(self, train_s: float, checkpoint_s: float) -> None:
+    def _finish(self, train_s: float, checkpoint_s: float, diverged: Diverged | None = None) -> None:
         """The trained model, what the guards saw, and DONE."""
         if self.ranks.writes:
             with job.whole_folder(self.out / "model") as folder:
@@ -310,10 +325,16 @@ class Training:
             seen = budget_met(
                 self.step * self.tokens_per_step, planned, self.data.epochs(self.step), self.config.max_epochs
             )
-            write(self.out, [*self.watch.outcomes(), seen])
+            finite = outcome(
+                "finite loss", self.step + 1, [str(diverged)] if diverged else [], "at every step", "diverged"
+            )
+            write(self.out, [*self.watch.outcomes(), seen, finite])
             memory = job.peak_memory(self.device)
-            self._record("end", step=self.step, ended=job.now(), train_s=train_s, checkpoint_s=checkpoint_s, **memory)
-            job.write_json(self.out / "DONE", {"step": self.step})
+            self._record(
+                "end", step=self.step, ended=job.now(), train_s=train_s, checkpoint_s=checkpoint_s,
+                diverged=str(diverged) if diverged else None, **memory,
+            )  # fmt: skip
+            job.write_json(self.out / "DONE", {"step": self.step, "diverged": diverged is not None})
         self.ranks.wait()
 
     def _record(self, event: str, **values: Any) -> None:

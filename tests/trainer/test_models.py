@@ -136,7 +136,7 @@ def test_an_lstm_carries_its_state_on_as_if_the_text_were_one():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"width": 30, "heads": 4}, "width 30 cannot be divided by 4 heads: take 3 or 5"),
+        ({"width": 30, "heads": 4}, "width 30 cannot be divided by 4 heads: take 2 or 3 or 5"),
         ({"width": 30, "heads": 6}, "a head of 5 is odd, and rotary positions turn pairs"),
         ({"width": 15, "heads": 3, "position": "sinusoidal"}, "width 15 is odd"),
         ({"activation": "tanh"}, "activation is 'tanh': choose gelu or"),
