@@ -138,9 +138,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
     yield beside
-    for file in beside.iterdir():  # onto the disk before the name: a machine that dies must leave no empty file
-        with file.open("rb") as data:
-            os.fsync(data.fileno())
+    for file in beside.rglob("*"):  # onto the disk before the name: a machine that dies must leave no empty file
+        if file.is_file():
+            with file.open("rb") as data:
+                os.fsync(data.fileno())
     if folder.exists():
         folder.rename(old)
     beside.rename(folder)

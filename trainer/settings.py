@@ -38,4 +38,5 @@ def checked(config: SimpleNamespace) -> SimpleNamespace:
         raise UserError("completep is known for Transformers under Adam only: take mup")
     if config.optimizer == "sgd" and config.nesterov and not config.momentum:
         raise UserError("nesterov needs a momentum above 0")
-    return config
+    std = {"lstm": 0.2}.get(config.architecture, 0.02) if config.init_std is None else config.init_std
+    return SimpleNamespace(**vars(config) | {"init_std": std})

@@ -12,6 +12,7 @@ from tests.trainer.test_models import LSTMS, made
 from trainer.coordinates import Sizes, sizes, slopes
 from trainer.layers import tagged
 from trainer.optimizer import make_optimizer
+from trainer.settings import checked
 
 UPDATES = {
     "adam": {"optimizer": "adamw", "lr": 2.0**-7, "weight_decay": 0.1},
@@ -28,7 +29,10 @@ def batch(seed: int) -> torch.Tensor:
 def grown(widths: tuple[int, ...] = (64, 128, 256, 512, 1024), seeds: int = 2, **changes: Any) -> dict:
     """The slopes of all modules at steps 1 to 4."""
     measured: dict[int, list[Sizes]] = {
-        width: [sizes(config(width=width, seed=seed, **UNTIED | changes), 128, batch(seed)) for seed in range(seeds)]
+        width: [
+            sizes(checked(config(width=width, seed=seed, **UNTIED | changes)), 128, batch(seed))
+            for seed in range(seeds)
+        ]
         for width in widths
     }
     return {key: slope for key, slope in slopes(measured).items() if 1 <= key[0] <= 4}
