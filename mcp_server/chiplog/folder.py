@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from chiplog.errors import NotFoundError, RecordError, RenderError
 from chiplog.files import write_atomic
 from chiplog.plan import NAME, Plan, Run, expand, read_plan
-from chiplog.recipes import manual
+from chiplog.recipes import load_recipe, manual
 from chiplog.record import Prediction, read_lines, write_lines
 from chiplog.schema import Frozen
 from chiplog.settings import Settings
@@ -67,8 +67,12 @@ class ExperimentFolder:
 
     @property
     def is_set_up(self) -> bool:
-        """Whether the folder carries the code of its runs."""
-        return (self.path / "code" / "recipes").is_dir()
+        """Whether the folder carries the code of its runs: the manual of a recipe at least."""
+        return any((self.path / "code").glob("*/*.yaml"))
+
+    def place_of(self, recipe: str) -> str:
+        """The folder under `code/` that carries a recipe. Raises NotFoundError where none does."""
+        return load_recipe(recipe, self.path / "code" / "recipes").place
 
     def runs(self) -> list[Run]:
         """The runs, as the copy of the recipes in `code/` expands them: a later change of the repo changes nothing.

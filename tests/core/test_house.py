@@ -22,6 +22,7 @@ ORDER = [
     "text",
     "settings",
     "bundle",
+    "values",
     "plan",
     "record",
     "provenance",
