@@ -14,7 +14,16 @@ from chiplog.engines import Job, engine_for, followed, withdrawn
 from chiplog.errors import RecordError
 from chiplog.folder import ExperimentFolder, Submission
 from chiplog.ledger import Ledger
-from chiplog.ledger.metrics import End, Start, not_before, of_job, read_events, read_scores, train_usage, with_evaluation
+from chiplog.ledger.metrics import (
+    End,
+    Start,
+    not_before,
+    of_job,
+    read_events,
+    read_scores,
+    train_usage,
+    with_evaluation,
+)
 from chiplog.ledger.parse import parse_log
 from chiplog.plan import Run
 from chiplog.provenance import Revision
@@ -122,26 +131,23 @@ def _record(
         events = of_job(read_events(run_folder / "metrics.jsonl"), job.started if job else None)
         usage = train_usage(events)
         packages = next((event.packages for event in events if isinstance(event, Start)), {})
-        if run.kind == "train":
-            steps["train"] = state
-            diverged = next((event.diverged for event in reversed(events) if isinstance(event, End)), None)
-        elif run.kind != "control":
+        diverged = next((event.diverged for event in reversed(events) if isinstance(event, End)), None)
+        is_scored = run.kind != "train"
+        if run.kind != "control":
             trained = (run_folder / "DONE").is_file() or (job is not None and job.part == "evaluation")
             steps["train"] = State.COMPLETED if trained else state
         evaluation = None
         try:
-            evaluation = read_scores(run_folder / "eval" / "scores.json") if run.kind != "train" else None
+            evaluation = read_scores(run_folder / "eval" / "scores.json") if is_scored else None
         except RecordError as error:
             if state is State.COMPLETED:
                 state, reason = State.FAILED, str(error)
-        if run.kind == "train":
-            pass
-        elif evaluation and job and job.started and not_before(evaluation.ended, job.started):
+        if evaluation and job and job.started and not_before(evaluation.ended, job.started):
             usage, metrics = with_evaluation(usage, evaluation), evaluation.scores
             steps["eval"] = State.COMPLETED
-        elif steps.get("train", State.COMPLETED) is State.COMPLETED:
+        elif is_scored and steps.get("train", State.COMPLETED) is State.COMPLETED:
             steps["eval"] = State.INCOMPLETE if state is State.COMPLETED else state
-        elif state.ended:
+        elif is_scored and state.ended:
             steps["eval"] = State.CANCELLED  # it waits for a training that ended well
     deviation = read_deviation(run_folder) if newest else None
     told = _told(job)

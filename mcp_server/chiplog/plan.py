@@ -152,6 +152,8 @@ class Plan(Frozen):
             raise ValueError(f"a training of trainer is measured by its {VAL_LOSS}: leave metrics out")
         if self.framework == "torchtune" and not self.models:
             raise ValueError("models: name at least one, which is fine-tuned, or take the recipe train")
+        if self.framework == "trainer" and self.models:
+            raise ValueError("a training of trainer makes its own model: leave models out")
         return self
 
 

@@ -25,7 +25,7 @@ from chiplog.trainer_files import load_trainer_file
 
 
 def to_submit(folder: ExperimentFolder, names: Sequence[str], waiting: bool = False) -> list[Run]:
-    """The runs that have no job that waits, runs or completed with its result: new ones, and those that ended otherwise.
+    """The runs that have no job that waits, runs or completed with a result: new ones, and those that ended otherwise.
 
     With `waiting`, those of them that an earlier submission left waiting for room; else not those, while the job lives
     that will submit them.

@@ -31,6 +31,7 @@ ORDER = [
     "estimate",
     "trainer_files",
     "checks",
+    "trainings",
     "render",
     "engines",
     "folder",
