@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from chiplog.errors import NotFoundError, RecordError, RenderError
 from chiplog.files import write_atomic
 from chiplog.plan import NAME, Plan, Run, expand, read_plan
-from chiplog.recipes import load_recipe, manual
+from chiplog.recipes import manual
 from chiplog.record import Prediction, read_lines, write_lines
 from chiplog.schema import Frozen
 from chiplog.settings import Settings
@@ -71,8 +71,9 @@ class ExperimentFolder:
         return any((self.path / "code").glob("*/*.yaml"))
 
     def place_of(self, recipe: str) -> str:
-        """The folder under `code/` that carries a recipe. Raises NotFoundError where none does."""
-        return load_recipe(recipe, self.path / "code" / "recipes").place
+        """The folder under `code/` that carries a recipe, or should."""
+        own, trainer = (self.path / "code" / place / f"{recipe}.py" for place in ("recipes", "trainer"))
+        return "trainer" if trainer.is_file() and not own.is_file() else "recipes"
 
     def runs(self) -> list[Run]:
         """The runs, as the copy of the recipes in `code/` expands them: a later change of the repo changes nothing.

@@ -39,6 +39,7 @@ ORDER = [
     "deviation",
     "collect",
     "compare",
+    "losses",
     "summary",
     "figure",
     "studies",

@@ -41,20 +41,19 @@ BY_FLOPS = "training time grows with FLOPs; the interval reaches to what tokens 
 class ScratchHistory(History):
     """The runs of the same recipe and resources, classed by the trainer's settings."""
 
-    def _class(self, records: Sequence[Record]) -> None:
+    def _class(self, every: Sequence[Record]) -> None:
         run = self.run
-        apart = {r.key: differs(run.config, r.config) for r in records}
+        apart = {r.key: differs(run.config, r.config) for r in every}
         other = {key: names - NEUTRAL for key, names in apart.items()}
-        done = [r for r in records if r.state is State.COMPLETED]
+        done = [r for r in every if r.state is State.COMPLETED]
         self.answered = []
         begun = [r for r in done if not apart[r.key] & STARTING]
-        self.loaded = (
-            self._nearest(begun) or begun
-        )  # the guard on one batch takes its steps then, which grow with FLOPs
+        # The guard on one batch takes its steps then, which grow with FLOPs.
+        self.loaded = self._nearest(begun) or begun
         self.same = [r for r in done if not other[r.key] and self._same_work(r)]
-        paced = [r for r in records if other[r.key] <= COUNT | VALIDATES]
+        paced = [r for r in every if other[r.key] <= COUNT | VALIDATES]
         self.paced = [r for r in paced if (r.usage.steps or 0) >= PACED_STEPS]
-        self.stopped = [r for r in records if not other[r.key] and r.state is State.TIMEOUT and not r.usage.resumed]
+        self.stopped = [r for r in every if not other[r.key] and r.state is State.TIMEOUT and not r.usage.resumed]
         near = [r for r in done if other[r.key] <= COUNT | VALIDATES | NEAR | SIZE]
         self.near = self._nearest(near)
         self.alike_in_length = [r for r in near if other[r.key] <= COUNT | VALIDATES | NEAR]
