@@ -20,7 +20,7 @@ if Path("DONE").exists():
 meta = json.loads((Path(config["dataset"]) / "meta.json").read_text())
 metrics = Path("metrics.jsonl").open("a", buffering=1)  # noqa: SIM115
 memory = {"peak_mem_bytes": 1_000_000, "mem_kind": "host_rss"}
-tokens, diverged = config["batch_size"] * config["seq_len"], None
+tokens, step, diverged = config["batch_size"] * config["seq_len"], 0, None
 
 
 def say(event: str, **values: object) -> None:
