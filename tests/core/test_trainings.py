@@ -12,10 +12,13 @@ from mcp import Client
 from scipy import stats
 
 from chiplog import tools
+from chiplog.deviation import after_running_out
 from chiplog.errors import PlanError
+from chiplog.folder import ExperimentFolder
 from chiplog.losses import compare_losses
 from chiplog.plan import Experiment, Plan, Resources, expand
 from chiplog.recipes import load_recipe, manual
+from chiplog.record import Record, State
 from chiplog.render import render
 from chiplog.settings import Settings
 from chiplog.trainer_files import load_trainer_file
@@ -257,6 +260,25 @@ def test_time_is_told_by_the_same_settings_then_the_same_steps_then_flops_and_el
     assert told["longer"].basis == told["wider"].basis == "scaled"
     assert told["far wider"] is None and told["lstm"] is None
     assert all(each.evidence == ["lrs/text"] for each in told.values() if each)
+
+
+def test_a_training_killed_for_its_memory_goes_on_with_less_than_it_had_chosen(corpus: Path, lab: Path):
+    planned(controls={"batch_size": 32})
+    run_all()
+    (run,) = ExperimentFolder(lab / "experiments" / "lrs").runs()
+    home = lab / "experiments" / "lrs" / "runs" / "text"
+    (home / "DONE").unlink()
+    begun = {
+        "event": "start",
+        "started": "2026-01-01T00:00:01Z",
+        "device": "cpu",
+        "setup_s": 1.0,
+        "micro_batch_size": 8,
+    }
+    (home / "metrics.jsonl").write_text(json.dumps(begun) + "\n")
+    killed = Record(key="local:1", state=State.OUT_OF_MEMORY, started="2026-01-01T00:00:00Z")
+    deviation = after_running_out(run, home, killed)
+    assert deviation and (deviation.micro_batch_size, deviation.asked) == (4, 8)
 
 
 def rendered(workspace: Path, nodes: int = 1, **cluster: Any) -> dict[str, bytes]:
