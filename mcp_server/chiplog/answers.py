@@ -9,6 +9,7 @@ from pydantic import Field
 from chiplog.calibration import Calibration
 from chiplog.checks.dataset import DatasetReport
 from chiplog.checks.model import ModelReport
+from chiplog.checks.tokens import TokensReport
 from chiplog.estimate import RunEstimate
 from chiplog.estimate.case import CaseEstimate
 from chiplog.ledger.scan import Scanned
@@ -40,7 +41,7 @@ class StudiesAnswer(Answer):
 
 
 class DatasetAnswer(Answer):
-    report: DatasetReport = Field(description="What was found.")
+    report: DatasetReport | TokensReport = Field(description="What was found: of rows, or of token files.")
 
 
 class ModelAnswer(Answer):
@@ -60,6 +61,11 @@ class PlanRow(Frozen):
     kind: str = Field(description="finetune, train or control.")
     varied: dict[str, Value] = Field(description="The settings that differ between runs.")
     batch_size: int | None = Field(description="Samples per optimiser step; null for a control.")
+    n_params: int | None = Field(
+        description="Parameters of the model that it makes; null: it makes none, or not known."
+    )
+    tokens: int | None = Field(description="Tokens that it trains on; null: not counted.")
+    flops: float | None = Field(description="FLOPs of its training; null: not computed.")
     time_limit_s: int | None = Field(description="Time limit in seconds; null: none.")
     mem_gib: int | None = Field(description="Host memory asked of Slurm in GiB; null: the partition's default.")
     estimate: RunEstimate = Field(description="What it will need, and what that rests on.")

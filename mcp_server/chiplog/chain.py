@@ -31,7 +31,7 @@ class Chain(NamedTuple):
 
 def scripts(folder: ExperimentFolder, run: Run) -> list[str]:
     """The scripts of a run that are still to be done, in their order."""
-    if run.kind == "control":
+    if run.kind != "finetune":  # nothing is evaluated after it
         return ["run.sbatch"]
     is_trained = (folder.path / "runs" / run.name / "DONE").is_file()
     return ["eval.sbatch"] if is_trained else ["run.sbatch", "eval.sbatch"]

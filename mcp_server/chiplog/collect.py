@@ -14,7 +14,16 @@ from chiplog.engines import Job, engine_for, followed, withdrawn
 from chiplog.errors import RecordError
 from chiplog.folder import ExperimentFolder, Submission
 from chiplog.ledger import Ledger
-from chiplog.ledger.metrics import Start, not_before, of_job, read_events, read_scores, train_usage, with_evaluation
+from chiplog.ledger.metrics import (
+    End,
+    Start,
+    not_before,
+    of_job,
+    read_events,
+    read_scores,
+    train_usage,
+    with_evaluation,
+)
 from chiplog.ledger.parse import parse_log
 from chiplog.plan import Run
 from chiplog.provenance import Revision
@@ -61,6 +70,8 @@ def _may_have_changed(folder: ExperimentFolder, record: Record, job: Job) -> boo
         return False
     if record.state is State.UNKNOWN or job.ended is None:
         return True
+    if record.kind == "train":  # it has no evaluation that could come later
+        return False
     try:
         evaluation = read_scores(folder.path / "runs" / str(record.run) / "eval" / "scores.json")
     except RecordError:
@@ -68,10 +79,13 @@ def _may_have_changed(folder: ExperimentFolder, record: Record, job: Job) -> boo
     return evaluation is None or not_before(evaluation.ended, job.ended)
 
 
-def is_evaluated(folder: ExperimentFolder, run: str) -> bool:
-    """Whether a run has scores that can be read."""
+def is_done(folder: ExperimentFolder, run: Run) -> bool:
+    """Whether a run has its result: scores that can be read, or of one that is not scored, DONE."""
+    home = folder.path / "runs" / run.name
+    if run.kind == "train":
+        return (home / "DONE").is_file()
     try:
-        return read_scores(folder.path / "runs" / run / "eval" / "scores.json") is not None
+        return read_scores(home / "eval" / "scores.json") is not None
     except RecordError:
         return False
 
@@ -111,27 +125,29 @@ def _record(
     reason = job.reason if job else "the engine no longer knows this job"
     if state is State.FAILED and job and (words := _last_error(job.log)):
         reason = f"{reason}: {words}"
-    usage, metrics, packages = Usage(), {}, {}
+    usage, metrics, packages, diverged = Usage(), {}, {}, None
     steps: dict[str, State] = {}
     if newest:  # the folder holds what the last attempt left
         events = of_job(read_events(run_folder / "metrics.jsonl"), job.started if job else None)
         usage = train_usage(events)
         packages = next((event.packages for event in events if isinstance(event, Start)), {})
+        diverged = next((event.diverged for event in reversed(events) if isinstance(event, End)), None)
+        is_scored = run.kind != "train"
         if run.kind != "control":
             trained = (run_folder / "DONE").is_file() or (job is not None and job.part == "evaluation")
             steps["train"] = State.COMPLETED if trained else state
         evaluation = None
         try:
-            evaluation = read_scores(run_folder / "eval" / "scores.json")
+            evaluation = read_scores(run_folder / "eval" / "scores.json") if is_scored else None
         except RecordError as error:
             if state is State.COMPLETED:
                 state, reason = State.FAILED, str(error)
         if evaluation and job and job.started and not_before(evaluation.ended, job.started):
             usage, metrics = with_evaluation(usage, evaluation), evaluation.scores
             steps["eval"] = State.COMPLETED
-        elif steps.get("train", State.COMPLETED) is State.COMPLETED:
+        elif is_scored and steps.get("train", State.COMPLETED) is State.COMPLETED:
             steps["eval"] = State.INCOMPLETE if state is State.COMPLETED else state
-        elif state.ended:
+        elif is_scored and state.ended:
             steps["eval"] = State.CANCELLED  # it waits for a training that ended well
     deviation = read_deviation(run_folder) if newest else None
     told = _told(job)
@@ -143,11 +159,12 @@ def _record(
         run=run.name,
         kind=run.kind,
         recipe=run.recipe,
-        model=run.config["model"],
+        model=run.config.get("model"),
         job_id=submission.job_id,
         attempt=submission.attempt,
         state=state,
         deviation=deviation.words if deviation else None,
+        diverged=diverged,
         oom=told.oom if told else None,
         logs=told.logs if told else [],
         evidence=told.evidence if told else [],

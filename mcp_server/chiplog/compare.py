@@ -30,9 +30,9 @@ class Interval(Frozen):
 
 
 class Difference(Frozen):
-    """How much better the first arm is than the second, over the same items."""
+    """First arm less second: of their shares over the same items, or of their mean losses."""
 
-    interval: Interval = Field(description="Difference of the shares, with its 95 % interval.")
+    interval: Interval = Field(description="The difference, with its 95 % interval.")
     p: float = Field(description="Chance of a difference at least this large if the arms were equal.")
     seeds: int = Field(description="Replicates of the arm that has more of them.")
 
@@ -77,6 +77,16 @@ def paired(
         p_seeds, seed_low, seed_high = _over_seeds(*shares, against_control)
         p, low, high = max(p, p_seeds), min(low, seed_low), max(high, seed_high)
     return Difference(interval=Interval(value=mean, low=max(low, -1.0), high=min(high, 1.0)), p=p, seeds=seeds)
+
+
+def over_seeds(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Compares two arms by one figure a seed, Welch's t alone; each has two seeds or more that are not all equal."""
+    import numpy as np
+
+    one, other = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    p, low, high = _over_seeds(one, other, against_control=False)
+    value = float(one.mean() - other.mean())
+    return Difference(interval=Interval(value=value, low=low, high=high), p=p, seeds=max(len(one), len(other)))
 
 
 def _over_seeds(one: np.ndarray, other: np.ndarray, against_control: bool) -> tuple[float, float, float]:

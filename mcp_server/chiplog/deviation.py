@@ -51,7 +51,8 @@ def after_running_out(run: Run, run_folder: Path, last: Record | None) -> Deviat
     if (run_folder / "DONE").is_file():  # it was the evaluation
         return None
     batch = run.config.get("batch_size")
-    asked = run.config.get("micro_batch_size") or batch
+    chosen = _started_with(run_folder) if run.kind == "train" else None  # by itself, where the settings say none
+    asked = run.config.get("micro_batch_size") or chosen or batch
     if not isinstance(batch, int) or not isinstance(asked, int):
         return None
     noted = read_deviation(run_folder)
@@ -64,6 +65,12 @@ def after_running_out(run: Run, run_folder: Path, last: Record | None) -> Deviat
         return None
     reason = f"job {last.job_id} ran out of memory with {before}"
     return Deviation(micro_batch_size=smaller[-1], asked=asked, reason=reason)
+
+
+def _started_with(run_folder: Path) -> int | None:
+    """The micro-batch of the last start."""
+    starts = [event for event in read_events(run_folder / "metrics.jsonl") if isinstance(event, Start)]
+    return starts[-1].micro_batch_size if starts else None
 
 
 def _was_tried(size: int, run_folder: Path, attempt: Record) -> bool:

@@ -1,4 +1,4 @@
-"""The picture of a summary: one point with its interval for every run, controls as hollow points."""
+"""The picture of a summary: one point for every run, a score with its interval, controls as hollow points."""
 
 from __future__ import annotations
 
@@ -6,34 +6,95 @@ import io
 import os
 import tempfile
 import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from chiplog.record import State
 from chiplog.summary import Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by all
 
 TITLE_WIDTH = 76  # letters that fit into a line
+TALLEST = 30  # inches of rows, from which on they move together
 
 
 def scores_figure(summary: Summary, metric: str) -> bytes:
     """A PNG: runs from top to bottom, the share of items right from left to right, failed runs named."""
-    os.environ.setdefault("MPLCONFIGDIR", os.path.join(tempfile.gettempdir(), "chiplog-matplotlib"))  # noqa: PTH118
-    from matplotlib import rc_context
-
-    # Names and questions are plain text: a $ is a dollar, and starts no formula.
-    with rc_context({"text.parse_math": False, "text.usetex": False}):
+    with _plain_text():
         return _draw(summary, metric)
 
 
-def _draw(summary: Summary, metric: str) -> bytes:
+def losses_figure(summary: Summary) -> bytes:
+    """A PNG: runs from top to bottom, the validation loss at the end from left to right, runs without one named."""
+    with _plain_text():
+        return _draw_losses(summary)
+
+
+@contextmanager
+def _plain_text() -> Iterator[None]:
+    """Names and questions are plain text: a $ is a dollar, and starts no formula."""
+    os.environ.setdefault("MPLCONFIGDIR", os.path.join(tempfile.gettempdir(), "chiplog-matplotlib"))  # noqa: PTH118
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False, "text.usetex": False}):
+        yield
+
+
+def _draw_losses(summary: Summary) -> bytes:
+    from matplotlib.transforms import blended_transform_factory
+
+    rows = summary.rows
+    figure, axes = _empty([row.run for row in rows])
+    beside = blended_transform_factory(axes.transAxes, axes.transData)
+    for place, row in enumerate(rows):
+        if row.val_loss is None or row.state is not State.COMPLETED:
+            words = "diverged" if row.diverged else row.state.lower() if row.state else "not run"
+            axes.text(0.01, place, f"{words}: no loss", transform=beside, va="center", color="#555555", style="italic")
+            continue
+        axes.plot(row.val_loss, place, "o", color=COLOURS[0])
+        axes.annotate(
+            f"{row.val_loss:.4g}", (row.val_loss, place), xytext=(6, 0), textcoords="offset points", va="center"
+        )
+    axes.margins(x=0.15)
+    axes.set_yticks(range(len(rows)), [row.run for row in rows])
+    axes.set_xlabel("validation loss at the end, nats a token")
+    return _finished(figure, axes, summary, len(rows))
+
+
+def _empty(names: Sequence[str]) -> tuple[Figure, Axes]:
+    """A figure with room for that many rows; of very many, they move together."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    height = 1.4 + min(0.38 * len(names), max(TALLEST, 0.12 * len(names)))
+    figure = Figure(figsize=(6 + 0.08 * max(map(len, names)), height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def _finished(figure: Figure, axes: Axes, summary: Summary, n: int) -> bytes:
+    """The PNG, with its title and nothing that carries no information."""
+    axes.set_ylim(n - 0.4, -0.6)
+    figure.suptitle(_title(summary), x=0.01, ha="left", fontsize=10, wrap=True)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _draw(summary: Summary, metric: str) -> bytes:
     models = list(dict.fromkeys(row.model for row in summary.rows))
     rows = sorted(summary.rows, key=lambda row: (models.index(row.model), row.kind == "control"))
-    longest = max(len(row.run) for row in rows)
-    figure = Figure(figsize=(6 + 0.08 * longest, 1.4 + 0.38 * len(rows)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = _empty([row.run for row in rows])
     for place, row in enumerate(rows):
         colour = COLOURS[models.index(row.model) % len(COLOURS)]
         score = row.scores.get(metric)
@@ -56,18 +117,9 @@ def _draw(summary: Summary, metric: str) -> bytes:
             color=colour,
         )
     axes.set_yticks(range(len(rows)), [row.run + (" (control)" if row.kind == "control" else "") for row in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(-2, 102)
     axes.set_xlabel(f"{metric.replace('_', ' ')}, % of the items, with the exact 95 % interval")
-    figure.suptitle(_title(summary), x=0.01, ha="left", fontsize=10, wrap=True)
-    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+    return _finished(figure, axes, summary, len(rows))
 
 
 def _title(summary: Summary) -> str:

@@ -67,8 +67,13 @@ class ExperimentFolder:
 
     @property
     def is_set_up(self) -> bool:
-        """Whether the folder carries the code of its runs."""
-        return (self.path / "code" / "recipes").is_dir()
+        """Whether the folder carries the code of its runs: the manual of a recipe at least."""
+        return any((self.path / "code").glob("*/*.yaml"))
+
+    def place_of(self, recipe: str) -> str:
+        """The folder under `code/` that carries a recipe, or should."""
+        own, trainer = (self.path / "code" / place / f"{recipe}.py" for place in ("recipes", "trainer"))
+        return "trainer" if trainer.is_file() and not own.is_file() else "recipes"
 
     def runs(self) -> list[Run]:
         """The runs, as the copy of the recipes in `code/` expands them: a later change of the repo changes nothing.

@@ -19,6 +19,7 @@ from chiplog.checks import Check, Report
 from chiplog.checks.dataset import check_dataset as inspect_dataset
 from chiplog.checks.lookup import resolve_model
 from chiplog.checks.model import check_model as inspect_model
+from chiplog.checks.tokens import check_tokens, is_token_folder
 from chiplog.plan import Value
 from chiplog.schema import Progress
 from chiplog.settings import load_settings
@@ -42,9 +43,18 @@ def check_dataset(
     prompt: Annotated[str, Field(description="What the user says; {input} is the sample's input.")] = "{input}",
     progress: Progress | None = None,
 ) -> DatasetAnswer:
-    """Checks a data set: splits, rows, shape, empty and duplicate rows, leaks between splits, token counts."""
+    """Checks a data set: splits, rows, shape, empty and duplicate rows, leaks between splits, token counts.
+
+    Of a folder of token files, which trainings read: that each is whole and within the vocabulary.
+    """
     settings = load_settings()
     file = planning.find_dataset(path, settings)
+    if is_token_folder(file):
+        found = check_tokens(file, progress)
+        counts = ", ".join(f"{name} {n:,} tokens" for name, n in found.tokens.items()) or "no split"
+        head = f"{file.name} is {'usable for trainings' if found.ok else 'not usable as it is'}: {counts}"
+        head += f", of a vocabulary of {found.vocab_size:,}." if found.vocab_size else "."
+        return DatasetAnswer(summary=_with_checks(head, found), ok=found.ok, report=found)
     tokenizer = settings.allowed(resolve_model(model, settings.model_roots, settings.workspace)) if model else None
     report = inspect_dataset(file, model=tokenizer, system_prompt=system_prompt, prompt=prompt, progress=progress)
     splits = ", ".join(

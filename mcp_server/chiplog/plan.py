@@ -12,18 +12,17 @@ import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from chiplog.errors import PlanError
 from chiplog.schema import Frozen, plain_errors
+from chiplog.values import Kind, Value, check_value
 
 Config = dict[str, Any]
-Value = bool | int | float | str | list[str] | None
 Metric = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,39}$")]
 
 # Names become folders, job names and file names in shell scripts: no character that any of them would read twice.
@@ -31,14 +30,13 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 # Settings that read better short in a run's name.
 SHORT = {"lora_rank": "rank", "batch_size": "batch", "micro_batch_size": "micro", "model": "", "dataset": ""}
 
-LARGEST = 2**32 - 1  # of whole numbers, since seeds are no larger
-
-Kind = Literal["text", "integer >= 0", "integer >= 1", "number >= 0", "number > 0", "number 0 to 1"]
+VAL_LOSS = "val_loss"  # the result of a training that makes a model of its own; lower is better
 
 
 class Manual(Frozen):
     """What the YAML beside a recipe says of its settings."""
 
+    framework: Literal["torchtune", "trainer"] = Field(default="torchtune", description="What it is built on.")
     defaults: Config = Field(description="Every setting with its default.")
     takes: dict[str, Kind | list[str]] = Field(
         default={}, description="Kind or choices of the settings whose default does not say it."
@@ -88,18 +86,27 @@ class Resources(Frozen):
 class Experiment(Frozen):
     """What varies and what stays fixed. Runs are the product of `variables`, or the explicit list `runs`."""
 
-    framework: Literal["torchtune", "trainer"] = Field(default="torchtune", description="What trains.")
-    recipe: str = Field(description="File under recipes/, without .py.")
+    framework: Literal["torchtune", "trainer"] = Field(
+        default="torchtune", description="What trains: torchtune fine-tunes models, trainer makes its own."
+    )
+    recipe: str = Field(description="File under recipes/ or trainer/, without .py.")
     controls: dict[str, Value] = Field(default={}, description="Settings that are the same in every run.")
     variables: dict[str, list[Value]] = Field(default={}, description="Settings that vary, each with its values.")
     runs: list[dict[str, Value]] = Field(default=[], description="Settings of each run, where they are no product.")
     seeds: list[int] = Field(default=[0], min_length=1, description="One replicate of every run for each seed.")
     control: Literal["base_model", "none"] = Field(
-        default="base_model", description="base_model: each base model is evaluated too, without fine-tuning."
+        default_factory=lambda known: "none" if known.get("framework") == "trainer" else "base_model",
+        description="base_model: each base model is evaluated too, without fine-tuning; of trainer: none.",
     )
     resources: Resources = Field(default=Resources(), description="What one run asks for.")
     time_limits_s: dict[str, int] = Field(default={}, description="Time limits of single runs, by name, in seconds.")
     eval_time_limits_s: dict[str, int] = Field(default={}, description="The same of their evaluations.")
+
+    @model_validator(mode="after")
+    def _no_base_model(self) -> Experiment:
+        if self.framework == "trainer" and self.control == "base_model":
+            raise ValueError("a training of trainer has no base model that could be its control: leave control out")
+        return self
 
 
 class Plan(Frozen):
@@ -112,11 +119,42 @@ class Plan(Frozen):
         default=["exact_match"], min_length=1, description="Scores to report; the first decides."
     )
     study: str | None = Field(default=None, description="Folder under tasks/ that the plan belongs to.")
-    models: dict[str, str] = Field(min_length=1, description="Short name of each base model and its folder.")
+    models: dict[str, str] = Field(
+        default={}, description="Short name of each base model and its folder; trainer needs none."
+    )
     datasets: dict[str, str] = Field(min_length=1, description="Short name of each data set and its file or folder.")
     dataset_sha256: dict[str, str] = Field(default={}, description="Hash of each data set when it was planned.")
     experiments: list[Experiment] = Field(min_length=1, description="What varies and what stays fixed.")
     gpu_hours: float | None = Field(default=None, gt=0, description="Budget; null: the one of chiplog.toml.")
+
+    @property
+    def framework(self) -> str:
+        """What trains all of its runs."""
+        return self.experiments[0].framework
+
+    @model_validator(mode="before")
+    @classmethod
+    def _measured_by_its_loss(cls, values: Any) -> Any:
+        """Of a plan whose trainings make models of their own, the metric is the validation loss."""
+        if isinstance(values, dict) and not values.get("metrics"):
+            listed = values.get("experiments")
+            made = listed if isinstance(listed, list | tuple) else []
+            kinds = {e.get("framework") if isinstance(e, dict) else getattr(e, "framework", None) for e in made}
+            return {**values, "metrics": [VAL_LOSS]} if kinds == {"trainer"} else values
+        return values
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Plan:
+        """One metric decides, so the runs of a plan are all scored on answers, or all measured by their loss."""
+        if len({experiment.framework for experiment in self.experiments}) > 1:
+            raise ValueError("some experiments fine-tune models and some make their own: make a plan of each kind")
+        if self.framework == "trainer" and self.metrics != [VAL_LOSS]:
+            raise ValueError(f"a training of trainer is measured by its {VAL_LOSS}: leave metrics out")
+        if self.framework == "torchtune" and not self.models:
+            raise ValueError("models: name at least one, which is fine-tuned, or take the recipe train")
+        if self.framework == "trainer" and self.models:
+            raise ValueError("a training of trainer makes its own model: leave models out")
+        return self
 
 
 class Run(Frozen):
@@ -125,7 +163,7 @@ class Run(Frozen):
     name: str = Field(description="Unique in the plan; made of what varies.")
     kind: Literal["finetune", "train", "control"] = Field(description="control: evaluation only.")
     recipe: str | None = Field(description="What trains it; null for a control.")
-    model: str = Field(description="Short name of the base model.")
+    model: str | None = Field(description="Short name of the base model; null where it makes its own.")
     dataset: str = Field(description="Short name of the data set.")
     seed: int = Field(description="Seed of the replicate.")
     varied: dict[str, Value] = Field(description="The settings that differ between runs.")
@@ -203,7 +241,7 @@ def expand(plan: Plan, manual: Callable[[str], Manual]) -> list[Run]:
 
 
 def columns(varied: Iterable[Mapping[str, Value]]) -> list[str]:
-    """The settings that differ between runs, beside the model, which has a column of its own in every table."""
+    """The settings that differ between runs, beside a base model, which has a column of its own in every table."""
     return [key for key in dict.fromkeys(key for one in varied for key in one) if key != "model"]
 
 
@@ -211,7 +249,13 @@ def _expand_one(plan: Plan, experiment: Experiment, manual: Callable[[str], Manu
     if experiment.variables and experiment.runs:
         raise PlanError("an experiment has either variables (their product is run) or runs (a list): remove one")
     known = manual(experiment.recipe)
-    evaluated = manual("evaluate").defaults
+    if known.framework != experiment.framework:
+        raise PlanError(
+            f"the recipe {experiment.recipe} is built on {known.framework} and the experiment says "
+            f"{experiment.framework}: write framework: {known.framework}, or take another recipe"
+        )
+    tunes = experiment.framework == "torchtune"
+    evaluated = manual("evaluate").defaults if tunes else {}
     for name, values in experiment.variables.items():
         if not values:
             raise PlanError(f"the variable {name!r} has no values: give at least one or remove it")
@@ -220,20 +264,25 @@ def _expand_one(plan: Plan, experiment: Experiment, manual: Callable[[str], Manu
     runs: list[Run] = []
     controls: dict[str, Run] = {}
     for cell, seed in itertools.product(cells, experiment.seeds):
-        chosen = {**_only(plan.models, "model"), **_only(plan.datasets, "dataset"), **experiment.controls, **cell}
-        model = _pick(chosen, "model", plan.models)
+        only = {**(_only(plan.models, "model") if tunes else {}), **_only(plan.datasets, "dataset")}
+        chosen = {**only, **experiment.controls, **cell}
+        model = _pick(chosen, "model", plan.models) if tunes else None
         dataset = _pick(chosen, "dataset", plan.datasets)
         if "seed" in chosen:
             raise PlanError(
                 "seed is a setting of a run: give seeds=[...] instead, so that replicates are known as such"
             )
         settings = {**chosen, "seed": seed}
-        config = _complete(settings, known) | {"model": plan.models[model], "dataset": plan.datasets[dataset]}
-        shown = {"model": model, **cell} if len(plan.models) > 1 or not cell else cell
+        config = _complete(settings, known) | {"dataset": plan.datasets[dataset]}
+        if model is None:
+            shown = cell or {"dataset": dataset}
+        else:
+            config["model"] = plan.models[model]
+            shown = {"model": model, **cell} if len(plan.models) > 1 or not cell else cell
         many = {"seed": seed} if len(experiment.seeds) > 1 else {}
         run = Run(
             name=_name({**shown, **many}),
-            kind="finetune" if experiment.framework == "torchtune" else "train",
+            kind="finetune" if tunes else "train",
             recipe=experiment.recipe,
             model=model,
             dataset=dataset,
@@ -295,51 +344,6 @@ def _complete(settings: Mapping[str, Value], manual: Manual) -> Config:
             "or the effective batch would change"
         )
     return config
-
-
-def check_value(key: str, value: Value, default: Value, takes: Mapping[str, Kind | list[str]]) -> Value:
-    """`value` as the setting has it: what `takes` says, else what its default is of. Raises PlanError."""
-    if value is None and default is None:
-        return None
-    if isinstance(value, list) != isinstance(default, list):
-        raise PlanError(f"{key} is {value!r}: give {'a list' if isinstance(default, list) else 'one value'}")
-    return _typed(key, value, takes.get(key) or _kind(default))
-
-
-def _kind(default: Value) -> Kind | type:
-    """What a setting takes whose YAML says no more than this default."""
-    if isinstance(default, bool) or not isinstance(default, int | float | str):
-        return type(default)
-    if isinstance(default, int):
-        return "integer >= 1" if default else "integer >= 0"
-    return "number >= 0" if isinstance(default, float) else "text"
-
-
-def _typed(key: str, value: Value, kind: Kind | list[str] | type) -> Value:
-    """`value` as a setting of that kind, or of those choices, has it. Raises PlanError."""
-    if isinstance(kind, list):
-        given = value if isinstance(value, list) else [value]
-        if not given or any(word not in kind for word in given):
-            raise PlanError(f"{key} is {value!r}: choose from {', '.join(kind)}")
-        return value
-    if kind is bool and not isinstance(value, bool):
-        raise PlanError(f"{key} is {value!r}: give true or false")
-    if kind == "text" and (not isinstance(value, str) or "\0" in value):
-        raise PlanError(f"{key} is {value!r}: give a text")
-    return _number(key, value, kind) if isinstance(kind, str) and kind != "text" else value
-
-
-def _number(key: str, value: Value, kind: str) -> float:
-    whole = kind.startswith("integer")
-    if not whole and isinstance(value, int | str) and not isinstance(value, bool):
-        with suppress(ValueError, OverflowError):
-            value = float(value)  # YAML 1.1 reads 1e-4 as a word
-    least, most = (1 if kind == "integer >= 1" else 0), (1 if kind == "number 0 to 1" else LARGEST)
-    right = isinstance(value, int if whole else float) and not isinstance(value, bool)
-    if right and least <= value <= most and (value or kind != "number > 0"):  # pyright: ignore[reportOperatorIssue]
-        return value  # pyright: ignore[reportReturnType]
-    above = "above 0 and" if kind == "number > 0" else f"of at least {least} and"
-    raise PlanError(f"{key} is {value!r}: give a {'whole ' * whole}number {above} at most {most:,}")
 
 
 def _name(varied: Mapping[str, Value]) -> str:

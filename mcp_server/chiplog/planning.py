@@ -27,6 +27,7 @@ from chiplog.settings import Settings
 from chiplog.sizing import DatasetReports, PlannedRun, Sizing, devices, stop_on
 from chiplog.studies import study_plan
 from chiplog.totals import Totals, check_room, make_totals, refuse_over_budget
+from chiplog.trainings import check_epochs, check_training
 
 
 class Request(Frozen):
@@ -89,14 +90,18 @@ def make_plan(request: Request, settings: Settings, ledger: Ledger, progress=Non
     for run in runs:
         _check_share(run)
         _check_gpu(run, settings)
+        if run.kind == "train":
+            check_training(run, datasets.tokens_of(run))
+            continue
         _check_scorer(run, plan)
         _check_split(run, datasets.of(run))
-    hashes = {run.dataset: datasets.of(run).sha256 for run in runs}
+    hashes = {run.dataset: datasets.sha256_of(run) for run in runs}
     plan = plan.model_copy(update={"dataset_sha256": {key: hashes[key] for key in plan.datasets if key in hashes}})
     sizing = Sizing(datasets, ledger, settings)
     rows = [sizing.row(run) for run in runs]
     for row in rows:
-        _check_steps(row, datasets.of(row.run))
+        if row.run.kind == "finetune":
+            _check_steps(row, datasets.of(row.run))
         if not request.allow_oversize:
             sizing.refuse_too_large(row)
     refuse_over_budget(plan, rows, settings)
@@ -105,9 +110,10 @@ def make_plan(request: Request, settings: Settings, ledger: Ledger, progress=Non
         limited = {run.name: run for run in expand(plan, manual)}
         rows = [row.model_copy(update={"run": limited[row.run.name]}) for row in rows]
     totals = make_totals(rows, settings)
-    reports: list[Report] = [*models.values(), *datasets.found.values()]
+    reports: list[Report] = [*models.values(), *datasets.all]
     found = [check for report in reports for check in report.problems]
     found += _check_warm_up(rows) + _check_own_rows(rows) + check_room(rows, totals, settings)
+    found += check_epochs([run for run in runs if run.kind == "train"], datasets.token_files)
     found += check_host_memory(rows, settings)
     found += [check for name in devices(runs, settings) if (check := sizing.card_warning(name))]
     warnings = list({(check.subject, check.found): check for check in found}.values())
@@ -124,7 +130,9 @@ def _draft(request: Request, settings: Settings) -> Plan:
             values[key] = given
     if request.dataset is not None:
         values["datasets"] = {_short(request.dataset): request.dataset}
-    missing = [key for key in ("question", "models", "datasets") if not values.get(key)]
+    values["experiments"] = [_experiment(request, dict(e), settings) for e in values.get("experiments") or [{}]]
+    tunes = any(experiment["framework"] != "trainer" for experiment in values["experiments"])
+    missing = [key for key in ("question", "models", "datasets") if not values.get(key) and (tunes or key != "models")]
     if missing:
         words = ", ".join("dataset" if key == "datasets" else key for key in missing)
         raise PlanError(f"the plan lacks {words}: give them, or name a plan of a study (list_studies shows them)")
@@ -133,12 +141,11 @@ def _draft(request: Request, settings: Settings) -> Plan:
     values["study"] = request.study
     values["models"] = {
         key: str(settings.allowed(resolve_model(path, settings.model_roots, settings.workspace)))
-        for key, path in values["models"].items()
+        for key, path in (values.get("models") or {}).items()
     }
     values["datasets"] = {
         key: str(find_dataset(path, settings, request.study)) for key, path in values["datasets"].items()
     }
-    values["experiments"] = [_experiment(request, dict(e), settings) for e in values.get("experiments") or [{}]]
     return parse_plan(values, "the request")
 
 
@@ -147,19 +154,24 @@ def _experiment(request: Request, values: dict[str, Any], settings: Settings) ->
         if (given := getattr(request, key)) is not None:
             values[key] = given
     controls = {**values.get("controls", {}), **(request.controls or {})}
-    if request.study and (study_folder(request.study) / "evaluate.py").is_file():
-        controls.setdefault("scorer", f"tasks/{request.study}/evaluate.py")
     resources = dict(values.get("resources", {}))
     for key in ("nodes", "gpus", "gpu", "cpus", "mem_gib", "time_limit_s"):
         if (given := getattr(request, key)) is not None:
             resources[key] = given
     has_gpus = bool(settings.gpus) or (settings.slurm is None and bool(available_gpus()))
     resources.setdefault("gpus", 1 if has_gpus else 0)
+    if not values.get("recipe") and values.get("framework") == "trainer":
+        values["recipe"] = "train"
     if not values.get("recipe"):
         recipe = choose_recipe(_processes(resources), request.validation)
         values["recipe"] = recipe.name
         if request.validation and "val_split" in recipe.settings:
             controls.setdefault("val_split", recipe.settings["val_split"] or "validation")
+    about = load_recipe(values["recipe"]).about
+    values.setdefault("framework", "trainer" if about.framework == "trainer" else "torchtune")
+    scores = request.study and (study_folder(request.study) / "evaluate.py").is_file()
+    if scores and values["framework"] != "trainer":
+        controls.setdefault("scorer", f"tasks/{request.study}/evaluate.py")
     return {**values, "controls": controls, "resources": resources}
 
 
@@ -258,7 +270,7 @@ def _has_score(file: Path) -> bool:
 
 
 def _check_steps(row: PlannedRun, report: DatasetReport) -> None:
-    if row.run.kind != "control" and not row.steps:
+    if not row.steps:
         raise PlanError(
             f"{row.run.name} would take no step: its batch_size {row.run.config['batch_size']} is more than the "
             f"{report.splits['train'].rows} rows of train; lower it"
@@ -283,7 +295,7 @@ def _check_split(run: Run, report: DatasetReport) -> None:
 
 def _check_own_rows(rows: Sequence[PlannedRun]) -> list[Check]:
     """A run that is scored on what it was trained on."""
-    named = [row.run.name for row in rows if row.run.kind != "control" and row.run.config["eval_split"] == "train"]
+    named = [row.run.name for row in rows if row.run.kind == "finetune" and row.run.config["eval_split"] == "train"]
     if not named:
         return []
     found = f"{', '.join(named)} would be scored on the rows that they train on: that shows what they can recite"
@@ -296,7 +308,7 @@ def _check_warm_up(rows: Sequence[PlannedRun]) -> list[Check]:
     if not short:
         return []
     found = f"it outlasts the {min(short.values())} steps of {', '.join(short)}, which never reach their lr"
-    return [warning("warmup_steps", found, "Lower it, or train for more epochs")]
+    return [warning("warmup_steps", found, "Lower it, or train for longer")]
 
 
 def _with_time_limits(plan: Plan, rows: Sequence[PlannedRun]) -> Plan:

@@ -1,8 +1,8 @@
 """The recipes as the planner sees them: the YAML beside each recipe file, never the code.
 
 That file holds two documents: what the recipe can do (`About`), then every setting with its default; `like` names
-another recipe whose settings it has too. A recipe in the workspace's own `recipes/` stands before the bundled one of
-the same name.
+another recipe whose settings it has too. Recipes stand in `recipes/`, and `train`, which makes models of its own, in
+`trainer/`. One in the workspace's own `recipes/` stands before the bundled one of the same name.
 """
 
 from __future__ import annotations
@@ -13,15 +13,23 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from chiplog.bundle import places
+from chiplog.bundle import bundle, places
 from chiplog.errors import NotFoundError, PlanError
-from chiplog.plan import Config, Kind, Manual, check_value
+from chiplog.plan import Config, Manual
 from chiplog.schema import Frozen, plain_errors
+from chiplog.values import Kind, check_value
 
-# The settings that planning itself reads, and what they take.
+# The settings that planning itself reads, and what they take, by what a recipe is built on and does.
 ASKED: dict[str, Kind] = {"model": "text", "dataset": "text", "system_prompt": "text", "prompt": "text"}
 NEEDED: dict[str, dict[str, Kind]] = {
     "evaluate": {**ASKED, "eval_split": "text", "eval_limit": "integer >= 1", "scorer": "text"},
+    "trainer": {  # which trains on token files: no base model, no chats
+        "dataset": "text",
+        "seed": "integer >= 0",
+        "batch_size": "integer >= 1",
+        "seq_len": "integer >= 1",
+        "max_steps": "integer >= 1",
+    },
     "train": {
         **ASKED,
         "seed": "integer >= 0",
@@ -55,9 +63,17 @@ class Recipe(Frozen):
     about: About = Field(description="What it can do.")
     settings: Config = Field(description="Every setting with its default.")
 
+    @property
+    def place(self) -> Literal["recipes", "trainer"]:
+        """The folder of an experiment's `code/` that carries it."""
+        return "trainer" if self.file.parent.name == "trainer" else "recipes"
+
 
 def recipe_names(folder: Path | None = None) -> list[str]:
-    """Names of all recipes, by the files that are there; `folder` instead of the workspace's and the bundled ones."""
+    """Names of all recipes, by the files that are there.
+
+    `folder`, a recipes/ that may have a trainer/ beside it, instead of the workspace's and the bundled ones.
+    """
     return sorted(
         {file.stem for place in _folders(folder) for file in place.glob("*.yaml") if file.with_suffix(".py").is_file()}
     )
@@ -91,15 +107,20 @@ def choose_recipe(processes: int, validation: bool) -> Recipe:
 
 
 def manual(name: str, folder: Path | None = None) -> Manual:
-    """Every setting that a run of this recipe knows: its own and the evaluation's."""
-    evaluation, recipe = load_recipe("evaluate", folder), load_recipe(name, folder)
+    """Every setting that a run of this recipe knows: its own, and the evaluation's where there is one."""
+    recipe = load_recipe(name, folder)
+    if recipe.about.framework == "trainer":
+        return Manual(framework="trainer", defaults=recipe.settings, takes=recipe.about.takes)
+    evaluation = load_recipe("evaluate", folder)
     return Manual(
-        defaults={**evaluation.settings, **recipe.settings}, takes={**evaluation.about.takes, **recipe.about.takes}
+        framework="torchtune",
+        defaults={**evaluation.settings, **recipe.settings},
+        takes={**evaluation.about.takes, **recipe.about.takes},
     )
 
 
 def _folders(folder: Path | None) -> list[Path]:
-    return places("recipes") if folder is None else [folder]
+    return [*places("recipes"), bundle() / "trainer"] if folder is None else [folder, folder.with_name("trainer")]
 
 
 def _read(file: Path) -> Recipe:
@@ -113,13 +134,15 @@ def _read(file: Path) -> Recipe:
         seen.add(like)
         theirs, defaults = _about(other)
         takes, settings, like = {**theirs.takes, **takes}, {**defaults, **settings}, theirs.like
-    if missing := [key for key in NEEDED[about.does] if key not in settings]:
+    needed = NEEDED["trainer" if about.framework == "trainer" else about.does]
+    if missing := [key for key in needed if key not in settings]:
         raise PlanError(f"{file} lacks {', '.join(missing)}: every recipe that can {about.does} has these settings")
     if unknown := takes.keys() - settings.keys():
         raise PlanError(f"{file} says what {', '.join(sorted(unknown))} takes, and has no such setting")
-    about = about.model_copy(update={"takes": {**takes, **NEEDED[about.does]}})
+    about = about.model_copy(update={"takes": {**takes, **needed}})
     for key, default in settings.items():
-        if default is None and key in NEEDED[about.does] and key not in MAY_BE_NULL:
+        counted = key == "max_steps" and about.framework == "trainer"  # nothing else says how long it trains
+        if default is None and key in needed and (counted or key not in MAY_BE_NULL):
             raise PlanError(f"{file}: {key} is null: give its default")
         try:
             check_value(key, default, default, about.takes)

@@ -97,7 +97,8 @@ class Usage(Frozen):
         default=None, description="The same while training alone; null where only the whole is known."
     )
     reserved_bytes: int | None = Field(default=None, description="Largest memory reserved while training.")
-    n_params: int | None = Field(default=None, description="Parameters of the base model.")
+    n_params: int | None = Field(default=None, description="Parameters of the model, of the base model if it has one.")
+    flops_per_token: float | None = Field(default=None, description="FLOPs that training takes for a token.")
     loss_first: float | None = Field(default=None, description="Loss of the first step.")
     loss_last: float | None = Field(default=None, description="Loss of the last step.")
     loss_mean: float | None = Field(default=None, description="Mean training loss, where the log states it.")
@@ -201,6 +202,9 @@ class Record(Frozen):
     reason: str | None = Field(default=None, description="Why it ended so, in words.")
     exit_code: int | None = Field(default=None, description="Exit status of the job.")
     deviation: str | None = Field(default=None, description="What it did otherwise than planned, and why.")
+    diverged: str | None = Field(
+        default=None, description="How its loss ended as no number, which is a result; null: it did not."
+    )
     oom: OutOfMemory | None = Field(default=None, description="What was said when memory ran out.")
     steps: dict[str, State] = Field(default={}, description="State of each step of the job: train, eval.")
     config: Config = Field(default={}, description="Every setting that the job read, as far as known.")
@@ -218,7 +222,8 @@ class Record(Frozen):
     @property
     def time_outcome(self) -> Outcome | None:
         """The seconds foretold, and those it took. Null if either is not known, or it did only a part of the run."""
-        told = self.predicted.elapsed_s if self.predicted and not self.usage.resumed else None
+        part = self.usage.resumed or self.diverged
+        told = self.predicted.elapsed_s if self.predicted and not part else None
         return self._outcome(told, self.usage.elapsed_s)
 
     @property

@@ -69,10 +69,10 @@ def render(plan: Plan, runs: Sequence[Run], settings: Settings) -> dict[str, byt
         folder = f"runs/{run.name}"
         files[f"{folder}/config.yaml"] = _config_text(run).encode()
         files[f"{folder}/run.sbatch"] = _script(jinja, plan, run, settings, train=run.kind != "control")
-        if run.kind != "control":
+        if run.kind == "finetune":
             files[f"{folder}/eval.sbatch"] = _script(jinja, plan, run, settings, train=False)
-    trained, controls = ([r.name for r in runs if (r.kind == "control") == which] for which in (False, True))
-    submit = jinja.get_template("submit.sh.j2").render(plan=plan, trained=trained, controls=controls)
+    trained, alone = ([r.name for r in runs if (r.kind == "finetune") == which] for which in (True, False))
+    submit = jinja.get_template("submit.sh.j2").render(plan=plan, trained=trained, alone=alone)
     files["submit.sh"] = submit.encode()
     files["close.sbatch"] = _closing(jinja, plan, settings)
     files["README.md"] = _readme(jinja, plan, runs)
@@ -97,18 +97,18 @@ def _refuse_credential(content: bytes, looks: re.Pattern[str], name: str, source
 
 
 def _config_text(run: Run) -> str:
-    head = f"# Everything that the job {run.name} reads. The settings are explained in code/recipes/*.yaml.\n"
+    manuals = f"{load_recipe(run.recipe).place}/{run.recipe}" if run.recipe and run.kind == "train" else "recipes/*"
+    head = f"# Everything that the job {run.name} reads. The settings are explained in code/{manuals}.yaml.\n"
     return head + yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
 
 
 def _script(jinja: Environment, plan: Plan, run: Run, settings: Settings, *, train: bool) -> bytes:
     """`run.sbatch` (trains; of a control evaluates) or `eval.sbatch` (evaluates what was trained)."""
     command, what = "python ../../code/recipes/evaluate.py --config config.yaml", "evaluates the base model"
-    if train:
-        command, what = (
-            f"python {shlex.quote(f'../../code/recipes/{run.recipe}.py')} --config config.yaml",
-            "fine-tunes",
-        )
+    if train and run.recipe:
+        file = f"../../code/{load_recipe(run.recipe).place}/{run.recipe}.py"
+        command = f"python {shlex.quote(file)} --config config.yaml"
+        what = "trains a model" if run.kind == "train" else "fine-tunes"
     elif run.kind != "control":
         command, what = f"{command} --adapter adapter", "evaluates what was fine-tuned"
     resources = run.resources if train or run.kind == "control" else _evaluating(run.resources)
@@ -188,19 +188,27 @@ def find_gpu(resources: Resources, settings: Settings) -> Gpu | None:
 
 def _readme(jinja: Environment, plan: Plan, runs: Sequence[Run]) -> bytes:
     varied = columns(run.varied for run in runs)
-    rows = [[run.name, run.model, run.kind, *(str(run.varied.get(key, "–")) for key in varied)] for run in runs]
+    heads = ["run", *(["model"] if plan.models else []), "type", *varied]
+    rows = [
+        [run.name, *([run.model] if plan.models else []), run.kind, *(str(run.varied.get(key, "–")) for key in varied)]
+        for run in runs
+    ]
     has_control = any(run.kind == "control" for run in runs)
-    text = jinja.get_template("README.md.j2").render(plan=plan, varied=varied, rows=rows, has_control=has_control)
+    text = jinja.get_template("README.md.j2").render(plan=plan, heads=heads, rows=rows, has_control=has_control)
     return text.encode()
 
 
 def code_files(plan: Plan) -> dict[str, Path]:
     """The code that the jobs run, by its name under `code/`: their recipes, the trainer, the study."""
     root = bundle()
-    folders = {load_recipe(name).file.parent: None for name in [*(e.recipe for e in plan.experiments), "evaluate"]}
+    names = [*(e.recipe for e in plan.experiments), *(["evaluate"] if plan.framework == "torchtune" else [])]
+    recipes = [load_recipe(name) for name in names]
+    folders = {recipe.file.parent: None for recipe in recipes if recipe.place == "recipes"}
     found = {f"recipes/{file.name}": file for folder in reversed(folders) for file in sorted(folder.iterdir())}
     found = {name: file for name, file in found.items() if file.suffix in (".py", ".yaml")}
     found |= {f"trainer/{file.name}": file for file in sorted((root / "trainer").glob("*.py"))}
+    manuals = [recipe.file.with_suffix(".yaml") for recipe in recipes if recipe.place == "trainer"]
+    found |= {f"trainer/{file.name}": file for file in manuals}
     if plan.study:
         folder = study_folder(plan.study)
         found["tasks/__init__.py"] = root / "tasks" / "__init__.py"

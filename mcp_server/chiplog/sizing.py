@@ -15,6 +15,7 @@ from pydantic import Field
 from chiplog.checks import Check, Report, warning
 from chiplog.checks.dataset import DatasetReport, check_dataset
 from chiplog.checks.lookup import resolve_model
+from chiplog.checks.tokens import TokensReport, check_tokens, is_token_folder
 from chiplog.engines.local import gpu_name
 from chiplog.errors import ChiplogError, NotFoundError, PlanError, SettingsError
 from chiplog.estimate import RunEstimate, Workload, workload
@@ -31,6 +32,7 @@ from chiplog.render import find_gpu
 from chiplog.schema import Frozen
 from chiplog.settings import Settings
 from chiplog.text import size
+from chiplog.trainings import model_of, work_of
 
 if TYPE_CHECKING:
     from chiplog.estimate.estimator import Known, Place
@@ -43,8 +45,11 @@ class PlannedRun(Frozen):
 
     run: Run = Field(description="The run.")
     steps: int = Field(description="Optimiser steps that it will take; 0 for a control.")
-    trained: Steps | None = Field(description="How its recipe makes them of the samples; null for a control.")
+    trained: Steps | None = Field(description="How its recipe makes them of the samples; null where none are.")
     estimate: RunEstimate = Field(description="What it will need.")
+    tokens: int | None = Field(default=None, description="Tokens that it will train on; null: not counted.")
+    n_params: int | None = Field(default=None, description="Parameters of the model that it makes; null: not known.")
+    flops: float | None = Field(default=None, description="FLOPs of its training; null: not computed.")
 
 
 class DatasetReports:
@@ -53,6 +58,25 @@ class DatasetReports:
     def __init__(self, progress=None) -> None:
         self.progress = progress
         self.found: dict[tuple[str, ...], DatasetReport] = {}
+        self.token_files: dict[str, TokensReport] = {}
+
+    @property
+    def all(self) -> list[Report]:
+        """Every report that was made."""
+        return [*self.found.values(), *self.token_files.values()]
+
+    def tokens_of(self, run: Run) -> TokensReport:
+        """Of a run that trains on token files. Raises PlanError if they cannot be used."""
+        path = run.config["dataset"]
+        if path not in self.token_files:
+            report = check_tokens(Path(path), self.progress)
+            stop_on(report, f"data set {run.dataset}", path)
+            self.token_files[path] = report
+        return self.token_files[path]
+
+    def sha256_of(self, run: Run) -> str | None:
+        """The hash of the data that a run reads."""
+        return (self.tokens_of(run) if run.kind == "train" else self.of(run)).sha256
 
     def of(self, run: Run) -> DatasetReport:
         """Raises PlanError if the data set cannot be used so."""
@@ -60,6 +84,11 @@ class DatasetReports:
         prompts = {name: config[name] for name in ("system_prompt", "prompt")}
         key = (config["dataset"], config["model"], *(str(text) for text in prompts.values()))
         if key not in self.found:
+            if is_token_folder(Path(key[0])):
+                raise PlanError(
+                    f"the data set {run.dataset} ({key[0]}) holds token files, which nothing is fine-tuned on: plan "
+                    "with the recipe train, or give rows"
+                )
             report = check_dataset(Path(key[0]), model=Path(key[1]), **prompts, progress=self.progress)
             stop_on(report, f"data set {run.dataset}", key[0])
             self.found[key] = report
@@ -84,11 +113,26 @@ class Sizing:
         """A run with its estimate."""
         from chiplog.estimate.estimator import estimate_run  # numpy and scipy take a while to import
 
+        if run.kind == "train":
+            return self._training(run)
         trained, work = _work(run, self.datasets.of(run))
         device, model = device_of(run, self.settings), run.config["model"]
         place = self.place(device, model)
-        found = estimate_run(run, work, self._on(device, model), _job(run, trained, place), place)
-        return PlannedRun(run=run, steps=work.steps, trained=trained, estimate=found)
+        found = estimate_run(run, work, self._on(device, "model", model), _job(run, trained, place), place)
+        return PlannedRun(run=run, steps=work.steps, trained=trained, estimate=found, tokens=work.tokens)
+
+    def _training(self, run: Run) -> PlannedRun:
+        """A run that makes its own model: past runs of its recipe speak alone, since the physics knows none of it."""
+        from chiplog.estimate.estimator import estimate_run
+
+        report, device = self.datasets.tokens_of(run), device_of(run, self.settings)
+        work, model = work_of(run, report), model_of(run, report.vocab_size or 1)
+        records = self._on(device, "recipe", run.recipe or "")
+        found = estimate_run(run, work, records, None, self.place(device, ""))
+        return PlannedRun(
+            run=run, steps=work.steps, trained=None, estimate=found, tokens=work.tokens,
+            n_params=model and model.n_params, flops=work.flops,
+        )  # fmt: skip
 
     def place(self, device: str, model: str) -> Place | None:
         """The card of a device and all that is known of it; null for a CPU, and for a card that is not known."""
@@ -144,7 +188,7 @@ class Sizing:
         found = row.estimate
         if not found.reserved_mem or not found.capacity_bytes or (found.out_of_memory or 0.0) <= 0.5:
             return
-        place = self.place(device_of(row.run, self.settings), row.run.config["model"])
+        place = self.place(device_of(row.run, self.settings), row.run.config.get("model") or "")
         job = _job(row.run, row.trained, place)
         assert place and job, "a run without them has no capacity"
         needs = f"{size(found.reserved_mem.value)} ({size(found.reserved_mem.low)} to {size(found.reserved_mem.high)})"
@@ -167,17 +211,17 @@ class Sizing:
         ways += [f"a GPU such as {card} with micro_batch_size 1"] if card else []
         return f"take {' or '.join(ways)}" if ways else "take a smaller model, or shard it over several GPUs"
 
-    def _on(self, device: str, model: str) -> list[Record]:
-        """The newest records of a model on a device."""
-        if (device, model) not in self._records:
+    def _on(self, device: str, column: str, value: str) -> list[Record]:
+        """The newest records of a model, or of a recipe, on a device."""
+        if (device, value) not in self._records:
             card = self._card(device)
             names = (
                 ["cpu"] if device == "cpu" else _devices(self.ledger, card) if card else _called(self.ledger, device)
             )
-            found = self.ledger.search({"device": names, "model": model}, limit=OWN_RUNS)[0]
+            found = self.ledger.search({"device": names, column: value}, limit=OWN_RUNS)[0]
             defaults = {r.recipe: _defaults(r.recipe or "evaluate") for r in found if r.experiment}
-            self._records[device, model] = [_filled(r, defaults[r.recipe]) if r.experiment else r for r in found]
-        return self._records[device, model]
+            self._records[device, value] = [_filled(r, defaults[r.recipe]) if r.experiment else r for r in found]
+        return self._records[device, value]
 
 
 def _defaults(recipe: str) -> Config:

@@ -8,7 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from chiplog.chain import chained, scripts
-from chiplog.collect import is_evaluated
+from chiplog.checks.tokens import tokens_hash
+from chiplog.collect import is_done
 from chiplog.deviation import FILE, after_running_out
 from chiplog.engines import Engine, Queue, engine_for
 from chiplog.errors import EngineError, PlanError, RenderError
@@ -24,7 +25,7 @@ from chiplog.trainer_files import load_trainer_file
 
 
 def to_submit(folder: ExperimentFolder, names: Sequence[str], waiting: bool = False) -> list[Run]:
-    """The runs that have no job that waits, runs or completed with scores: new ones, and those that ended otherwise.
+    """The runs that have no job that waits, runs or completed with a result: new ones, and those that ended otherwise.
 
     With `waiting`, those of them that an earlier submission left waiting for room; else not those, while the job lives
     that will submit them.
@@ -32,18 +33,19 @@ def to_submit(folder: ExperimentFolder, names: Sequence[str], waiting: bool = Fa
     that their jobs would read, or is not what the plan says.
     """
     standing = {name: job.state for name, (_, job) in latest_jobs(folder).items() if job}
+    planned = {run.name: run for run in folder.runs()}
     settled = {
         name
         for name, state in standing.items()
-        if not state.ended or (state is State.COMPLETED and is_evaluated(folder, name))
+        if not state.ended or (state is State.COMPLETED and name in planned and is_done(folder, planned[name]))
     }
     wait = waiting_runs(folder)
     if waiting:
         names = [name for name in names if name in wait]
     else:
         settled |= {name for name, job in wait.items() if job and not job.state.ended}
-    runs = [run for run in folder.runs() if run.name in names and run.name not in settled]
-    needed = [f"code/recipes/{name}.py" for name in sorted({run.recipe or "evaluate" for run in runs})]
+    runs = [run for run in planned.values() if run.name in names and run.name not in settled]
+    needed = [f"code/{folder.place_of(name)}/{name}.py" for name in sorted({run.recipe or "evaluate" for run in runs})]
     needed += ["code/REVISION", "code/job.sh", "close.sbatch"]
     needed += [f"runs/{run.name}/{file}" for run in runs for file in ("config.yaml", *scripts(folder, run))]
     if gone := [name for name in needed if runs and not (folder.path / name).is_file()]:
@@ -63,8 +65,8 @@ def check_data_unchanged(folder: ExperimentFolder) -> None:
     for key, path in plan.datasets.items():
         rows = load_trainer_file("rows")
         try:
-            found = rows.file_hash(Path(path))
-        except (rows.RowsError, OSError) as error:
+            found = tokens_hash(Path(path)) if plan.framework == "trainer" else rows.file_hash(Path(path))
+        except (OSError, ValueError) as error:  # a RowsError is one too
             raise PlanError(f"the data set {key} ({path}) cannot be read any more: {error}") from error
         if found != plan.dataset_sha256.get(key, found):
             raise PlanError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from pydantic import Field, ValidationError
 from chiplog.compare import Difference, Interval, holm, paired, proportion
 from chiplog.errors import RecordError
 from chiplog.folder import ExperimentFolder
-from chiplog.plan import Run, Value
+from chiplog.losses import MOST_ARMS, compare_losses
+from chiplog.plan import VAL_LOSS, Run, Value
 from chiplog.record import Record, State
 from chiplog.schema import Frozen, plain_errors
 
@@ -29,7 +31,7 @@ class Row(Frozen):
 
     run: str = Field(description="Name of the run.")
     kind: str = Field(description="finetune, train or control.")
-    model: str = Field(description="Short name of the base model.")
+    model: str | None = Field(description="Short name of the base model; null where it made its own.")
     varied: dict[str, Value] = Field(description="The settings that differ between runs.")
     batch_size: int | None = Field(description="Samples per optimiser step; null for a control.")
     state: State | None = Field(description="How its last attempt ended; null if it was never submitted.")
@@ -43,12 +45,16 @@ class Row(Frozen):
     mem_kind: str | None = Field(description="What the peak counts.")
     val_loss_best: float | None = Field(description="Lowest validation loss; null where it did not validate.")
     val_loss_best_step: int | None = Field(description="Optimiser steps before it.")
+    val_loss: float | None = Field(default=None, description="Validation loss at the end; null: none, or no number.")
+    diverged: str | None = Field(default=None, description="How its loss became no number; null: it did not.")
+    tokens: int | None = Field(default=None, description="Tokens trained on.")
+    n_params: int | None = Field(default=None, description="Parameters of the model.")
     scores: dict[str, Interval] = Field(description="Share of items for each metric, with its exact 95 % interval.")
     n_items: int | None = Field(description="Items scored.")
 
 
 class Comparison(Frozen):
-    """Two arms over the same items."""
+    """Two arms over the same items, or of trainings that make their own models over their seeds."""
 
     first: str = Field(description="Arm that is compared.")
     second: str = Field(description="Arm or control that it is compared with.")
@@ -105,6 +111,31 @@ def summarize(folder: ExperimentFolder, records: Sequence[Record]) -> Summary:
     plan, runs = folder.plan, folder.runs()
     last = {record.run: record for record in sorted(records, key=lambda record: record.attempt)}
     rows = [_row(run, last.get(run.name)) for run in runs]
+    if plan.framework == "trainer":
+        comparisons, not_shown = _by_loss(runs, rows)
+    else:
+        comparisons, not_shown = _by_answers(folder, runs, rows)
+    gpus = {run.name: run.resources.all_gpus for run in runs}
+    attempts = [(record.usage.elapsed_s, gpus[record.run]) for record in records if record.run in gpus]
+    took = [(seconds, n) for seconds, n in attempts if seconds is not None]
+    return Summary(
+        experiment=folder.path.name,
+        question=plan.question,
+        rows=rows,
+        comparisons=comparisons,
+        not_shown=not_shown,
+        deviations=[f"{run.name}: {words}" for run in runs if run.name in last and (words := last[run.name].deviation)],
+        attempts=len(attempts),
+        run_s=sum(seconds for seconds, _ in took) if took else None,
+        gpu_hours=sum(seconds * n for seconds, n in took) / 3600,
+    )
+
+
+def _by_answers(
+    folder: ExperimentFolder, runs: Sequence[Run], rows: Sequence[Row]
+) -> tuple[list[Comparison], list[str]]:
+    """The comparisons of arms that answered the same items, and what is not shown."""
+    plan = folder.plan
     # What a failed run left behind is nobody's answer.
     ended_well = [row.run for row in rows if row.state is State.COMPLETED]
     scored = list(dict.fromkeys(name for row in rows for name in row.scores))
@@ -119,23 +150,39 @@ def summarize(folder: ExperimentFolder, records: Sequence[Record]) -> Summary:
         except RecordError as error:
             left_out.append(f"{name}: cannot be compared, since {error}")
     comparisons = _comparisons(metric, runs, {name: found for name, found in answers.items() if found})
-    gpus = {run.name: run.resources.all_gpus for run in runs}
-    attempts = [(record.usage.elapsed_s, gpus[record.run]) for record in records if record.run in gpus]
-    took = [(seconds, n) for seconds, n in attempts if seconds is not None]
-    return Summary(
-        experiment=folder.path.name,
-        question=plan.question,
-        rows=rows,
-        comparisons=comparisons,
-        not_shown=[
-            *(left_out if scored else []),
-            *_not_shown(rows, comparisons, runs, [name for name, found in answers.items() if not found]),
-        ],
-        deviations=[f"{run.name}: {words}" for run in runs if run.name in last and (words := last[run.name].deviation)],
-        attempts=len(attempts),
-        run_s=sum(seconds for seconds, _ in took) if took else None,
-        gpu_hours=sum(seconds * n for seconds, n in took) / 3600,
-    )
+    return comparisons, [
+        *(left_out if scored else []),
+        *_not_shown(rows, comparisons, runs, [name for name, found in answers.items() if not found]),
+    ]
+
+
+def _by_loss(runs: Sequence[Run], rows: Sequence[Row]) -> tuple[list[Comparison], list[str]]:
+    """The comparisons of arms by their validation losses, and what is not shown; of many arms, none in pairs."""
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        arms.setdefault(arm_name(run), []).append(run)
+    losses = {row.run: row.val_loss for row in rows if row.state is State.COMPLETED and row.val_loss is not None}
+    measured = {arm: [losses[run.name] for run in group if run.name in losses] for arm, group in arms.items()}
+    pairs = [
+        (one, other)
+        for one, other in itertools.combinations([arm for arm in arms if measured[arm]], 2)
+        if _one_apart(arms[one], arms[other])
+    ]
+    lost = {row.run for row in rows if row.diverged}
+    diverged = {arm for arm, group in arms.items() if any(run.name in lost for run in group)}
+    many = len(arms) > MOST_ARMS
+    found = [
+        Comparison(against_control=False, metric=VAL_LOSS, **pair._asdict())
+        for pair in compare_losses(VAL_LOSS, [] if many else pairs, measured, diverged)
+    ]
+    left = [
+        f"{row.run}: nothing, since it {'diverged: ' + row.diverged if row.diverged else 'has no validation loss'}"
+        for row in rows
+        if row.state is State.COMPLETED and row.val_loss is None
+    ]
+    if many:
+        left.append(f"Which of the {len(arms)} arms differ: more than {MOST_ARMS} are not compared in pairs.")
+    return found, [*_not_shown(rows, found, runs, []), *left]
 
 
 def _row(run: Run, record: Record | None) -> Row:
@@ -159,9 +206,19 @@ def _row(run: Run, record: Record | None) -> Row:
         mem_kind=record.usage.mem_kind if record else None,
         val_loss_best=best.loss if best else None,
         val_loss_best_step=best.step if best else None,
+        val_loss=_last_loss(record) if record else None,
+        diverged=record.diverged if record else None,
+        tokens=record.usage.tokens if record else None,
+        n_params=record.usage.n_params if record else None,
         scores=scores,
         n_items=next((score.n for score in record.metrics.values()), None) if record else None,
     )
+
+
+def _last_loss(record: Record) -> float | None:
+    """The validation loss with which a training ended; null where it did not end so, and a NaN is none."""
+    losses = record.usage.val_losses
+    return losses[-1] if losses and math.isfinite(losses[-1]) and not record.diverged else None
 
 
 def _answers(run_folder: Path, metric: str) -> dict[str, bool]:
@@ -307,6 +364,6 @@ def _not_shown(
     found += [c.words for c in open_pairs]
     if len({run.seed for run in runs if run.kind != "control"}) == 1:
         found.append("How much another seed would change: every arm was trained once.")
-    if not any(run.kind == "control" for run in runs):
+    if not any(run.kind in ("control", "train") for run in runs):
         found.append("What the base models could do before: the plan has no control.")
     return found

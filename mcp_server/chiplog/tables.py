@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from chiplog.compare import Interval
 from chiplog.estimate import Estimate
 from chiplog.estimate.case import CaseEstimate
-from chiplog.plan import Value, columns
+from chiplog.plan import VAL_LOSS, Value, columns
 from chiplog.record import State
 from chiplog.sizing import PlannedRun
 from chiplog.summary import Row
@@ -27,7 +27,7 @@ NO_EVIDENCE = "no evidence"
 
 def plan_table(rows: Sequence[PlannedRun]) -> str:
     """The experiment before it runs, in Markdown."""
-    varied = columns(row.run.varied for row in rows)
+    varied, tunes = columns(row.run.varied for row in rows), any(row.run.model for row in rows)
     cells = []
     for number, row in enumerate(rows, start=1):
         run, guess = row.run, row.estimate
@@ -40,9 +40,11 @@ def plan_table(rows: Sequence[PlannedRun]) -> str:
         limit = clock(run.resources.time_limit_s) if run.resources.time_limit_s else "–"
         settings = [_cell(value) for value in (*map(run.varied.get, varied), run.config.get("batch_size"))]
         time_words = span((told.value, told.low, told.high), duration) if told else NO_EVIDENCE
-        cells.append([str(number), run.name, run.model, run.kind, *settings, time_words, limit, memory, guess.basis])
+        made = [run.model or "–"] if tunes else [_count(row.n_params), _count(row.tokens), _short(row.flops)]
+        cells.append([str(number), run.name, *made, run.kind, *settings, time_words, limit, memory, guess.basis])
+    made = ["model"] if tunes else ["params", "tokens", "FLOPs"]
     return markdown(
-        ["#", "run", "model", "type", *varied, "batch", "est. time", "time limit", "est. memory", "basis"], cells
+        ["#", "run", *made, "type", *varied, "batch", "est. time", "time limit", "est. memory", "basis"], cells
     )
 
 
@@ -150,22 +152,34 @@ def cut_note(there: int, limit: int) -> str | None:
 
 def summary_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     """The experiment after it ran, in Markdown."""
-    varied = columns(row.varied for row in rows)
+    varied, tunes = columns(row.varied for row in rows), any(row.model for row in rows)
     numbers = ["batch", "est. time", "time limit", "actual", "est. memory", "peak memory"]
+    metrics = [metric for metric in metrics if metric != VAL_LOSS]
     scores = [f"{metric}, % (95 % CI)" for metric in metrics]
-    validates = any(row.val_loss_best is not None for row in rows)
-    losses = ["best val. loss (step)"] if validates else []
-    headings = ["#", "run", "model", "type", *varied, *numbers, *losses, *scores]
-    cells = [_summary_row(number, row, varied, metrics, validates) for number, row in enumerate(rows, start=1)]
+    validates = any(row.val_loss_best is not None for row in rows) or not tunes
+    losses = [*([] if tunes else ["val. loss"]), *(["best val. loss (step)"] if validates else [])]
+    headings = [
+        "#",
+        "run",
+        *(["model"] if tunes else ["params", "tokens"]),
+        "type",
+        *varied,
+        *numbers,
+        *losses,
+        *scores,
+    ]
+    cells = [_summary_row(number, row, varied, metrics, validates, tunes) for number, row in enumerate(rows, start=1)]
     return markdown(headings, cells)
 
 
-def _summary_row(number: int, row: Row, varied: Sequence[str], metrics: Sequence[str], validates: bool) -> list[str]:
+def _summary_row(
+    number: int, row: Row, varied: Sequence[str], metrics: Sequence[str], validates: bool, tunes: bool
+) -> list[str]:
     peak = f"{size(row.peak_mem_bytes)} ({MEM_WORDS[row.mem_kind]})" if row.mem_kind in MEM_WORDS else "–"
     return [
         str(number),
         row.run,
-        row.model,
+        *([row.model or "–"] if tunes else [_count(row.n_params), _count(row.tokens)]),
         row.kind,
         *(_cell(row.varied.get(key)) for key in varied),
         _cell(row.batch_size),
@@ -174,6 +188,7 @@ def _summary_row(number: int, row: Row, varied: Sequence[str], metrics: Sequence
         duration(row.elapsed_s) if row.state is State.COMPLETED else f"{row.state or 'not run'}",
         span(row.predicted_bytes, size),
         peak,
+        *([] if tunes else ["diverged" if row.diverged else _short(row.val_loss)]),
         *([_loss_cell(row)] if validates else []),
         *(_score_cell(row.scores.get(metric)) for metric in metrics),
     ]
@@ -184,9 +199,10 @@ def probe_words(rows: Sequence[PlannedRun]) -> list[str]:
     unknown = [row.run.name for row in rows if row.estimate.elapsed is None]
     if not unknown:
         return []
+    limits = "max_steps 20 and eval_limit 20" if any(row.run.model for row in rows) else "max_steps 20"
     return [
         f"No evidence for {listed(unknown)}: no run like these has completed on this device. To get some, "
-        "plan a probe with max_steps 20 and eval_limit 20, run it, and plan again."
+        f"plan a probe with {limits}, run it, and plan again."
     ]
 
 
@@ -202,6 +218,14 @@ def span(predicted: tuple[float, float, float] | None, words: Callable[[float], 
 
 def _cell(value: Value) -> str:
     return "–" if value is None else str(value)
+
+
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
+
+
+def _short(number: float | None) -> str:
+    return "–" if number is None else f"{number:.4g}"
 
 
 def _loss_cell(row: Row) -> str:

@@ -70,7 +70,8 @@ LISTED = 20
 def plan_experiment(
     question: Annotated[str | None, Field(description="What should be found out.")] = None,
     models: Annotated[
-        dict[str, str] | None, Field(description="Short name of each base model and its folder or name.")
+        dict[str, str] | None,
+        Field(description="Short name of each base model and its folder or name; none for the recipe train."),
     ] = None,
     dataset: Annotated[str | None, Field(description="File or folder of the data set, or its name.")] = None,
     variables: Annotated[
@@ -89,7 +90,13 @@ def plan_experiment(
     hypothesis: Annotated[str | None, Field(description="What is expected, and why.")] = None,
     metrics: Annotated[list[str] | None, Field(description="Scores to report; the first decides.")] = None,
     name: Annotated[str | None, Field(description="Name of the experiment; null: the date and the question.")] = None,
-    recipe: Annotated[str | None, Field(description="Recipe; null: chosen from the GPUs and validation.")] = None,
+    recipe: Annotated[
+        str | None,
+        Field(
+            description="Recipe; null: one that fine-tunes, chosen from the GPUs and validation; train: models of your "
+            "own, made from token files."
+        ),
+    ] = None,
     validation: Annotated[bool, Field(description="Whether to validate during training.")] = False,
     nodes: Annotated[int | None, Field(ge=1, description="Nodes of each run; null: one.")] = None,
     gpus: Annotated[
@@ -279,6 +286,9 @@ def _plan_row(row: PlannedRun) -> PlanRow:
         kind=row.run.kind,
         varied=row.run.varied,
         batch_size=row.run.config.get("batch_size"),
+        n_params=row.n_params,
+        tokens=row.tokens,
+        flops=row.flops,
         time_limit_s=row.run.resources.time_limit_s,
         mem_gib=row.run.resources.mem_gib,
         estimate=row.estimate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -44,7 +45,8 @@ def write_tokens(folder: Path, n: int = 6000, vocab_size: int = 64) -> Path:
     for name, part in parts.items():
         np.asarray(part, dtype="<u2").tofile(folder / f"{name}.bin")
     sizes = {name: len(part) for name, part in parts.items()}
-    meta = {"vocab_size": vocab_size, "dtype": "<u2", "tokens": sizes, "sha256": {name: name for name in parts}}
+    hashes = {name: hashlib.sha256((folder / f"{name}.bin").read_bytes()).hexdigest() for name in parts}
+    meta = {"vocab_size": vocab_size, "dtype": "<u2", "tokens": sizes, "sha256": hashes}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 

@@ -128,10 +128,10 @@ def _snapshots(repo: Path) -> list[Path]:
 
 
 def _datasets(roots: Sequence[Path]) -> Iterator[Path]:
-    """Data files, folders that hold some, and folders that `save_to_disk` wrote; no models."""
+    """Data files, folders that hold some, and folders that `save_to_disk` or `trainer.prepare` wrote; no models."""
     kind_of = load_trainer_file("rows").kind_of
     for folder, inside, files in _walk(roots):
-        saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+        saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json", "train.bin"))
         if saved or _is_model(folder):
             inside.clear()
         data = [] if saved or _is_model(folder) else [file for file in files if kind_of(file)]

@@ -25,6 +25,7 @@ from chiplog.estimate.history import TIME_SPREAD, History
 from chiplog.estimate.job import Job, Measured
 from chiplog.estimate.jobs import HERE, measured_run
 from chiplog.estimate.model import RISK, RunEstimate, Term, TermName, Workload
+from chiplog.estimate.scratch import history_of
 from chiplog.plan import Run
 from chiplog.record import Record
 from chiplog.text import duration
@@ -118,7 +119,7 @@ def estimate_run(
 
     Without them, records alone speak, and what they do not hold is null.
     """
-    history = History(run, work, records)
+    history = history_of(run, work, records)
     found = estimate_job(job, work, place, history, trains=run.kind != "control", gpus=run.resources.all_gpus)
     if found.out_of_memory is not None and history.same:  # they did not run out, as often as it was tried
         return found.model_copy(update={"out_of_memory": 0.5 / (len(history.same) + 1)})

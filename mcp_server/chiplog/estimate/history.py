@@ -46,26 +46,33 @@ class History:
 
     def __init__(self, run: Run, work: Workload, records: Sequence[Record]) -> None:
         self.run, self.work = run, work
-        model, resources = run.config["model"], (run.resources.all_cpus, run.resources.all_gpus, run.resources.nodes)
+        model, resources = (
+            run.config.get("model"),
+            (run.resources.all_cpus, run.resources.all_gpus, run.resources.nodes),
+        )
         every = [r for r in records if r.config.get("model") == model]
-        every = [r for r in every if (r.usage.cpus, r.usage.gpus, r.usage.nodes or 1) == resources]
+        self._class([r for r in every if (r.usage.cpus, r.usage.gpus, r.usage.nodes or 1) == resources])
+
+    def _class(self, every: Sequence[Record]) -> None:
+        """Finds the runs that tell of each part, by the settings in which they differ."""
+        run, work = self.run, self.work
         alike = [r for r in every if r.state is State.COMPLETED]
-        self.loaded = [r for r in alike if not _differs(run.config, r.config) & LOADING]
-        self.answered = [r for r in alike if r.kind == run.kind and not _differs(run.config, r.config) & ANSWERING]
+        self.loaded = [r for r in alike if not differs(run.config, r.config) & LOADING]
+        self.answered = [r for r in alike if r.kind == run.kind and not differs(run.config, r.config) & ANSWERING]
         every = [r for r in every if r.kind == run.kind and r.recipe == run.recipe]
-        differs = {r.key: _differs(run.config, r.config) - NEUTRAL for r in every}
+        apart = {r.key: differs(run.config, r.config) - NEUTRAL for r in every}
         alike = [r for r in every if r.state is State.COMPLETED]
-        self.same = [r for r in alike if not differs[r.key] and _same_work(r, work)]
-        self.paced = [r for r in every if differs[r.key] <= COUNT | VALIDATING and (r.usage.steps or 0) >= PACED]
-        self.stopped = [r for r in every if not differs[r.key] and r.state is State.TIMEOUT and not r.usage.resumed]
-        close = [r for r in every if differs[r.key] <= COUNT | LENGTH | NEAR | VALIDATING]
+        self.same = [r for r in alike if not apart[r.key] and _same_work(r, work)]
+        self.paced = [r for r in every if apart[r.key] <= COUNT | VALIDATING and (r.usage.steps or 0) >= PACED]
+        self.stopped = [r for r in every if not apart[r.key] and r.state is State.TIMEOUT and not r.usage.resumed]
+        close = [r for r in every if apart[r.key] <= COUNT | LENGTH | NEAR | VALIDATING]
         near = [r for r in close if r.state is State.COMPLETED]
-        self.near = _nearest(near, differs)
+        self.near = _nearest(near, apart)
         # A validation passes samples of its own, which may be longer.
-        self.alike_in_length = _nearest([r for r in near if not differs[r.key] & {*LENGTH, "val_split"}], differs)
+        self.alike_in_length = _nearest([r for r in near if not apart[r.key] & {*LENGTH, "val_split"}], apart)
         validated = [r for r in close if is_amount(r.usage.val_s) and r.usage.val_losses]
-        self.validated = _nearest(validated, {key: names - COUNT - VALIDATING for key, names in differs.items()})
-        self.other_samples = {key for key, names in differs.items() if names & LENGTH}
+        self.validated = _nearest(validated, {key: names - COUNT - VALIDATING for key, names in apart.items()})
+        self.other_samples = {key for key, names in apart.items() if names & LENGTH}
 
     def elapsed(self) -> Guess | None:
         """Seconds of the job, from runs of the same configuration; null where none completed.
@@ -76,7 +83,7 @@ class History:
         if not whole:
             return None
         times = [r.usage.elapsed_s or 0.0 for r in whole] + [self._needed(r) for r in self.stopped]
-        return _guess(times, TIME_SPREAD, "same-configuration", [*whole, *self.stopped])
+        return guess_of(times, TIME_SPREAD, "same-configuration", [*whole, *self.stopped])
 
     def at_least(self) -> float:
         """Seconds that runs of the same configuration had taken when their time limit ended them."""
@@ -96,7 +103,7 @@ class History:
         """Seconds of training, by the steps of runs whose steps are the same."""
         paced = [r for r in self.paced if r.usage.train_s and r.usage.steps]
         times = [(r.usage.train_s or 0.0) * self.work.steps / (r.usage.steps or 1) for r in paced]
-        return _guess(times, TIME_SPREAD, "scaled", paced)
+        return guess_of(times, TIME_SPREAD, "scaled", paced)
 
     def terms(self) -> dict[TermName, Guess]:
         """The parts of its time that are on record, each scaled by what it grows with."""
@@ -123,17 +130,17 @@ class History:
             for kind in sorted({r.usage.mem_kind for r in records if r.usage.mem_kind} - {"after_init"}):
                 used = [r for r in records if r.usage.mem_kind == kind and r.usage.peak_mem_bytes]
                 if used:
-                    return _guess([float(r.usage.peak_mem_bytes or 0) for r in used], spread, basis, used), kind
+                    return guess_of([float(r.usage.peak_mem_bytes or 0) for r in used], spread, basis, used), kind
         return None, None
 
     def _term(self, field: str, records: Sequence[Record]) -> Guess | None:
         used = [r for r in records if getattr(r.usage, field)]
-        return _guess([getattr(r.usage, field) for r in used], *SCALED, used)
+        return guess_of([getattr(r.usage, field) for r in used], *SCALED, used)
 
     def _evaluation(self) -> Guess | None:
         done = [r for r in self.answered if r.usage.eval_s and r.usage.eval_samples]
         times = [(r.usage.eval_s or 0.0) * self.work.eval_samples / (r.usage.eval_samples or 1) for r in done]
-        return _guess(times, *SCALED, done)
+        return guess_of(times, *SCALED, done)
 
     def _validation(self) -> Guess | None:
         """By the validations of runs whose passes are alike, and by what their splits hold."""
@@ -141,7 +148,7 @@ class History:
             (r.usage.val_s or 0.0) / len(r.usage.val_losses) * self.work.validations * self._larger(r)
             for r in self.validated
         ]
-        return _guess(times, *SCALED, self.validated)
+        return guess_of(times, *SCALED, self.validated)
 
     def _larger(self, record: Record) -> float:
         """How many times as large as that run's split this one's is: in samples, or where these differ in tokens.
@@ -157,13 +164,13 @@ class History:
         done = [r for r in self.near if r.usage.checkpoint_s and r.usage.steps]
         saves = _saves(self.run.config, self.work.steps)
         times = [(r.usage.checkpoint_s or 0.0) * saves / _saves(r.config, r.usage.steps or 1) for r in done]
-        return _guess(times, *SCALED, done)
+        return guess_of(times, *SCALED, done)
 
     def _training(self) -> Guess | None:
         """By tokens. A small model is bound by its steps, a large one by its tokens: the truth lies between the two."""
         near = [r for r in self.near if r.usage.train_s and r.usage.steps and r.usage.tokens]
         tokens = self.work.tokens or 0
-        guess = _guess([(r.usage.train_s or 0.0) * tokens / (r.usage.tokens or 1) for r in near], *SCALED, near)
+        guess = guess_of([(r.usage.train_s or 0.0) * tokens / (r.usage.tokens or 1) for r in near], *SCALED, near)
         by_steps = [(r.usage.train_s or 0.0) * self.work.steps / (r.usage.steps or 1) for r in near]
         if guess is None:
             return None
@@ -183,7 +190,7 @@ def is_amount(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value) and value > 0
 
 
-def _differs(one: Config, other: Config) -> set[str]:
+def differs(one: Config, other: Config) -> set[str]:
     return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
 
 
@@ -205,7 +212,7 @@ def _nearest(records: Sequence[Record], differs: Mapping[str, set[str]]) -> list
     return [r for r in records if len(differs[r.key]) == fewest]
 
 
-def _guess(values: Sequence[float], spread: float, basis: Basis, records: Sequence[Record]) -> Guess | None:
+def guess_of(values: Sequence[float], spread: float, basis: Basis, records: Sequence[Record]) -> Guess | None:
     """Of one more such value, on the log scale: Student's t, the spread pooled with the one before."""
     from scipy.special import stdtrit  # scipy.stats takes a second to import
 

@@ -22,6 +22,7 @@ class Workload(Frozen):
 
     steps: int = Field(ge=0, description="Optimiser steps; 0 for a control.")
     tokens: int | None = Field(description="Tokens trained on, padding left out; null where nothing could count them.")
+    flops: float | None = Field(default=None, description="FLOPs of the training; null: not computed.")
     eval_samples: int = Field(ge=0, description="Samples that will be scored.")
     eval_batch_size: int = Field(default=1, ge=1, description="Prompts answered at once.")
     new_tokens: int = Field(default=0, ge=0, description="Tokens of an answer, at most.")

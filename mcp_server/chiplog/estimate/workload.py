@@ -39,8 +39,11 @@ def training_steps(config: Config, lengths: Sequence[int], n_rows: int, longest:
 
 
 def validations(config: Config, total: int) -> int:
-    """How often a run of so many steps validates: every run_val_every_n_steps, and at its end."""
-    if not config.get("val_split"):
+    """How often a run of so many steps validates: every run_val_every_n_steps, and at its end.
+
+    A recipe with a setting val_tokens always does, since that is its result.
+    """
+    if not config.get("val_split") and "val_tokens" not in config:
         return 0
     every = config.get("run_val_every_n_steps")
     return -(-total // every) if every else min(total, 1)

@@ -38,7 +38,10 @@ class Start(Written):
     setup_s: Seconds = Field(description="Seconds until the first step.")
     step: Count = Field(default=0, description="Steps that an earlier attempt had saved.")
     total_steps: Count | None = Field(default=None, description="Steps planned.")
-    n_params: Count | None = Field(default=None, description="Parameters of the base model.")
+    n_params: Count | None = Field(default=None, description="Parameters of the model.")
+    flops_per_token: Annotated[float, Field(gt=0, le=1e18)] | None = Field(
+        default=None, description="FLOPs of training for a token."
+    )
     micro_batch_size: Count | None = Field(default=None, description="Samples of a forward pass, of each process.")
     packages: dict[str, str] = Field(default={}, description="Versions of the packages that run.")
 
@@ -76,6 +79,13 @@ class Checkpoint(Written):
     seconds: Seconds = Field(description="Seconds that it took.")
 
 
+class End(Written):
+    """The training ended by itself."""
+
+    event: Literal["end"]
+    diverged: str | None = Field(default=None, description="How its loss became no number; null: it did not.")
+
+
 class Evaluation(Written):
     """The evaluation's own account."""
 
@@ -89,7 +99,7 @@ class Evaluation(Written):
     device: str = Field(description="cpu, or the GPU's name.")
 
 
-Event = Start | Step | Validation | Checkpoint
+Event = Start | Step | Validation | Checkpoint | End
 Numbered = TypeVar("Numbered", Step, Validation)
 _EVENT = TypeAdapter[Event](Annotated[Event, Field(discriminator="event")])
 
@@ -164,6 +174,7 @@ def train_usage(events: Sequence[Event]) -> Usage:
         train_peak_mem_bytes=max((step.peak_mem_bytes for step in steps), default=None),
         reserved_bytes=max((step.reserved_bytes or 0 for step in steps), default=0) or None,
         n_params=starts[-1].n_params,
+        flops_per_token=starts[-1].flops_per_token,
         loss_first=steps[0].loss if steps else None,
         loss_last=steps[-1].loss if steps else None,
         val_losses=[validation.loss for validation in validations],

@@ -20,8 +20,9 @@ def sniff(head: bytes, tail: bytes) -> float:
 
 
 def parse(log: LogReader) -> list[Draft]:
-    draft = Draft(log.whole, "torchtune")
     events = read_events(log.path)
+    own = any(isinstance(event, Start) and event.flops_per_token for event in events)  # which no recipe states
+    draft = Draft(log.whole, "trainer" if own else "torchtune")
     for name, value in train_usage(events).model_dump(exclude_none=True).items():
         draft.set(name, value)
     if any(isinstance(event, Start) for event in events):
