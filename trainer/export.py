@@ -229,7 +229,7 @@ def _shape(theirs: dict[str, Any], model_dir: Path) -> Shape:
             theirs.get("n_inner") or 4 * width, "gelu", "layernorm", "pre", "learned", theirs["n_positions"],
             bias=True, tied=theirs.get("tie_word_embeddings", True),
         )  # fmt: skip
-    heads = theirs.get("num_attention_heads")
+    heads = theirs.get("num_attention_heads", 0)
     if kind == "llama" and theirs.get("num_key_value_heads", heads) == heads:
         return Shape(
             "transformer", theirs["vocab_size"], theirs["hidden_size"], theirs["num_hidden_layers"], heads,

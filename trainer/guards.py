@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ MOVED = 0.01  # share of entries with a gradient that must have changed by then
 FALLS = 0.05  # share by which the loss on one batch must fall
 SAMPLE = 1 << 16  # entries of a tensor that are looked at
 NAMED = 5
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,7 @@ class Watch:
         return found
 
 
-def one_batch_overfit(
-    model: nn.Module, loss: Callable[[nn.Module], Tensor], *, steps: int = 20, lr: float = 1e-3
-) -> Outcome:
+def one_batch_overfit(model: Model, loss: Callable[[Model], Tensor], *, steps: int = 20, lr: float = 1e-3) -> Outcome:
     """Whether a copy of the model learns one batch: `loss(copy)` must fall by FALLS in `steps` steps of Adam."""
     tried = copy.deepcopy(model)
     optimizer = torch.optim.Adam([p for p in tried.parameters() if p.requires_grad], lr=lr)

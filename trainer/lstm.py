@@ -58,6 +58,9 @@ class Recurrent(nn.LSTM):
     Both matrices of a layer are hidden with the width as fan_in; the biases, like all biases, are vectors.
     """
 
+    bias_ih_l0: nn.Parameter
+    bias_hh_l0: nn.Parameter
+
     def __init__(self, width: int, forget_bias: float):
         super().__init__(width, width, batch_first=True)
         with torch.no_grad():

@@ -117,6 +117,7 @@ def make_tokenizer(kind: str, texts: list[str]) -> Tokenizer:
 
 def _encoded(texts: list[str], encoder: Tokenizer) -> Iterator[list[int]]:
     end = encoder.token_to_id(END)
+    assert end is not None, "make_tokenizer adds it"
     for first in range(0, len(texts), 256):
         for encoding in encoder.encode_batch(texts[first : first + 256], add_special_tokens=False):
             yield [*encoding.ids, end]

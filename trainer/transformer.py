@@ -19,6 +19,8 @@ ROTARY_BASE = 10_000.0  # arXiv:2104.09864, section 3.3
 class Transformer(nn.Module):
     """Token ids "batch seq" to hidden states "batch seq width"; logits and loss follow from those."""
 
+    angles: Tensor  # of each position; no parameter
+
     def __init__(self, shape: Shape, rules: Parametrization, *, base_heads: int | None = None, dropout: float = 0.0):
         """`base_heads`: heads of the model of the base shape; null: heads of the same size."""
         super().__init__()

@@ -26,7 +26,7 @@ class Net(nn.Module):
 
 
 def watched(
-    net: Net, make: Callable[[Net], torch.optim.Optimizer], meddle: Callable[[Net], None] = lambda net: None
+    net: Net, make: Callable[[Net], torch.optim.Optimizer], meddle: Callable[[Net], object] = lambda net: None
 ) -> dict[str, Outcome]:
     """The outcomes of five steps."""
     optimizer = make(net)

@@ -14,9 +14,10 @@ from tests.trainer.helpers import config
 from trainer.job import UserError
 from trainer.layers import initialize, tagged
 from trainer.loss import readout_loss
-from trainer.models import build
+from trainer.models import LanguageModel, build
 from trainer.settings import checked
 from trainer.shape import CHOICES
+from trainer.transformer import Transformer, _turned
 
 TRANSFORMERS = [
     {"activation": activation, "norm": norm, "norm_position": norm_position, "position": position, **more}
@@ -29,7 +30,7 @@ LSTMS = [{"architecture": "lstm", "tied": tied, "depth": depth} for tied in (Tru
 SMALL = {"width": 24, "heads": 3, "depth": 2, "seq_len": 8, "ffn_ratio": 2.5}
 
 
-def made(vocab_size: int = 50, **changes: Any):
+def made(vocab_size: int = 50, **changes: Any) -> LanguageModel:
     """A model with its first values."""
     settings = checked(config(**changes))
     torch.manual_seed(settings.seed)
@@ -103,7 +104,7 @@ def test_forward_flops_of_a_transformer_are_those_that_torch_counts(changes: dic
 
 def test_the_logits_depend_on_no_token_after_them():
     for changes in ({}, {"position": "learned", "norm_position": "post"}, {"architecture": "lstm"}):
-        model = made(**SMALL | changes).eval()
+        model = made(**{**SMALL, **changes}).eval()
         tokens = torch.arange(8)[None]
         changed = tokens.clone()
         changed[0, 5:] = 40
@@ -113,9 +114,8 @@ def test_the_logits_depend_on_no_token_after_them():
 
 def test_rotary_positions_know_distances_only():
     model = made(**SMALL).eval()
+    assert isinstance(model, Transformer)
     q = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    from trainer.transformer import _turned
-
     turned = _turned(q[:, :, :1].expand(-1, -1, 8, -1), model.angles)
     products = turned[0, 0] @ turned[0, 0].T
     for distance in range(4):
