@@ -218,7 +218,8 @@ def _parts(tensor: Tensor, n: int | None) -> Iterator[Tensor]:
     """Entries of the plain tensors in it: this process's part of a divided one, the packed ones of 4-bit weights."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:  # pyright: ignore[reportAttributeAccessIssue]
-            yield from _parts(getattr(tensor, name), n)
+            if isinstance(inner := getattr(tensor, name), Tensor):  # some name their mesh too
+                yield from _parts(inner, n)
     else:
         yield _sample(tensor, n)
 

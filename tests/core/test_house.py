@@ -37,6 +37,7 @@ ORDER = [
     "deviation",
     "collect",
     "compare",
+    "guards",
     "summary",
     "figure",
     "studies",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.recipes.helpers import Never, adapter, begin, finetune, same
+from tests.recipes.helpers import Never, adapter, begin, finetune, load, same
 from tests.recipes.test_finetune import AfterStep, sum_steps
 from tests.recipes.test_sharding import SEEN
 from trainer import guards
@@ -89,7 +89,7 @@ def test_of_a_large_base_weight_a_sample_is_looked_at_and_that_is_said(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     guarding = __import__("guarding")
-    monkeypatch.setattr(guarding, "SAMPLE", 100)
+    monkeypatch.setattr(load("recipes/guarding.py"), "SAMPLE", 100)
     finetune(settings | {"max_steps": 6}, tmp_path)
     found = outcomes(tmp_path)["frozen stays frozen"]
     assert found["ok"] and "bit for bit in the " in found["found"] and "entries that were looked at" in found["found"]
