@@ -1,7 +1,7 @@
 """Validity guards over the runs of an experiment: whether its arms may be compared, and what their own guards saw.
 
 Pure functions of the plan's runs and their records. A guard that had nothing to look at is "not checked", never
-"passed"; one that fired says which conclusions it concerns: all about a run, or only those between some runs.
+"passed"; one that fired says which conclusions it concerns: all about some runs, or only those against some others.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from chiplog.plan import Run
 from chiplog.record import Record, State
 from chiplog.schema import Frozen
 
-# Settings that reach neither the losses of training nor what is trained on: arms may differ in them alone and be equal.
+# Settings that change no loss but by rounding: arms that differ in them alone may have the same.
 UNSEEN = {
     "eval_split", "eval_limit", "scorer", "eval_batch_size", "max_new_tokens", "val_split", "val_tokens",
     "run_val_every_n_steps", "log_every_n_steps", "save_every_n_steps", "keep_checkpoints", "guard_steps",
-    "overfit_steps", "max_epochs",
+    "overfit_steps", "max_epochs", "micro_batch_size", "activation_checkpointing", "chunked_loss", "shard_model",
+    "compile", "deterministic", "device",
 }  # fmt: skip
 # Settings that leave the model and what is trained of it as they are. Any other may decide how many parameters that is.
 OF_THE_WAY = UNSEEN | {
-    "seed", "epochs", "max_steps", "batch_size", "micro_batch_size", "lr", "lr_schedule", "warmup_steps", "final_lr",
+    "seed", "epochs", "max_steps", "batch_size", "lr", "lr_schedule", "warmup_steps", "final_lr",
     "weight_decay", "clip_grad_norm", "optimizer", "beta1", "beta2", "eps", "momentum", "nesterov", "dropout",
-    "lora_alpha", "lora_dropout", "packed", "system_prompt", "prompt", "dtype", "device", "compile", "deterministic",
-    "activation_checkpointing", "chunked_loss", "shard_model", "parametrization", "base_width", "base_depth",
-    "base_heads", "init", "init_std", "zero_readout", "zero_query", "forget_bias",
+    "lora_alpha", "lora_dropout", "packed", "system_prompt", "prompt", "dtype", "parametrization", "base_width",
+    "base_depth", "base_heads", "init", "init_std", "zero_readout", "zero_query", "forget_bias",
 }  # fmt: skip
 LENGTHS = {"dataset", "model", "batch_size", "seq_len", "max_seq_len", "packed", "system_prompt", "prompt"}
 # What arms must have in common where they have in common all that decides it.
@@ -37,7 +37,7 @@ DECIDES: dict[str, set[str]] = {
     "train_sha256": {"dataset"},
     "n_samples": LENGTHS | {"architecture"},
     "steps": LENGTHS | {"epochs", "max_steps"},
-    "tokens": LENGTHS | {"epochs", "max_steps", "seed"},
+    "tokens": LENGTHS | {"epochs", "max_steps", "seed", "log_every_n_steps"},
     "batch_size": {"batch_size"},
 }
 CALLED = {
@@ -67,7 +67,16 @@ class Failure(Frozen):
 
     words: str = Field(description="What is wrong.")
     runs: list[str] = Field(description="Runs that it is about.")
-    between: bool = Field(description="Whether it concerns only conclusions between these runs, not about each.")
+    against: list[str] | None = Field(
+        default=None, description="It concerns only what is concluded of those against these; null: all of them."
+    )
+
+    def concerns(self, first: Sequence[str], second: Sequence[str]) -> bool:
+        """Whether a conclusion about the runs of two arms rests on what is wrong."""
+        return any(
+            set(one) & set(self.runs) and (self.against is None or set(other) & set(self.against))
+            for one, other in ((first, second), (second, first))
+        )
 
 
 class Verdict(Frozen):
@@ -78,6 +87,11 @@ class Verdict(Frozen):
     runs: dict[str, bool | None] = Field(description="The same of each run that it is about.")
     failures: list[Failure] = Field(default=[], description="Why it fired.")
     found: str = Field(description="The outcome in a line.")
+
+    def cut_to(self, most: int) -> Verdict:
+        """The same with that many runs and failures, those that failed first."""
+        runs = sorted(self.runs.items(), key=lambda item: item[1] is not False)[:most]
+        return self.model_copy(update={"runs": dict(runs), "failures": self.failures[:most]})
 
 
 def verdicts(runs: Sequence[Run], records: Mapping[str, Record]) -> list[Verdict]:
@@ -131,7 +145,7 @@ def _completed(record: Record | None) -> bool:
 def _arms_differ(trained: Sequence[Run], done: Mapping[str, Record]) -> Verdict:
     """No two arms have the same configuration, nor the same losses though a setting differs that training reads."""
     failures = [
-        Failure(words=f"{_listed(group)} have the same configuration", runs=_names(group), between=True)
+        Failure(words=f"{_listed(group)} have the same configuration", runs=_names(group), against=_names(group))
         for group in _grouped(trained, lambda run: _key(run, set()))
         if len({arm_name(run) for run in group}) > 1
     ]
@@ -139,7 +153,7 @@ def _arms_differ(trained: Sequence[Run], done: Mapping[str, Record]) -> Verdict:
     for group in _grouped(hashed, lambda run: done[run.name].trace.losses_sha256):
         if len({arm_name(run) for run in group}) > 1 and len({_key(run, UNSEEN | {"seed"}) for run in group}) > 1:
             words = f"{_listed(group)} have the same losses, step for step"
-            failures.append(Failure(words=words, runs=_names(group), between=True))
+            failures.append(Failure(words=words, runs=_names(group), against=_names(group)))
     looked = hashed if len({arm_name(run) for run in hashed}) > 1 else []
     return _verdict("arms differ", trained, looked, failures, "no two arms of which the losses are known")
 
@@ -152,17 +166,28 @@ def _arms_are_comparable(trained: Sequence[Run], done: Mapping[str, Record]) -> 
         for group in _grouped(known, lambda run, trait=trait: _decided(run, trait)):
             looked |= {run.name: run for run in group} if len({arm_name(run) for run in group}) > 1 else {}
             values = {run.name: getattr(done[run.name].trace, trait) for run in group}
-            if len(set(values.values())) > 1 and len({arm_name(run) for run in group}) > 1:
-                words = f"{called} differ, and no setting that varies decides that: {_told(values)}"
-                failures.append(Failure(words=words, runs=list(values), between=True))
+            if len({arm_name(run) for run in group}) > 1:
+                failures += _sides(values, f"{called} differ, and no setting that varies decides that")
     why = "no two arms of which it is known and which agree in what decides it"
     return _verdict("arms are comparable", trained, list(looked.values()), failures, why)
+
+
+def _sides(values: Mapping[str, Any], words: str) -> list[Failure]:
+    """A failure for each value beside the first run's, against all runs that have another."""
+    sides: dict[Any, list[str]] = {}
+    for name, value in values.items():
+        sides.setdefault(value, []).append(name)
+    said = [f"{names[0]} {value[:12] if isinstance(value, str) else f'{value:,}'}" for value, names in sides.items()]
+    return [
+        Failure(words=f"{words}: {said[0]}, {told}", runs=names, against=[name for name in values if name not in names])
+        for told, names in list(zip(said, sides.values(), strict=True))[1:]
+    ]
 
 
 def _nothing_dropped(runs: Sequence[Run], records: Mapping[str, Record]) -> Verdict:
     """Every run of the plan ended well, with steps and losses that are numbers."""
     failures = [
-        Failure(words=f"{run.name} {words}", runs=[run.name], between=False)
+        Failure(words=f"{run.name} {words}", runs=[run.name])
         for run in runs
         if (words := _dropped(run, records.get(run.name)))
     ]
@@ -199,10 +224,10 @@ def _seeds_are_seeds(trained: Sequence[Run], done: Mapping[str, Record]) -> Verd
             differ.append("settings")
         if len(set(hashes)) < len(hashes):
             words = f"{_listed(group)} are replicates with the same losses, step for step"
-            failures.append(Failure(words=words, runs=_names(group), between=False))
+            failures.append(Failure(words=words, runs=_names(group)))
         if differ:
             words = f"{_listed(group)} are replicates that differ in more than the seed: {', '.join(differ)}"
-            failures.append(Failure(words=words, runs=_names(group), between=False))
+            failures.append(Failure(words=words, runs=_names(group)))
     return _verdict("seeds are seeds", trained, looked, failures, "no arm has two trainings whose losses are known")
 
 
@@ -215,7 +240,7 @@ def _control_present(runs: Sequence[Run], records: Mapping[str, Record]) -> Verd
         arms = [run.name for run in runs if run.kind != "control" and control_of([control], run)]
         state = record.state if (record := records.get(control.name)) else "not run"
         words = f"{control.name}, the control of {_some(arms)}, is {state}"
-        failures.append(Failure(words=words, runs=[control.name, *arms], between=True))
+        failures.append(Failure(words=words, runs=[control.name]))
     return _verdict("control present", controls, controls, failures, "the plan has no control")
 
 
@@ -231,23 +256,19 @@ def _steps_of_budget(done: Mapping[str, Record]) -> dict[str, str | None]:
     return found
 
 
-def _of_runs(
-    trained: Sequence[Run], records: Mapping[str, Record], budget: Mapping[str, str | None]
-) -> list[Verdict]:
+def _of_runs(trained: Sequence[Run], records: Mapping[str, Record], budget: Mapping[str, str | None]) -> list[Verdict]:
     """The guards that the jobs themselves had, with "budget met" of what the planner sees beside them."""
     wrong: dict[str, dict[str, str | None]] = {}
     for run in trained:
         for one in records[run.name].guards if run.name in records else []:
-            words = None if one.ok and one.examined else one.found
+            words = one.found if not one.ok else None if one.examined else "it examined nothing"
             wrong.setdefault(one.guard, {})[run.name] = words
     for name, words in budget.items():
         of_run = wrong.setdefault("budget met", {})
         of_run[name] = of_run.get(name) or words
     found = []
     for guard, of_run in wrong.items():
-        failures = [
-            Failure(words=f"{name}: {words}", runs=[name], between=False) for name, words in of_run.items() if words
-        ]
+        failures = [Failure(words=f"{name}: {words}", runs=[name]) for name, words in of_run.items() if words]
         found.append(_verdict(guard, trained, [run for run in trained if run.name in of_run], failures, ""))
     silent = [run for run in trained if not (run.name in records and records[run.name].guards)]
     if silent:
@@ -276,7 +297,7 @@ def _key(run: Run, without: set[str]) -> str:
 
 
 def _decided(run: Run, trait: str) -> str:
-    """The settings of a run that decide a trait, and its seed, since replicates are compared one by one."""
+    """The settings of a run that decide a trait, and its recipe."""
     if trait == "n_trainable":
         return _key(run, OF_THE_WAY)
     return _key(run, run.config.keys() - DECIDES[trait])
@@ -287,13 +308,6 @@ def _grouped(runs: Iterable[Run], key: Callable[[Run], Any]) -> list[list[Run]]:
     for run in runs:
         groups.setdefault(key(run), []).append(run)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def _told(values: Mapping[str, Any]) -> str:
-    """Each value with the first run that has it."""
-    first = {value: name for name, value in reversed(values.items())}
-    said = [f"{name} {value[:12] if isinstance(value, str) else f'{value:,}'}" for value, name in first.items()]
-    return ", ".join(reversed(said[-3:]))
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
