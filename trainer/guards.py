@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -130,12 +131,12 @@ class Watch:
         self.before.clear()
 
     def _moved(self, name: str) -> tuple[float, float]:
-        """The share of entries with a gradient that changed, and the change relative to the tensor's norm."""
+        """The share of entries with a gradient that changed, and the change by the norm before, which may be 0."""
         kept, now, had = self.before[name], _sample(self.trained[name]).cpu(), self.with_gradient[name]
         changed = (now != kept) & had
         share = changed.sum().item() / max(int(had.sum().item()), 1)
-        change = (now.float() - kept.float()).norm().item() / max(kept.float().norm().item(), 1e-12)
-        return share, change
+        norm = kept.float().norm().item()
+        return share, (now.float() - kept.float()).norm().item() / norm if norm else math.inf
 
     def outcomes(self) -> list[Outcome]:
         """Of what was seen so far; nothing where it was told to look at no steps."""
@@ -152,7 +153,7 @@ class Watch:
         never = [name for name in self.trained if name not in self.reached]
         stuck = [f"{name} ({share:.2%})" for name, (share, _) in self.moved.items() if share < MOVED]
         least = min((share for share, _ in self.moved.values()), default=0.0)
-        change = sorted(change for _, change in self.moved.values())
+        change = sorted(change for _, change in self.moved.values() if math.isfinite(change))
         middle = change[len(change) // 2] if change else 0.0
         return [
             outcome(
@@ -227,5 +228,7 @@ def _parts(tensor: Tensor, n: int | None) -> Iterator[Tensor]:
 def _digest(tensor: Tensor, n: int | None = None) -> bytes:
     found = hashlib.sha256()
     for part in _parts(tensor, n):
-        found.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        # A clone, since a single entry counts as contiguous whatever its stride.
+        plain = part.cpu().clone(memory_format=torch.contiguous_format)
+        found.update(plain.view(torch.uint8).numpy().tobytes())
     return found.digest()

@@ -95,4 +95,6 @@ def test_a_divided_model_computes_what_a_whole_one_does_and_each_process_holds_a
 @pytest.mark.parametrize("name", CASES)
 def test_guards_look_at_weights_that_are_divided_and_in_4_bits(name: str, runs: dict):
     found = {one["guard"]: one for one in guards.read(runs[name][1])}
-    assert list(found) == SEEN and all(one["ok"] for one in found.values()), found
+    # Two steps of a warm-up that begins at 0 move no B, so that no A gets a gradient.
+    fired = {"gradient reach", "weights move"} if runs[name][0]["max_steps"] == 2 else set()
+    assert list(found) == SEEN and {name for name, one in found.items() if not one["ok"]} == fired, found
