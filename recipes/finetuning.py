@@ -6,6 +6,7 @@ The YAML beside a recipe explains its settings; config.yaml gives all of them. I
     checkpoints/step_N/  all it takes to go on bit for bit, of the last checkpoint only
     best/                with validation: the adapter of the lowest loss so far, and validation.json with that loss
     adapter/             the trained adapter as PEFT stores it
+    guards.json          what the validity guards saw (recipes/guarding.py)
     deviation.json       where memory ran out: the smaller micro batch that the next start takes
     DONE                 {"step": N}, last; a run that finds it does nothing
 
@@ -31,7 +32,8 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from lines import micro_batches, read_lines
+from guarding import Guards
+from lines import micro_batches, read_data, validation_hash
 from lora_models import load_model, read_shape, save_adapter
 from schedule import make_schedule
 from settings import FREE, checked, micro_batch
@@ -107,6 +109,7 @@ class Finetuning:
         self._resume()
         self.began_at, self.recorded = self.step, last_step(out / "metrics.jsonl")
         self.schedule = make_schedule(self.optimizer, config, self.total_steps, self.step)
+        self.guards = Guards(self.model, self.optimizer, config, out, ranks, self.step)
         n_trainable = sum(p.numel() for p in self.adapter.values())
         self._record(
             "start",
@@ -125,6 +128,8 @@ class Finetuning:
             steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps,
             step=self.step,
+            train_sha256=self.identity["dataset_sha256"],
+            val_sha256=validation_hash(self.identity["dataset_sha256"], config.val_split),
             packages={name: version(name) for name in ("torch", "torchtune", "torchao")},
             setup_s=job.age_s(),
         )
@@ -177,6 +182,8 @@ class Finetuning:
         if self.ranks.writes:
             with job.whole_folder(self.out / "adapter") as folder:
                 save_adapter(folder, self.adapter, self.shape, config)
+            epochs = self.step / self.steps_per_epoch
+            self.guards.finish(config.batch_size, self.total_steps, epochs, config)
             memory = job.peak_memory(self.device)
             self._record("end", step=self.step, ended=job.now(), train_s=train_s, checkpoint_s=checkpoint_s, **memory)
             job.write_json(self.out / "DONE", {"step": self.step})
@@ -202,7 +209,8 @@ class Finetuning:
         grad_norm = {}
         if clip is not None:
             grad_norm["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.adapter.values(), clip).item()
-        self.optimizer.step()
+        with self.guards.step(self.step, len(lines)):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         done = {
@@ -333,18 +341,9 @@ class Finetuning:
 
     def _read_data(self, tokenizer: ChatTokenizer, dataset: Path) -> None:
         """The samples and lines to train on, those to validate on, and how many steps they make."""
-        config, self.pad_id = self.config, tokenizer.pad_id
-        splits, vocab_size = filter(None, ("train", config.val_split)), self.shape.vocab_size
-        found = {split: read_lines(dataset, split, tokenizer, config, vocab_size) for split in splits}
-        self.samples, self.lines, self.n_truncated = found["train"]
-        self.val_lines = found[config.val_split].lines if config.val_split else []
-        self.steps_per_epoch = len(self.lines) // config.batch_size
-        if not self.steps_per_epoch:
-            what = f"{len(self.lines)} packs of the {len(self.samples)}" if config.packed else str(len(self.lines))
-            raise UserError(f"batch_size {config.batch_size} is more than the {what} samples: lower it")
-        self.total_steps = min(self.steps_per_epoch * config.epochs, config.max_steps or sys.maxsize)
-        if config.warmup_steps >= self.total_steps:
-            log.warning(f"lr stays below its value: warmup_steps {config.warmup_steps} of {self.total_steps} steps")
+        data = read_data(dataset, tokenizer, self.config, self.shape.vocab_size)
+        self.pad_id, (self.samples, self.lines, self.n_truncated) = tokenizer.pad_id, data.train
+        self.val_lines, self.steps_per_epoch, self.total_steps = data.val_lines, data.steps_per_epoch, data.total_steps
 
     def _make_model(self, folder: Path) -> None:
         config = self.config

@@ -16,6 +16,7 @@ from trainer.job import UserError
 FREE = {
     "activation_checkpointing",
     "device",
+    "guard_steps",
     "log_every_n_steps",
     "micro_batch_size",
     "run_val_every_n_steps",
@@ -33,7 +34,7 @@ def checked(config: SimpleNamespace) -> SimpleNamespace:
     counts = ["lora_rank", "batch_size", "micro_batch_size", "max_seq_len", "epochs", "max_steps"]
     counts += ["log_every_n_steps", "save_every_n_steps", "run_val_every_n_steps"]
     job.check_numbers(config, counts, int, 1)
-    job.check_numbers(config, ["seed", "warmup_steps"], int, 0)
+    job.check_numbers(config, ["seed", "warmup_steps", "guard_steps"], int, 0)
     job.check_numbers(config, ["lora_alpha", "lora_dropout", "lr", "weight_decay", "clip_grad_norm"], float, 0)
     job.check_choice(config, "dtype", ["bf16", "fp32"])
     job.check_choice(config, "lr_schedule", ["cosine", "constant"])

@@ -2,7 +2,7 @@
 
 torch and the standard library only, so that recipes of any framework can use it:
 
-    watch = Watch(model, optimizer, frozen=...)
+    watch = Watch(model, optimizer)
     with watch.step(n):  # around each optimizer.step(), the gradients still there
         optimizer.step()
     outcomes = watch.outcomes()
@@ -14,6 +14,9 @@ the collector reads: a failed guard turns a conclusion into "not shown".
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -63,8 +66,6 @@ def write(folder: Path, outcomes: Iterable[Outcome]) -> None:
 
 def read(folder: Path) -> list[dict]:
     """What `guards.json` holds; nothing where it is not there."""
-    import json
-
     file = folder / "guards.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
@@ -84,56 +85,82 @@ def optimizer_coverage(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ou
 
 
 class Watch:
-    """Looks at gradients and weights in the first steps, and at frozen parameters from the first to the last."""
+    """Looks at gradients and weights in the first steps, and at frozen parameters from the first to the last.
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int = STEPS):
+    It changes nothing, keeps what it compares in host memory, and of parameters that processes divide looks at this
+    process's part. `settle`: steps of a warm-up, which the weights are given beside `steps` before they are judged,
+    since bf16 cannot hold the first of its steps. `frozen_sample`: entries of a frozen tensor that are looked at; null:
+    all, which is minutes for a model of billions.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int = STEPS, settle: int = 0,
+        frozen_sample: int | None = None,
+    ):  # fmt: skip
         self.model, self.optimizer, self.steps, self.seen = model, optimizer, steps, 0
+        self.judged_after, self.frozen_sample = steps + settle, frozen_sample
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad} if steps else {}
         self.frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad} if steps else {}
         self.reached: set[str] = set()
-        self.before = {name: _sample(p).clone() for name, p in self.trained.items()}
+        self.before = {name: _sample(p).cpu().clone() for name, p in self.trained.items()}
         self.with_gradient = {name: torch.zeros_like(kept, dtype=torch.bool) for name, kept in self.before.items()}
-        self.frozen_before = {name: _digest(p) for name, p in self.frozen.items()}
+        self.frozen_before = {name: _digest(p, frozen_sample) for name, p in self.frozen.items()}
         self.moved: dict[str, tuple[float, float]] = {}
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Around the optimizer's step `number`, from 0, with the gradients that it will use."""
-        if number >= self.steps or not self.trained:
+        if number >= self.judged_after or not self.trained:
             yield
             return
-        for name, p in self.trained.items():
-            if p.grad is not None and bool((gradient := _sample(p.grad)).any() or p.grad.any()):
-                self.reached.add(name)
-                self.with_gradient[name] |= gradient != 0
+        if number < self.steps:
+            for name, p in self.trained.items():
+                if p.grad is not None and bool((gradient := _sample(p.grad)).any() or p.grad.any()):
+                    self.reached.add(name)
+                    self.with_gradient[name] |= (gradient != 0).cpu()
         yield
         self.seen += 1
-        if self.seen == self.steps:
-            self.moved = {name: self._moved(name) for name in self.trained}
-            self.before.clear()
+        if self.judged:
+            self._judge()
+
+    @property
+    def judged(self) -> bool:
+        """Whether gradients and weights were looked at for as many steps as they are given."""
+        return bool(self.trained) and self.seen >= self.judged_after
+
+    def _judge(self) -> None:
+        self.moved = {name: self._moved(name) for name in self.trained}
+        self.before.clear()
 
     def _moved(self, name: str) -> tuple[float, float]:
-        """The share of entries with a gradient that changed, and the change relative to the tensor's norm."""
-        kept, now, had = self.before[name], _sample(self.trained[name]), self.with_gradient[name]
+        """The share of entries with a gradient that changed, and the change by the norm before, which may be 0."""
+        kept, now, had = self.before[name], _sample(self.trained[name]).cpu(), self.with_gradient[name]
         changed = (now != kept) & had
         share = changed.sum().item() / max(int(had.sum().item()), 1)
-        change = (now.float() - kept.float()).norm().item() / max(kept.float().norm().item(), 1e-12)
-        return share, change
+        norm = kept.float().norm().item()
+        return share, (now.float() - kept.float()).norm().item() / norm if norm else math.inf
 
     def outcomes(self) -> list[Outcome]:
         """Of what was seen so far; nothing where it was told to look at no steps."""
         if not self.steps:
             return []
+        found = [optimizer_coverage(self.model, self.optimizer), *self.of_the_trained()]
+        return [*found, self.of_the_frozen()] if self.frozen else found
+
+    def of_the_trained(self) -> list[Outcome]:
+        """Gradient reach and weights move; of a run that ended before they were to be judged, after its last step."""
+        if self.before and self.seen:
+            self._judge()
+        looked = min(self.seen, self.steps)
         never = [name for name in self.trained if name not in self.reached]
         stuck = [f"{name} ({share:.2%})" for name, (share, _) in self.moved.items() if share < MOVED]
         least = min((share for share, _ in self.moved.values()), default=0.0)
-        change = sorted(change for _, change in self.moved.values())
+        change = sorted(change for _, change in self.moved.values() if math.isfinite(change))
         middle = change[len(change) // 2] if change else 0.0
-        found = [
-            optimizer_coverage(self.model, self.optimizer),
+        return [
             outcome(
                 "gradient reach", len(self.trained) if self.seen else 0, never,
-                f"every parameter had a gradient within {self.seen} steps", f"no gradient in {self.seen} steps",
+                f"every parameter had a gradient within {looked} steps", f"no gradient in {looked} steps",
             ),
             outcome(
                 "weights move", len(self.moved), stuck,
@@ -142,11 +169,16 @@ class Watch:
                 f"fewer than {MOVED:.0%} of the entries that had a gradient changed in {self.seen} steps",
             ),
         ]  # fmt: skip
-        if self.frozen:
-            changed = [name for name, p in self.frozen.items() if _digest(p) != self.frozen_before[name]]
-            fine = f"{len(self.frozen)} frozen parameters are as they were, bit for bit"
-            found.append(outcome("frozen stays frozen", len(self.frozen), changed, fine, "frozen parameters changed"))
-        return found
+
+    def of_the_frozen(self) -> Outcome:
+        """Frozen stays frozen, since the watch began."""
+        n = self.frozen_sample
+        changed = [name for name, p in self.frozen.items() if _digest(p, n) != self.frozen_before[name]]
+        looked = sum(len(part) for p in self.frozen.values() for part in _parts(p, n))
+        entries = sum(part.numel() for p in self.frozen.values() for part in _parts(p, 0))
+        share = "" if looked >= entries else f" in the {looked:,} of {entries:,} entries that were looked at"
+        fine = f"{len(self.frozen)} frozen parameters are as they were, bit for bit{share}"
+        return outcome("frozen stays frozen", len(self.frozen), changed, fine, "frozen parameters changed")
 
 
 def one_batch_overfit(model: Model, loss: Callable[[Model], Tensor], *, steps: int = 20, lr: float = 1e-3) -> Outcome:
@@ -167,23 +199,36 @@ def one_batch_overfit(model: Model, loss: Callable[[Model], Tensor], *, steps: i
     return outcome("one-batch overfit", steps, wrong, words, f"it should fall by {FALLS:.0%}")
 
 
-def budget_met(tokens: int, planned: int, epochs: float, max_epochs: float) -> Outcome:
-    """Whether as many tokens were trained on as planned, and the corpus was not repeated more than planned."""
-    wrong = [f"{tokens:,} tokens instead of {planned:,}"] if tokens != planned else []
+def budget_met(done: int, planned: int, epochs: float, max_epochs: float, what: str = "tokens") -> Outcome:
+    """Whether as many tokens (or `what`) were trained on as planned, the corpus not repeated more than planned."""
+    wrong = [f"{done:,} {what} instead of {planned:,}"] if done != planned else []
     if epochs > max_epochs + 1e-9:
         wrong.append(f"the corpus was read {epochs:.2f} times, and {max_epochs:g} are planned")
-    fine = f"{tokens:,} tokens, {epochs:.2f} times the corpus"
-    return outcome("budget met", tokens, wrong, fine, "otherwise than planned")
+    fine = f"{done:,} {what}, {epochs:.2f} times the corpus"
+    return outcome("budget met", done, wrong, fine, "otherwise than planned")
 
 
 @torch.no_grad()
-def _sample(tensor: Tensor) -> Tensor:
-    """Evenly spaced entries."""
+def _sample(tensor: Tensor, n: int | None = SAMPLE) -> Tensor:
+    """`n` evenly spaced entries or a few more; all where it is null or 0."""
     flat = tensor.detach().flatten()
-    return flat[:: max(1, flat.numel() // SAMPLE)]
+    return flat[:: max(1, flat.numel() // n)] if n else flat
 
 
-def _digest(tensor: Tensor) -> bytes:
-    import hashlib
+def _parts(tensor: Tensor, n: int | None) -> Iterator[Tensor]:
+    """Entries of the plain tensors in it: this process's part of a divided one, the packed ones of 4-bit weights."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(inner := getattr(tensor, name), Tensor):  # some name their mesh too
+                yield from _parts(inner, n)
+    else:
+        yield _sample(tensor, n)
 
-    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).digest()
+
+def _digest(tensor: Tensor, n: int | None = None) -> bytes:
+    found = hashlib.sha256()
+    for part in _parts(tensor, n):
+        # A clone, since a single entry counts as contiguous whatever its stride.
+        plain = part.cpu().clone(memory_format=torch.contiguous_format)
+        found.update(plain.view(torch.uint8).numpy().tobytes())
+    return found.digest()

@@ -12,6 +12,7 @@ from chiplog.checks.model import ModelReport
 from chiplog.checks.tokens import TokensReport
 from chiplog.estimate import RunEstimate
 from chiplog.estimate.case import CaseEstimate
+from chiplog.guards import Verdict
 from chiplog.ledger.scan import Scanned
 from chiplog.plan import Value
 from chiplog.progress import RunStatus
@@ -120,6 +121,10 @@ class SummaryAnswer(Answer):
     rows: list[Row] = Field(description="One for each run of the plan.")
     comparisons: list[Comparison] = Field(description="Which differences are shown and which are not.")
     not_shown: list[str] = Field(description="What the experiment does not show.")
+
+
+class VerifyAnswer(Answer):
+    guards: list[Verdict] = Field(description="Every guard with its outcome, those that failed first.")
 
 
 class ScanAnswer(Answer):

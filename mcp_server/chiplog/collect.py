@@ -20,14 +20,16 @@ from chiplog.ledger.metrics import (
     not_before,
     of_job,
     read_events,
+    read_guards,
     read_scores,
+    trace,
     train_usage,
     with_evaluation,
 )
 from chiplog.ledger.parse import parse_log
 from chiplog.plan import Run
 from chiplog.provenance import Revision
-from chiplog.record import Record, State, Usage, read_records, write_records
+from chiplog.record import Record, State, Trace, Usage, read_records, write_records
 
 LOG_TAIL = 64_000  # bytes of a log in which the reason of a failure is looked for
 ERROR_LINE = re.compile(r"^(error: .*|[\w.]*(?:Error|Exception|Interrupt)\b.*|.*Killed.*)$", re.MULTILINE)
@@ -126,14 +128,17 @@ def _record(
     if state is State.FAILED and job and (words := _last_error(job.log)):
         reason = f"{reason}: {words}"
     usage, metrics, packages, diverged = Usage(), {}, {}, None
+    traced, guards = Trace(), []
     steps: dict[str, State] = {}
     if newest:  # the folder holds what the last attempt left
-        events = of_job(read_events(run_folder / "metrics.jsonl"), job.started if job else None)
+        every = read_events(run_folder / "metrics.jsonl")
+        events = of_job(every, job.started if job else None)
         usage = train_usage(events)
         packages = next((event.packages for event in events if isinstance(event, Start)), {})
         diverged = next((event.diverged for event in reversed(events) if isinstance(event, End)), None)
         is_scored = run.kind != "train"
         if run.kind != "control":
+            traced, guards = trace(every), read_guards(run_folder / "guards.json")
             trained = (run_folder / "DONE").is_file() or (job is not None and job.part == "evaluation")
             steps["train"] = State.COMPLETED if trained else state
         evaluation = None
@@ -183,6 +188,8 @@ def _record(
                 "resumed": usage.resumed or submission.attempt > 1 or bool(job and job.restarts),
             }
         ),
+        trace=traced,
+        guards=guards,
         predicted=submission.predicted,
         commit=revision.commit if revision else None,
         dirty=revision.dirty if revision else None,

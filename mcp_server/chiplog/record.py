@@ -149,6 +149,30 @@ class Score(Frozen):
         return self
 
 
+class Guard(Frozen):
+    """What a validity guard of the job's own saw (trainer/guards.py)."""
+
+    guard: str = Field(description="Its name, such as gradient reach.")
+    ok: bool = Field(description="Whether what it looked at is as it should be.")
+    examined: int = Field(ge=0, description="Tensors, steps, samples or tokens: what it looked at.")
+    found: str = Field(description="In words: what was measured, else what is wrong.")
+
+
+class Trace(Frozen):
+    """What tells whether two trainings can be compared, whichever attempts made them; null: not known."""
+
+    steps: int | None = Field(default=None, description="Number of the last step that was logged; 0: none was.")
+    steps_planned: int | None = Field(default=None, description="Optimiser steps planned.")
+    tokens: int | None = Field(default=None, description="Tokens trained on, padding left out.")
+    losses_sha256: str | None = Field(default=None, description="Hash of the losses of all logged steps.")
+    finite: bool | None = Field(default=None, description="Whether all of them, and those of validation, are numbers.")
+    train_sha256: str | None = Field(default=None, description="Hash of the data trained on.")
+    val_sha256: str | None = Field(default=None, description="Hash of the validation set; null without one.")
+    n_samples: int | None = Field(default=None, description="Samples or sequences of an epoch, which are its order.")
+    n_trainable: int | None = Field(default=None, description="Parameters that are trained.")
+    batch_size: int | None = Field(default=None, description="Samples of an optimiser step, over all devices.")
+
+
 class Prediction(Frozen):
     """What was foretold when the run was submitted; the same fields as an Estimate of time and of memory."""
 
@@ -210,6 +234,8 @@ class Record(Frozen):
     config: Config = Field(default={}, description="Every setting that the job read, as far as known.")
     metrics: dict[str, Score] = Field(default={}, description="Scores of the evaluation.")
     usage: Usage = Field(default=Usage(), description="What the job used.")
+    trace: Trace = Field(default=Trace(), description="What tells whether it can be compared with other runs.")
+    guards: list[Guard] = Field(default=[], description="What its validity guards saw; none where it wrote none.")
     predicted: Prediction | None = Field(default=None, description="What was foretold at submission.")
     commit: str | None = Field(default=None, description="Commit of the code that ran.")
     dirty: bool | None = Field(default=None, description="Whether that code differed from the commit.")

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from chiplog.compare import Difference, Interval, holm, paired, proportion
 from chiplog.errors import RecordError
 from chiplog.folder import ExperimentFolder
+from chiplog.guards import Verdict, arm_name, control_of, counted, verdicts
 from chiplog.losses import MOST_ARMS, compare_losses
 from chiplog.plan import VAL_LOSS, Run, Value
 from chiplog.record import Record, State
@@ -86,6 +87,7 @@ class Summary(Frozen):
     )
     not_shown: list[str] = Field(description="What this experiment does not show.")
     deviations: list[str] = Field(default=[], description="What runs did otherwise than planned, and why.")
+    guards: list[Verdict] = Field(description="What the validity guards say, those that fired first.")
     attempts: int = Field(description="How often runs were submitted, all added up.")
     run_s: float | None = Field(description="Seconds of all attempts at all runs, added up.")
     gpu_hours: float = Field(description="GPU hours of them all.")
@@ -94,6 +96,12 @@ class Summary(Frozen):
     def complete(self) -> bool:
         """Whether every run ended well."""
         return all(row.state is State.COMPLETED for row in self.rows)
+
+    @property
+    def guard_words(self) -> list[str]:
+        """How many guards passed, then those that did not, a line each."""
+        words = [f"{one.guard}: {one.found}" for one in self.guards if not one.ok]
+        return [f"{counted(self.guards)}{':' if words else '.'}", *words]
 
     @property
     def repeated(self) -> bool:
@@ -111,10 +119,11 @@ def summarize(folder: ExperimentFolder, records: Sequence[Record]) -> Summary:
     plan, runs = folder.plan, folder.runs()
     last = {record.run: record for record in sorted(records, key=lambda record: record.attempt)}
     rows = [_row(run, last.get(run.name)) for run in runs]
+    guards = verdicts(runs, {name: record for name, record in last.items() if name})
     if plan.framework == "trainer":
-        comparisons, not_shown = _by_loss(runs, rows)
+        comparisons, not_shown = _by_loss(runs, rows, guards)
     else:
-        comparisons, not_shown = _by_answers(folder, runs, rows)
+        comparisons, not_shown = _by_answers(folder, runs, rows, guards)
     gpus = {run.name: run.resources.all_gpus for run in runs}
     attempts = [(record.usage.elapsed_s, gpus[record.run]) for record in records if record.run in gpus]
     took = [(seconds, n) for seconds, n in attempts if seconds is not None]
@@ -125,6 +134,7 @@ def summarize(folder: ExperimentFolder, records: Sequence[Record]) -> Summary:
         comparisons=comparisons,
         not_shown=not_shown,
         deviations=[f"{run.name}: {words}" for run in runs if run.name in last and (words := last[run.name].deviation)],
+        guards=guards,
         attempts=len(attempts),
         run_s=sum(seconds for seconds, _ in took) if took else None,
         gpu_hours=sum(seconds * n for seconds, n in took) / 3600,
@@ -132,7 +142,7 @@ def summarize(folder: ExperimentFolder, records: Sequence[Record]) -> Summary:
 
 
 def _by_answers(
-    folder: ExperimentFolder, runs: Sequence[Run], rows: Sequence[Row]
+    folder: ExperimentFolder, runs: Sequence[Run], rows: Sequence[Row], guards: Sequence[Verdict]
 ) -> tuple[list[Comparison], list[str]]:
     """The comparisons of arms that answered the same items, and what is not shown."""
     plan = folder.plan
@@ -150,13 +160,14 @@ def _by_answers(
         except RecordError as error:
             left_out.append(f"{name}: cannot be compared, since {error}")
     comparisons = _comparisons(metric, runs, {name: found for name, found in answers.items() if found})
+    comparisons = [_guarded(one, runs, guards) for one in comparisons]
     return comparisons, [
         *(left_out if scored else []),
         *_not_shown(rows, comparisons, runs, [name for name, found in answers.items() if not found]),
     ]
 
 
-def _by_loss(runs: Sequence[Run], rows: Sequence[Row]) -> tuple[list[Comparison], list[str]]:
+def _by_loss(runs: Sequence[Run], rows: Sequence[Row], guards: Sequence[Verdict]) -> tuple[list[Comparison], list[str]]:
     """The comparisons of arms by their validation losses, and what is not shown; of many arms, none in pairs."""
     arms: dict[str, list[Run]] = {}
     for run in runs:
@@ -172,7 +183,7 @@ def _by_loss(runs: Sequence[Run], rows: Sequence[Row]) -> tuple[list[Comparison]
     diverged = {arm for arm, group in arms.items() if any(run.name in lost for run in group)}
     many = len(arms) > MOST_ARMS
     found = [
-        Comparison(against_control=False, metric=VAL_LOSS, **pair._asdict())
+        _guarded(Comparison(against_control=False, metric=VAL_LOSS, **pair._asdict()), runs, guards)
         for pair in compare_losses(VAL_LOSS, [] if many else pairs, measured, diverged)
     ]
     left = [
@@ -287,18 +298,9 @@ def _limited(
     return [pair for pair in pairs if pair[2] or best in pair[:2]]
 
 
-def arm_name(run: Run) -> str:
-    """The name of a run without its seed: replicates are one arm."""
-    return run.name.removesuffix(f"_seed{run.seed}") if "seed" in run.varied else run.name
-
-
 def _control_of(arms: Mapping[str, Sequence[Run]], name: str) -> str | None:
-    run = arms[name][0]
-    for other, (control, *_) in arms.items():
-        same = all(run.config.get(key) == value for key, value in control.config.items() if key != "seed")
-        if control.kind == "control" and same:
-            return other
-    return None
+    control = control_of((runs[0] for runs in arms.values()), arms[name][0])
+    return control and arm_name(control)
 
 
 def _one_apart(one: Sequence[Run], other: Sequence[Run]) -> bool:
@@ -349,6 +351,23 @@ def _comparison(
         shown=shown,
         words=words,
     )
+
+
+def _guarded(comparison: Comparison, runs: Sequence[Run], guards: Sequence[Verdict]) -> Comparison:
+    """The comparison, not shown where a guard that fired concerns it."""
+    first, second = (
+        [run.name for run in runs if arm_name(run) == arm] for arm in (comparison.first, comparison.second)
+    )
+    fired = [
+        f"the guard {one.guard!r} fired: {failure.words}"
+        for one in guards
+        for failure in one.failures
+        if failure.concerns(first, second)
+    ]
+    if not fired or not comparison.shown:
+        return comparison
+    words = comparison.words.replace(", shown", ", not shown", 1)
+    return comparison.model_copy(update={"shown": False, "words": f"{words}, since {'; '.join(fired[:3])}"})
 
 
 def _not_shown(

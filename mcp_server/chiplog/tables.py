@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from chiplog.compare import Interval
 from chiplog.estimate import Estimate
 from chiplog.estimate.case import CaseEstimate
+from chiplog.guards import Verdict
 from chiplog.plan import VAL_LOSS, Value, columns
 from chiplog.record import State
 from chiplog.sizing import PlannedRun
@@ -192,6 +193,16 @@ def _summary_row(
         *([_loss_cell(row)] if validates else []),
         *(_score_cell(row.scores.get(metric)) for metric in metrics),
     ]
+
+
+def guard_table(found: Sequence[Verdict]) -> str:
+    """Every guard with the runs that it failed, did not check and passed, in Markdown."""
+    cells = []
+    for one in found:
+        outcome = {True: "passed", False: "failed", None: "not checked"}[one.ok]
+        runs = [listed([name for name, ok in one.runs.items() if ok is wanted], 4) for wanted in (False, None, True)]
+        cells.append([one.guard, outcome, *(names or "–" for names in runs)])
+    return markdown(["guard", "outcome", "failed", "not checked", "passed"], cells)
 
 
 def probe_words(rows: Sequence[PlannedRun]) -> list[str]:

@@ -24,12 +24,14 @@ from chiplog.answers import (
     RecordsAnswer,
     SetupAnswer,
     SummaryAnswer,
+    VerifyAnswer,
 )
 from chiplog.calibration import against_actual
 from chiplog.errors import PlanError
 from chiplog.estimate.case import NEEDED, Case, make_case
 from chiplog.estimate.gpus import gpu, gpus
 from chiplog.folder import ExperimentFolder, find_experiment
+from chiplog.guards import next_steps
 from chiplog.inputs import check_dataset, check_model, check_words, create_dataset, list_studies
 from chiplog.jobs import cancel_experiment, experiment_status, prune_checkpoints, submit_experiment
 from chiplog.ledger import Ledger
@@ -56,6 +58,7 @@ from chiplog.tables import (
     bullets,
     case_words,
     cut_note,
+    guard_table,
     note_words,
     plan_table,
     probe_words,
@@ -211,6 +214,7 @@ def summarize_experiment(experiment: Name, limit: Limit = 50) -> SummaryAnswer:
     not_shown = bullets(summary.not_shown, limit) or ["- nothing is left open by this design"]
     cut = cut_note(len(summary.rows), limit)
     lines = [plan.question, "", table, *([cut] if cut else []), "", "Shown:", *shown, "", "Not shown:", *not_shown]
+    lines += ["", "Guards: " + summary.guard_words[0], *bullets(summary.guard_words[1:], limit)]
     if summary.deviations:
         lines += ["", "Otherwise than planned:", *bullets(summary.deviations, limit)]
     return SummaryAnswer(
@@ -221,6 +225,20 @@ def summarize_experiment(experiment: Name, limit: Limit = 50) -> SummaryAnswer:
         rows=summary.rows[:limit],
         comparisons=summary.comparisons[:limit],
         not_shown=summary.not_shown[:limit],
+    )
+
+
+def verify_experiment(experiment: Name, limit: Limit = 50) -> VerifyAnswer:
+    """Lists every validity guard with its outcome for each run: whether what came out may be believed."""
+    folder = find_experiment(experiment, load_settings())
+    summary = summarize(folder, collecting.collect(folder, Ledger()))
+    name, failed = folder.path.name, next_steps(summary.guards)
+    first, *words = summary.guard_words
+    return VerifyAnswer(
+        summary="\n".join([f"{name}: {first}", *bullets(words, limit), "", guard_table(summary.guards)]),
+        next=failed or [f"summarize_experiment(experiment={name!r})"],
+        ok=not failed,
+        guards=[one.cut_to(limit) for one in summary.guards],
     )
 
 
@@ -317,6 +335,7 @@ TOOLS = [
     Tool(prune_checkpoints, destroys=True),
     Tool(collect_records),
     Tool(summarize_experiment),
+    Tool(verify_experiment),
     Tool(estimate_resources, reads_only=True),
     Tool(scan_logs),
     Tool(search_runs, reads_only=True),

@@ -40,6 +40,7 @@ ORDER = [
     "collect",
     "compare",
     "losses",
+    "guards",
     "summary",
     "figure",
     "studies",

@@ -127,7 +127,7 @@ def test_a_recipe_has_the_settings_of_the_one_that_it_is_like(lab: Path, tmp_pat
         load_recipe(f"lora_finetune_{name}") for name in ("single_device", "single_device_val", "distributed")
     )
     assert val.settings == {**base.settings, "val_split": "validation", "run_val_every_n_steps": None}
-    assert several.settings == {**val.settings, "val_split": None}
+    assert several.settings == {**val.settings, "val_split": None, "shard_model": True}
     assert several.about.takes["lr_schedule"] == ["cosine", "constant"]
     for suffix in (".yaml", ".py"):
         shutil.copy(val.file.with_suffix(suffix), tmp_path)

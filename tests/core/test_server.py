@@ -15,7 +15,7 @@ from tests.core.test_flow import ASK, answer, calls, refusal
 def test_every_tool_has_an_output_schema_annotations_and_refuses_a_misspelt_argument(lab: Path):
     async def steps(client: Client) -> None:
         tools = (await client.list_tools()).tools
-        assert len(tools) == 21
+        assert len(tools) == 22
         for tool in tools:
             assert tool.output_schema and tool.output_schema["type"] == "object"
             assert {"summary", "next", "ok"} <= tool.output_schema["properties"].keys()

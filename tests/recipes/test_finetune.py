@@ -84,7 +84,13 @@ def test_rope_written_by_older_and_newer_transformers_is_read_alike(llama: Path,
 
 def test_a_run_learns_and_leaves_what_its_contract_says(settings: dict, llama: Path, tmp_path: Path):
     finetune(settings, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "checkpoints", "adapter", "DONE"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "metrics.jsonl",
+        "checkpoints",
+        "adapter",
+        "guards.json",
+        "DONE",
+    }
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_20"]
     assert json.loads((tmp_path / "DONE").read_text()) == {"step": 20}
 

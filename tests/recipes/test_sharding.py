@@ -12,6 +12,7 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 
 from tests.recipes.helpers import adapter, defaults, events, finetune, make_model, write_splits
 from tests.recipes.test_distributed import driver, ended, start_two
+from trainer import guards
 
 GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 24, "final_logit_softcapping": 3.0}
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 4}
@@ -27,6 +28,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {
     "in 4 bits": ("llama", WIDE, {"quantize_base": True}, 0.56),
     "in 4 bits, too small to cut": ("llama", SMALL, {"quantize_base": True, "max_steps": 2}, 0.9),
 }
+SEEN = ["optimizer coverage", "gradient reach", "weights move", "frozen stays frozen", "budget met"]
 EACH = """
 import json, os
 from tests.recipes.test_sharding import held_bytes
@@ -88,3 +90,11 @@ def test_a_divided_model_computes_what_a_whole_one_does_and_each_process_holds_a
     for rank in (0, 1):
         share = json.loads((out / f"held-{rank}.json").read_text()) / held_bytes(run.model)
         assert 0.4 < share < most, share
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_guards_look_at_weights_that_are_divided_and_in_4_bits(name: str, runs: dict):
+    found = {one["guard"]: one for one in guards.read(runs[name][1])}
+    # Two steps of a warm-up that begins at 0 move no B, so that no A gets a gradient.
+    fired = {"gradient reach", "weights move"} if runs[name][0]["max_steps"] == 2 else set()
+    assert list(found) == SEEN and {name for name, one in found.items() if not one["ok"]} == fired, found

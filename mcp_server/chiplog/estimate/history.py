@@ -22,7 +22,7 @@ MEMORY_SPREAD = 0.033
 PRIOR_WEIGHT = 4  # measurements that the spread above counts as
 SCALED_SPREAD = 2.0  # a scaled estimate is taken to spread this much more
 # Settings that change neither the time nor the memory of a step.
-NEUTRAL = {"seed", "lr", "lr_schedule", "warmup_steps", "weight_decay", "scorer"}
+NEUTRAL = {"seed", "lr", "lr_schedule", "warmup_steps", "weight_decay", "scorer", "guard_steps"}
 # Settings that change how many steps there are, and nothing in them.
 COUNT = {"epochs", "max_steps", "eval_split", "eval_limit"}
 # Settings that only say on what a training validates, and when: nothing of a step.

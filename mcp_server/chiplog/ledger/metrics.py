@@ -1,7 +1,9 @@
-"""What a job of ours wrote about itself: `metrics.jsonl` of the training, `eval/scores.json` of the evaluation."""
+"""What a job of ours wrote about itself: `metrics.jsonl` and `guards.json` of the training, `eval/scores.json`."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import statistics
 from collections.abc import Sequence
 from datetime import datetime
@@ -11,7 +13,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AwareDatetime, ConfigDict, Field, TypeAdapter, ValidationError
 
 from chiplog.errors import RecordError
-from chiplog.record import MemKind, Score, Usage
+from chiplog.record import Guard, MemKind, Score, Trace, Usage
 from chiplog.schema import Frozen, plain_errors
 
 WARM_UP = 0.1  # share of the steps, at the start, that the steady speed leaves out
@@ -43,6 +45,11 @@ class Start(Written):
         default=None, description="FLOPs of training for a token."
     )
     micro_batch_size: Count | None = Field(default=None, description="Samples of a forward pass, of each process.")
+    n_trainable: Count | None = Field(default=None, description="Parameters that are trained.")
+    n_samples: Count | None = Field(default=None, description="Samples or sequences of an epoch.")
+    batch_size: Count | None = Field(default=None, description="Samples of an optimiser step, over all devices.")
+    train_sha256: str | None = Field(default=None, description="Hash of the data trained on.")
+    val_sha256: str | None = Field(default=None, description="Hash of the validation set.")
     packages: dict[str, str] = Field(default={}, description="Versions of the packages that run.")
 
 
@@ -101,6 +108,7 @@ class Evaluation(Written):
 
 Event = Start | Step | Validation | Checkpoint | End
 Numbered = TypeVar("Numbered", Step, Validation)
+_GUARDS = TypeAdapter(list[Guard])
 _EVENT = TypeAdapter[Event](Annotated[Event, Field(discriminator="event")])
 
 
@@ -183,6 +191,37 @@ def train_usage(events: Sequence[Event]) -> Usage:
         val_samples=validations[-1].samples if validations else None,
         val_label_tokens=validations[-1].label_tokens if validations else None,
     )
+
+
+def trace(events: Sequence[Event]) -> Trace:
+    """What tells whether a training can be compared with others, over all its starts; without one, 0 steps."""
+    starts = [event for event in events if isinstance(event, Start)]
+    if not starts:
+        return Trace(steps=0)
+    usage, losses = train_usage(events), [(step.step, step.loss) for step in standing(events, Step)]
+    every = [loss for _, loss in losses] + usage.val_losses
+    return Trace(
+        **{name: getattr(starts[-1], name) for name in Trace.model_fields.keys() & Start.model_fields.keys()},
+        steps=usage.steps,
+        steps_planned=usage.steps_planned,
+        tokens=usage.tokens,
+        losses_sha256=hashlib.sha256(repr(losses).encode()).hexdigest() if losses else None,
+        finite=all(map(math.isfinite, every)) if every else None,
+    )
+
+
+def read_guards(file: Path) -> list[Guard]:
+    """What `guards.json` says; none if it is not there.
+
+    One that cannot be read is a guard that failed: nobody knows what it saw.
+    """
+    try:
+        return _GUARDS.validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValidationError) as error:
+        wrong = " ".join((plain_errors(error) if isinstance(error, ValidationError) else str(error)).split())[:300]
+        return [Guard(guard=file.name, ok=False, examined=0, found=f"it cannot be read: {wrong}")]
 
 
 def read_scores(file: Path) -> Evaluation | None:

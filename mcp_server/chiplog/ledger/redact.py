@@ -29,6 +29,7 @@ def redacted(records: Iterable[Record]) -> Iterator[Record]:
             update={
                 "logs": [Path(log).name for log in record.logs],
                 "evidence": [],
+                "guards": [one.model_copy(update={"found": _no_names(one.found)}) for one in record.guards],
                 "model": None if record.model is None else _name_alone(record.model),
                 **{name: _without_names(value) for name, value in hidden.items()},
             }

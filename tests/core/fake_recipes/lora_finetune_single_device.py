@@ -1,7 +1,12 @@
-"""Pretends to train: keeps the contract of a recipe (metrics.jsonl, adapter/, DONE), needs nothing but PyYAML."""
+"""Pretends to train: keeps the contract of a recipe (metrics.jsonl, adapter/, DONE), needs nothing but PyYAML.
+
+`guards` is what guards.json is to hold, as JSON; `pretend` is what else goes wrong.
+"""
 
 import argparse
+import hashlib
 import json
+import math
 import signal
 import sys
 import time
@@ -32,6 +37,9 @@ def say(event: str, **values: object) -> None:
     metrics.write(json.dumps({"event": event, **values}) + "\n")
 
 
+pretend = config["pretend"]
+reached = {key: config[key] for key in ("model", "dataset", "seed", "lora_rank", "batch_size", "lr", "right_up_to")}
+own = 0 if pretend == "same-losses" else int(hashlib.sha256(repr(reached).encode()).hexdigest()[:6], 16) / 2**40
 memory = {"peak_mem_bytes": 1_000_000 * config["batch_size"], "mem_kind": "host_rss"}
 say(
     "start",
@@ -39,18 +47,26 @@ say(
     device="cpu",
     n_params=1000,
     total_steps=total,
+    n_trainable=10 * config["lora_rank"],
+    n_samples=len(rows),
+    batch_size=config["batch_size"],
+    train_sha256="train",
+    val_sha256="of others" if pretend == "other-validation" else "validation",
     setup_s=time.perf_counter() - BEGAN,
     packages={"yaml": "1"},
 )
-for step in range(1, total + 1):
+for step in range(1, 1 + {"short": total - 1, "nothing": 0}.get(pretend, total)):
     began = time.perf_counter()
     time.sleep(config["seconds_a_step"])
     if step == config["fail_at_step"]:
         raise RuntimeError("the loss is no number")
     seconds = time.perf_counter() - began
     tokens = 10 * config["batch_size"]
-    say("step", step=step, epoch=0, loss=1 / step, lr=config["lr"], tokens=tokens, seconds=seconds, **memory)
+    loss = math.nan if pretend == "nan" and step == total else 1 / step + own
+    say("step", step=step, epoch=0, loss=loss, lr=config["lr"], tokens=tokens, seconds=seconds, **memory)
     print(f"1|{step}|Loss: {1 / step}", flush=True)
 say("end", step=total)
+if config["guards"]:
+    Path("guards.json").write_text(config["guards"])
 Path("adapter").mkdir(exist_ok=True)
 Path("DONE").write_text("{}")
