@@ -2,7 +2,7 @@
 
     python data.py [--tokenizer bytes] [--files N] [--seed 0] [--out input]
 
-Writes the folder stdlib_<tokenizer>_py<version>..., as `python -m trainer.prepare` makes it, and prints
+Writes the folder stdlib_bytes, stdlib_bpe4096 and so on, as `python -m trainer.prepare` makes it, and prints
 {"path", "rows" (tokens of each split), "sha256" (of the training tokens)}. Under one version of Python the same
 options give the same bytes. Licence of the text: PSF-2.0, which permits to copy, change and distribute it.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import filecmp
 import json
-import platform
 import random
 import shutil
 import sys
@@ -39,7 +38,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "input", help="folder to write to")
     arguments = parser.parse_args()
     texts = from_files(sources(arguments.files, arguments.seed), ".py")
-    parts = ["stdlib", arguments.tokenizer.replace(":", ""), f"py{platform.python_version()}"]
+    parts = ["stdlib", Path(arguments.tokenizer).stem.replace(":", "")]
     parts += [f"{arguments.files}files"] * (arguments.files is not None)
     path = arguments.out / "_".join(parts)
     about = write(texts, path, arguments.tokenizer, arguments.seed)
@@ -71,7 +70,9 @@ def write(texts: list[str], path: Path, tokenizer: str, seed: int) -> dict[str, 
     same = filecmp.cmpfiles(beside, path, names, shallow=False)[0]
     shutil.rmtree(beside)
     if len(same) != len(names):
-        raise UserError(f"{path} is there with other content, of another seed perhaps: remove it or give another --out")
+        raise UserError(
+            f"{path} is there with other content, of another seed or Python perhaps: remove it or give another --out"
+        )
     return about
 
 

@@ -105,6 +105,8 @@ def experiment(asked: Asked) -> Made:
     runs = [run_settings(asked, width, ratio, changes, batch, defaults) for width, ratio, changes in cells]
     keys = list(dict.fromkeys(key for run in runs for key in run))
     runs = [{key: run.get(key, defaults[key]) for key in keys} for run in runs]
+    if twice := next((run for place, run in enumerate(runs) if run in runs[:place]), None):
+        raise UserError(f"width {twice['width']}, {twice['max_steps']} steps would be run twice: remove a value")
     notes = batch.notes + [note for run in runs for note in (*corpus_notes(asked, run), *head_notes(run, runs))]
     return Made(as_experiment(asked, runs, batch, defaults), list(dict.fromkeys(notes)))
 
@@ -150,7 +152,7 @@ def run_settings(
 
 def shaped(settings: Settings, asked: Asked) -> Settings:
     """The settings with the depth, heads and feed-forward ratio that they leave open."""
-    found = {**settings, "depth": asked.depth or depth_of(settings["width"], asked.architecture)}
+    found = {"depth": asked.depth or depth_of(settings["width"], asked.architecture), **settings}
     if asked.architecture == "transformer":
         found.setdefault("heads", heads_of(settings["width"], asked.head_size))
         if found.get("activation") in GATED:
