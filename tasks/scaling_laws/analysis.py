@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tasks.scaling_laws import fit, isoflop, ladder, learning_rates, power
-from tasks.scaling_laws.runs import Found, Run, arm_names, arm_of
+from tasks.scaling_laws.runs import Found, Run, arm_names, arm_of, usual
 
 Arm = tuple[tuple[str, Any], ...]
 LEAST_LRS = 3  # learning rates of the same run that make a sweep
@@ -18,7 +18,7 @@ LEAST_LRS = 3  # learning rates of the same run that make a sweep
 
 @dataclass(frozen=True)
 class Analysis:
-    """Answers by the names of arms; `control` is the arm with most sizes and lengths."""
+    """Answers by the names of arms; `control` is the arm with most sizes and lengths, of equal ones the plainest."""
 
     found: Found
     grid: dict[str, list[Run]]  # runs of no sweep, by arm
@@ -61,7 +61,8 @@ def analyse(found: Found, bootstrap: int, seed: int) -> Analysis:
     grid: dict[str, list[Run]] = defaultdict(list)
     for run in single:
         grid[names[run.arm]].append(run)
-    control = max(grid, key=lambda name: len({(run.n, run.d) for run in grid[name]}), default=None)
+    control = max(grid, key=lambda name: (len({(run.n, run.d) for run in grid[name]}), usual(grid[name][0].arm)),
+                  default=None)  # fmt: skip
     laws = {name: law_of(runs, bootstrap, seed) for name, runs in grid.items()}
     floor = floor_of(laws.get(control or ""))
     draws = min(bootstrap, 1000)

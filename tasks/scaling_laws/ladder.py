@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from tasks.scaling_laws.runs import Run
+from tasks.scaling_laws.runs import Run, usual
 
 Arm = tuple[tuple[str, object], ...]
 LEVEL = 0.95
@@ -48,7 +48,7 @@ def rungs(runs: Sequence[Run]) -> tuple[Arm | None, list[Rung]]:
     near = Counter(arm for arms in compared.values() for arm in arms for other in arms if change(arm, other))
     if not near:
         return None, []
-    control = near.most_common(1)[0][0]
+    control = max(near, key=lambda arm: (near[arm], usual(arm)))
     found = [
         _rung(arms[control], others, words)
         for arms in compared.values()

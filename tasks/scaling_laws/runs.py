@@ -93,6 +93,12 @@ def arm_of(config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple((key, config[key]) for key in keys)
 
 
+def usual(arm: tuple[tuple[str, Any], ...]) -> int:
+    """How many settings of an arm are the trainer's defaults: of two that could be the control, the plainer one is."""
+    defaults = job.default_settings(TRAIN)
+    return sum(defaults[key] == value for key, value in arm)
+
+
 def arm_names(arms: Iterable[tuple[tuple[str, Any], ...]]) -> dict[tuple[tuple[str, Any], ...], str]:
     """A short name for each arm: its architecture and what not all arms have alike."""
     arms = list(dict.fromkeys(arms))
