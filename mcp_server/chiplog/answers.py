@@ -64,7 +64,7 @@ class LawAnswer(Answer):
     objective: float = Field(description="Sum over points of the Huber loss of log residuals, delta 0.001.")
     ci: dict[str, list[float]] = Field(description="Interval of each, from draws of the runs; empty without draws.")
     ci_level: float = Field(description="Level of the intervals.")
-    standard_errors: dict[str, float] = Field(description="Spread of each over the draws.")
+    standard_errors: dict[str, float | None] = Field(description="Spread of each over the draws; null: without bound.")
     identifiable: bool = Field(description="Whether these runs can tell the law's parts.")
     why: str = Field(description="Why, or what is missing.")
     optimal_n_exponent: float = Field(description="The best N for compute C = 6ND grows as C to this power.")

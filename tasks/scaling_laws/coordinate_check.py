@@ -18,7 +18,7 @@ from trainer.tokens import Windows, open_tokens
 
 WIDTHS = (32, 64, 128, 256)
 STEPS = 4
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2, 3)
 HEAD = 16  # of every width: muP keeps the size of heads and grows their number
 # As the check is defined: what is added to the readout's first products does not hide the rest.
 FIXED = {"architecture": "transformer", "tied": False, "zero_readout": True, "zero_query": False, "base_heads": None}

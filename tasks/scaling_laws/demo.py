@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,9 @@ def train_all(folder: Path, text: Path) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     print(f"{len(runs)} runs, {cores} at once.", flush=True)
     with ThreadPoolExecutor(cores) as pool:
-        for n, words in enumerate(pool.map(lambda run: train(folder / "runs" / run[0], run[1]), runs), 1):
-            print(f"  {n:3} of {len(runs)}: {words}", flush=True)
+        trainings = [pool.submit(train, folder / "runs" / name, config) for name, config in runs]
+        for n, training in enumerate(as_completed(trainings), 1):
+            print(f"  {n:3} of {len(runs)}: {training.result()}", flush=True)
 
 
 def plan_runs(text: Path) -> Iterator[tuple[str, dict[str, Any]]]:

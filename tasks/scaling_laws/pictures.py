@@ -16,10 +16,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from tasks.scaling_laws import law as laws
 from tasks.scaling_laws.analysis import Analysis
-from tasks.scaling_laws.power import frontier
 from tasks.scaling_laws.runs import Run
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
@@ -47,13 +47,13 @@ def draw_all(analysis: Analysis, folder: Path) -> list[Path]:
 def loss_and_compute(analysis: Analysis) -> Figure:
     """Loss over FLOPs of every run; the law's curves of each size of the control, and what it says is best."""
     figure, (axes,) = _figure(1)
-    for name, runs in analysis.grid.items():
-        marker, colour = ("o", None) if name == analysis.control else ("^", _colour(list(analysis.grid).index(name)))
-        if colour:
-            axes.plot(*_xy(runs), marker, color=colour, ms=5, mfc="none", label=name)
     control = analysis.grid[analysis.control or ""]
+    sizes = _sizes(control)
+    others = [name for name in analysis.grid if name != analysis.control]
+    for place, name in enumerate(others, len(sizes)):
+        axes.plot(*_xy(analysis.grid[name]), "^", color=_colour(place), ms=5, mfc="none", label=name)
     law = _law(analysis)
-    for place, (n, runs) in enumerate(_sizes(control)):
+    for place, (n, runs) in enumerate(sizes):
         axes.plot(*_xy(runs), "o", color=_colour(place), ms=5, label=f"{_short(n)} parameters")
         if law:
             _curve(axes, law, runs, _colour(place))
@@ -66,6 +66,7 @@ def loss_and_compute(analysis: Analysis) -> Figure:
         )
         words += "" if law["identifiable"] else " (not identified)"
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="validation loss, nats a token")
+    _few_numbers(axes)
     axes.legend(fontsize=7, frameon=False)
     figure.suptitle(f"{analysis.control}, {len(control)} runs: {words}", fontsize=9)
     return figure
@@ -130,8 +131,9 @@ def coordinate_check(analysis: Analysis) -> Figure:
                 slope = one["slopes"][f"step {step} logits"]
                 axes.plot(one["widths"], sizes, "o-", color=_colour(step - 1), label=f"step {step}: {slope:+.2f}")
         axes.set(xscale="log", yscale="log", xlabel="width", ylabel="mean |logit|")
-        axes.set_xticks(one["widths"], [str(width) for width in one["widths"]])
-        axes.minorticks_off()
+        _few_numbers(axes)
+        axes.set_xticks(one["widths"], [str(width) for width in one["widths"]], minor=False)
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(kind, fontsize=8)
         axes.legend(title="slope of log2 over log2", title_fontsize=7, fontsize=7, frameon=False)
     figure.suptitle("Coordinate check: under a right parametrisation nothing grows with width", fontsize=9)
@@ -168,14 +170,24 @@ def _curve(axes: Axes, law: dict[str, Any], runs: Sequence[Run], colour: str) ->
 
 
 def _frontier(axes: Axes, law: dict[str, Any], runs: Sequence[Run]) -> None:
-    """The lowest loss that the law gives for each compute C = 6ND, over the window of the runs."""
-    low, high = min(run.flops for run in runs), max(run.flops for run in frontier(runs))
+    """The lowest loss that the law gives for each compute C = 6ND, drawn over the exact FLOPs, which are near it."""
+    low, high = min(run.flops for run in runs), max(run.flops for run in runs)
+    exact = float(np.exp(np.mean([np.log(run.flops / (6 * run.n * run.d)) for run in runs])))
     alpha, beta = law["alpha"], law["beta"]
-    compute = np.geomspace(low, high, 40)
+    compute = np.geomspace(low, high, 40) / exact
     n = (alpha * law["A"] / (beta * law["B"])) ** (1 / (alpha + beta)) * (compute / 6) ** (beta / (alpha + beta))
     loss = _predicted(law, n, compute / 6 / n)
     a = beta / (alpha + beta)
-    axes.plot(compute, loss, "--", color="#555555", lw=1.2, label=f"best of the law, $N \\propto C^{{{a:.2f}}}$")
+    axes.plot(
+        exact * compute, loss, "--", color="#555555", lw=1.2, label=f"best of the law, $N \\propto C^{{{a:.2f}}}$"
+    )
+
+
+def _few_numbers(axes: Axes) -> None:
+    """Plain numbers on a logarithmic axis of less than a decade."""
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _parabola(axes: Axes, best: dict[str, Any], lrs: Sequence[float], colour: str) -> None:

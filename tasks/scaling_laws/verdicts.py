@@ -30,12 +30,16 @@ def law_verdicts(analysis: Analysis) -> list[str]:
     found = []
     for name, law in analysis.laws.items():
         if isinstance(law, str):
-            found += [f"Not shown: a law of {name}; {law}."] * (name == analysis.control)
+            if name == analysis.control:
+                found.append(f"Not shown: a law of {name}; {law}.")
             continue
         law_words = f"L = {law['E']:.3g} + {law['A']:.4g} / N^{law['alpha']:.3g} + {law['B']:.4g} / D^{law['beta']:.3g}"
         words = f"{name}, {law['n']} runs: {law_words}{_intervals(law)}."
         doubt = " ".join(([] if law["identifiable"] else [law["why"]]) + doubts(analysis, name))
         found.append(f"Not shown: {words} {doubt}" if doubt else f"Shown: {words} {law['why']}")
+    without = [name for name, law in analysis.laws.items() if isinstance(law, str) and name != analysis.control]
+    if without:
+        found.append(f"Not shown: laws of {'; '.join(without)}. Each has too few runs.")
     return found or ["Not shown: a law; no run that is not of a sweep ended with a loss."]
 
 
@@ -91,10 +95,12 @@ def compute_verdicts(analysis: Analysis) -> list[str]:
         ci = f" ({one['ci'][0]:.2f} to {one['ci'][1]:.2f})" if one["ci"] else ""
         words = f"{pair} needs {one['multiplier']:.2f} times its compute{ci} for the same loss"
         words += f", from {one['n']} runs between {one['window'][0]:.3g} and {one['window'][1]:.3g} nats"
-        words += f"; {one['n_outside']} lie beyond" if one["n_outside"] else ""
+        words += f"; {one['n_outside']} of its runs lie beyond and are left out" if one["n_outside"] else ""
         shown = one["ci"] and not one["ci"][0] <= 1 <= one["ci"][1]
         wrong = doubts(analysis, name) + doubts(analysis, analysis.control or "")
-        found.append(f"{'Shown' if shown and not wrong else 'Not shown'}: {words}. {' '.join(dict.fromkeys(wrong))}")
+        found.append(
+            f"{'Shown' if shown and not wrong else 'Not shown'}: {' '.join([words + '.', *dict.fromkeys(wrong)])}"
+        )
     return [*found, _isoflop_verdict(analysis)]
 
 
