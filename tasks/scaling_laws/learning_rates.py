@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 NEAR = 1.0  # nats above the lowest loss beyond which points say nothing of the vertex
@@ -35,7 +36,7 @@ class Best:
     n_diverged: int
 
 
-def best_lr(lrs: Sequence[float], losses: Sequence[float]) -> Best | None:
+def best_lr(lrs: ArrayLike, losses: ArrayLike) -> Best | None:
     """Of the points (lr, loss) of one width; a loss that is no number diverged. Null where none is finite."""
     x, y = np.log(np.asarray(lrs, dtype=float)), np.asarray(losses, dtype=float)
     finite = np.isfinite(y)

@@ -98,10 +98,11 @@ def learning_rates(analysis: Analysis) -> Figure:
                 _parabola(axes, best, [lr for lr, _ in points], _colour(place))
         law = sweep["in_width"]
         words = "" if law["exponent"] is None else f": best lr $\\propto$ width$^{{{law['exponent']:+.2f}}}$"
-        axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats a token")
+        axes.set(xscale="log", xlabel="learning rate")
         axes.set_title(f"{name}{words}", fontsize=8)
         axes.legend(fontsize=7, frameon=False)
-    figure.suptitle("Best learning rates: parabolas in ln lr, full marks at vertices that count", fontsize=9)
+    panels[0].set_ylabel("validation loss, nats a token")
+    figure.suptitle("Best learning rates: parabolas in ln lr; a star is a vertex that counts", fontsize=9)
     return figure
 
 
@@ -130,12 +131,13 @@ def coordinate_check(analysis: Analysis) -> Figure:
             if step and all(sizes):
                 slope = one["slopes"][f"step {step} logits"]
                 axes.plot(one["widths"], sizes, "o-", color=_colour(step - 1), label=f"step {step}: {slope:+.2f}")
-        axes.set(xscale="log", yscale="log", xlabel="width", ylabel="mean |logit|")
+        axes.set(xscale="log", yscale="log", xlabel="width")
         _few_numbers(axes)
         axes.set_xticks(one["widths"], [str(width) for width in one["widths"]], minor=False)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(kind, fontsize=8)
         axes.legend(title="slope of log2 over log2", title_fontsize=7, fontsize=7, frameon=False)
+    panels[0].set_ylabel("mean |logit|")
     figure.suptitle("Coordinate check: under a right parametrisation nothing grows with width", fontsize=9)
     return figure
 

@@ -13,7 +13,10 @@ FLAT = 0.1  # largest slope of the coordinate check
 
 def section(analysis: Analysis) -> str:
     """Markdown."""
-    lines = ["## What the runs show", "", *analysis.found.in_words(), ""]
+    lines = ["## What the runs show", "", *analysis.found.in_words()]
+    if swept := len(analysis.found.runs) - sum(map(len, analysis.grid.values())):
+        lines.append(f"{swept} of them belong to sweeps of learning rates and are no points of laws.")
+    lines.append("")
     for heading, verdicts in (
         ("The law", law_verdicts(analysis)),
         ("Learning rates", lr_verdicts(analysis)),
