@@ -83,6 +83,7 @@ class Asked:
     tokens: int | None = None  # the same for all runs, instead of ratios
     corpus_tokens: int | None = None
     cpus: int = 1
+    gpus: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def experiment(asked: Asked) -> Made:
     given = {*asked.fixed, *asked.sweeps, *asked.ladder}
     if unknown := given - set(defaults):
         raise UserError(f"the trainer has no setting {', '.join(sorted(unknown))}: {TRAIN.name} names all")
-    batch = exact_batch(asked.batch_size, asked.micro_batch_size, asked.world)
+    batch = exact_batch(asked.batch_size, asked.micro_batch_size, max(asked.world, asked.gpus))
     budgets = [None] if asked.tokens else asked.ratios
     cells = itertools.product(asked.widths, budgets, changes_of(asked))
     runs = [run_settings(asked, width, ratio, changes, batch, defaults) for width, ratio, changes in cells]
@@ -123,16 +124,30 @@ def as_experiment(asked: Asked, runs: list[Settings], batch: Batch, defaults: Se
     shared = {key: value for key, value in runs[0].items() if all(run[key] == value for run in runs)}
     if len(runs) == 1:
         del shared["width"]
+    may_be_silent = {"ffn_ratio", *list(asked.ladder)[1:]}  # the first setting of a ladder names its control
+
+    def silent(run: Settings) -> Settings:
+        """What need not be told, so that names stay short: a run's part of a ladder that is the trainer's default."""
+        return {key: run[key] for key in may_be_silent & run.keys() if run[key] == defaults[key]}
+
     controls = shared | {"micro_batch_size": batch.micro_batch_size}
     values: Settings = {
         "framework": "trainer",
         "recipe": "train",
         "control": "none",
         "controls": {key: value for key, value in controls.items() if value != defaults[key]},
-        "runs": [{key: value for key, value in run.items() if key not in shared} for run in runs],
-        "resources": {**({"nodes": asked.world} if asked.world > 1 else {}), "cpus": asked.cpus},
+        "runs": [{key: value for key, value in run.items() if key not in shared | silent(run)} for run in runs],
+        "resources": resources(asked),
     }
     return values | ({"seeds": asked.seeds} if asked.seeds else {})
+
+
+def resources(asked: Asked) -> Settings:
+    """What a run asks for: its processes on the GPUs of one node, or on as many nodes without."""
+    if asked.gpus and asked.world not in (1, asked.gpus):
+        raise UserError(f"--world is {asked.world} and --gpus {asked.gpus}: a process for each GPU")
+    nodes = {"nodes": asked.world} if asked.world > 1 and not asked.gpus else {}
+    return {**nodes, **({"gpus": asked.gpus} if asked.gpus else {}), "cpus": asked.cpus}
 
 
 def run_settings(
@@ -261,6 +276,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--head-size", type=int, default=HEAD, help="largest size of a head")
     made.add_argument("--corpus-tokens", type=int, help="of the training text: says where it would be repeated")
     made.add_argument("--cpus", type=int, default=1, help="of each run")
+    made.add_argument("--gpus", type=int, default=0, help="of each run, a process each")
     made.add_argument("--to", type=Path, help="file to write to instead of printing")
     return made
 
@@ -290,6 +306,7 @@ def asked_of(arguments: argparse.Namespace) -> Asked:
             tokens=arguments.tokens,
             corpus_tokens=arguments.corpus_tokens,
             cpus=arguments.cpus,
+            gpus=arguments.gpus,
         )
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"an option cannot be read: {error}; see --help") from error

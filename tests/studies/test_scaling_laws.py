@@ -254,7 +254,9 @@ def test_tokens_per_parameter_are_as_asked_within_half_a_step(width: int, ratio:
 
 def test_a_ladder_changes_one_thing_at_a_time_and_trains_on_the_tokens_of_its_control():
     ladder = {"activation": ["swiglu"], "norm": ["rmsnorm"], "position": ["learned"]}
-    runs = configs(generate.experiment(asked(ladder=ladder)))
+    made = generate.experiment(asked(ladder=ladder))
+    assert made.values["runs"][0] == {"activation": "gelu"}  # what is the default is not told, so names stay short
+    runs = configs(made)
     keys = ("activation", "norm", "position")
     chosen = [tuple(run[key] for key in keys) for run in runs]
     assert chosen == [("gelu", "layernorm", "rotary"), ("swiglu", "layernorm", "rotary"),
@@ -282,6 +284,7 @@ def test_sweeps_are_all_products_with_learning_rates_evenly_spaced_in_the_logari
         ({"sweeps": {"norm": ["batchnorm"]}}, "norm is 'batchnorm'"),
         ({"widths": [32, 32]}, "would be run twice"),
         ({"batch_size": 0}, "batch size is 0"),
+        ({"world": 2, "gpus": 4}, "a process for each GPU"),
     ],
 )
 def test_runs_that_cannot_be_are_refused_in_words(changes: dict, words: str):
