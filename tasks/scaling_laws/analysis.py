@@ -127,9 +127,17 @@ def _sweep(points: list[tuple[dict[str, Any], int, float]]) -> dict[str, Any]:
     seeds = sorted({config["seed"] for config, _, _ in points})
     of_seeds = [_law_of([p for p in points if p[0]["seed"] == seed], params) for seed in seeds]
     drifts = [one["in_width"].get("drift_octaves") for one in of_seeds]
+    doubts = [one["doubt_octaves"] for one in of_seeds]
     steps = sorted({config["max_steps"] for config, _, _ in points})
     shown = [[config["width"], config["lr"], loss] for config, _, loss in points]
-    return {**_law_of(points, params), "seeds": seeds, "drift_of_seeds": drifts, "steps": steps, "points": shown}
+    return {
+        **_law_of(points, params),
+        "seeds": seeds,
+        "drift_of_seeds": drifts,
+        "doubt_of_seeds": doubts,
+        "steps": steps,
+        "points": shown,
+    }
 
 
 def _law_of(points: list[tuple[dict[str, Any], int, float]], params: dict[int, int]) -> dict[str, Any]:

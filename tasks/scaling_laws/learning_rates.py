@@ -34,6 +34,7 @@ class Best:
     r2: float | None
     n: int  # points of the parabola
     n_diverged: int
+    doubt_octaves: float  # of a grid minimum: how far the best may lie from it between those that were tried
 
 
 def best_lr(lrs: ArrayLike, losses: ArrayLike) -> Best | None:
@@ -53,7 +54,8 @@ def best_lr(lrs: ArrayLike, losses: ArrayLike) -> Best | None:
     lr = grid if why else vertex
     at_edge = bool(why) and grid in (x.min(), x.max())
     how = "grid minimum" if why else "vertex"
-    return Best(math.exp(lr), how, why, at_edge, parabola, r2, int(near.sum()), int((~finite).sum()))
+    doubt = _half_step(np.unique(x), grid) if why else 0.0
+    return Best(math.exp(lr), how, why, at_edge, parabola, r2, int(near.sum()), int((~finite).sum()), doubt)
 
 
 def lr_law(sizes: Sequence[float], best: Sequence[float]) -> dict[str, Any]:
@@ -86,8 +88,16 @@ def sweep_law(widths: dict[int, Best], params: dict[int, int]) -> dict[str, Any]
     return {
         "widths": {width: asdict(widths[width]) for width in sizes},
         "in_width": lr_law(sizes, best),
+        "doubt_octaves": sum(widths[width].doubt_octaves for width in {sizes[0], sizes[-1]}),
         "in_params": lr_law([params[width] for width in sizes], best),
     }
+
+
+def _half_step(tried: np.ndarray, at: float) -> float:
+    """Half the wider step from a learning rate to the next that were tried, in octaves."""
+    place = int(np.argmin(np.abs(tried - at)))
+    steps = np.diff(tried[max(place - 1, 0) : place + 2])
+    return float(steps.max(initial=0.0)) / 2 / math.log(2)
 
 
 def _parabola(x: np.ndarray, y: np.ndarray) -> tuple[tuple[float, float, float], float]:

@@ -71,7 +71,9 @@ def _lr_verdict(name: str, sweep: dict[str, Any]) -> str:
     if law["exponent"] is None:
         return f"Not shown: how the learning rate grows with width. {words}; a single width."
     ci = f" ({law['ci'][0]:+.2f} to {law['ci'][1]:+.2f})" if law["ci"] else ""
-    drifts = [drift for drift in sweep["drift_of_seeds"] if drift is not None]
+    pairs = zip(sweep["drift_of_seeds"], sweep["doubt_of_seeds"], strict=True)
+    reach = [(drift, doubt) for drift, doubt in pairs if drift is not None]
+    drifts = [drift for drift, _ in reach]
     each = ", ".join(f"{drift:+.2f}" for drift in drifts)
     words += f"; it goes as width^{law['exponent']:+.2f}{ci}: {law['drift_octaves']:+.2f} octaves over "
     words += f"{law['growth']:.3g}x width (seed by seed {each})"
@@ -80,11 +82,17 @@ def _lr_verdict(name: str, sweep: dict[str, Any]) -> str:
         return f"Not shown: {words}. At width {edges[0]} the best is the last that was tried: sweep further."
     if len(drifts) < 2:
         return f"Not shown: {words}. It is one seed: add another."
-    if all(abs(drift) <= STEADY for drift in drifts):
+    if all(abs(drift) + doubt <= STEADY for drift, doubt in reach):
         return f"Shown: {words}. It moves by at most {STEADY} octaves in every seed."
-    if min(drifts) > STEADY or max(drifts) < -STEADY:
-        return f"Shown: {words}. It moves by more than {STEADY} octaves in every seed, so it does not transfer."
-    return f"Not shown: {words}. The seeds disagree on whether it moves by more than {STEADY} octaves."
+    for sign in (1, -1):
+        if all(sign * drift - doubt > STEADY for drift, doubt in reach):
+            return f"Shown: {words}. It moves by more than {STEADY} octaves in every seed, so it does not transfer."
+    coarse = max(doubt for _, doubt in reach)
+    if coarse and all(abs(drift) <= STEADY for drift in drifts):
+        return (
+            f"Not shown: {words}. Without a vertex the best is known to {coarse:.2f} octaves only: sweep more finely."
+        )
+    return f"Not shown: {words}. The seeds disagree on whether it moves by more than {STEADY} octaves, or by how much."
 
 
 def compute_verdicts(analysis: Analysis) -> list[str]:

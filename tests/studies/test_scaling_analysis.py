@@ -181,6 +181,16 @@ def test_a_sweep_whose_best_is_at_its_edge_or_of_one_seed_shows_nothing(tmp_path
     assert single.startswith("- Not shown: ") and single.endswith("It is one seed: add another.")
 
 
+def test_a_best_learning_rate_without_a_vertex_is_known_only_as_finely_as_was_swept(tmp_path: Path):
+    for width in (16, 32):
+        for seed in (0, 1):
+            for lr, loss in ((0.001, 2.5), (0.01, 2.0), (0.02, 2.45), (0.1, 2.5)):  # no parabola
+                write(tmp_path, f"{width}_{lr}_{seed}", loss, width=width, lr=lr, seed=seed)
+    (said,) = lines_of(section(analysed(tmp_path)), "transformer: best")
+    assert said.startswith("- Not shown: ") and "+0.00 octaves over 2x width" in said
+    assert said.endswith("Without a vertex the best is known to 3.32 octaves only: sweep more finely.")
+
+
 def test_a_diverged_run_of_a_sweep_counts_as_tried(tmp_path: Path):
     sweep(tmp_path, "mup", {16: 0.01, 32: 0.01})
     for seed in (0, 1):
