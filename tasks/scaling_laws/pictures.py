@@ -68,7 +68,7 @@ def loss_and_compute(analysis: Analysis) -> Figure:
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="validation loss, nats a token")
     _few_numbers(axes)
     axes.legend(fontsize=7, frameon=False)
-    figure.suptitle(f"{analysis.control}, {len(control)} runs: {words}", fontsize=9)
+    figure.suptitle(f"{analysis.control}, {len(control)} runs\n{words}", fontsize=9)
     return figure
 
 

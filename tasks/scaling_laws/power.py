@@ -6,8 +6,9 @@ exponents that other floors would give.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,13 @@ class Power:
 
 
 def frontier(runs: Sequence[Run]) -> list[Run]:
-    """The runs than which none has a lower loss for as little compute, by compute."""
+    """The runs than which none has a lower loss for as little compute, by compute; of several seeds their mean."""
+    seeds: dict[tuple[int, int], list[Run]] = defaultdict(list)
+    for run in runs:
+        seeds[run.n, run.d].append(run)
+    means = [replace(same[0], loss=sum(run.loss for run in same) / len(same)) for same in seeds.values()]
     best: list[Run] = []
-    for run in sorted(runs, key=lambda run: (run.flops, run.loss)):
+    for run in sorted(means, key=lambda run: (run.flops, run.loss)):
         if not best or run.loss < best[-1].loss:
             best.append(run)
     return best

@@ -100,7 +100,7 @@ def usual(arm: tuple[tuple[str, Any], ...]) -> int:
 
 
 def arm_names(arms: Iterable[tuple[tuple[str, Any], ...]]) -> dict[tuple[tuple[str, Any], ...], str]:
-    """A short name for each arm: its architecture and what not all arms have alike."""
+    """A short name for each arm: its architecture, and what differs between arms and is not the trainer's default."""
     arms = list(dict.fromkeys(arms))
     values: dict[str, set[Any]] = {}
     for arm in arms:
@@ -110,13 +110,14 @@ def arm_names(arms: Iterable[tuple[tuple[str, Any], ...]]) -> dict[tuple[tuple[s
 
 
 def _named(arm: tuple[tuple[str, Any], ...], values: dict[str, set[Any]]) -> str:
-    words = {"depth": "{} layers", "tied": "tied {}"}
-    told = [
-        words.get(key, "{}").format(value)
-        for key, value in arm
-        if key == "architecture" or len(values[key]) > 1 or key == "depth"
-    ]
-    return ", ".join("1 layer" if word == "1 layers" else word for word in told)
+    defaults, told = job.default_settings(TRAIN), []
+    for key, value in arm:
+        differs = len(values[key]) > 1 and (value != defaults[key] or key == "parametrization")
+        if key == "depth":
+            told.append(f"{value} layer{'s' * (value > 1)}")
+        elif key == "architecture" or differs:
+            told.append("untied" if key == "tied" else str(value))
+    return ", ".join(told)
 
 
 def _ends(folder: Path) -> dict[str, dict[str, Any]]:

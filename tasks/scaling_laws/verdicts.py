@@ -105,8 +105,8 @@ def compute_verdicts(analysis: Analysis) -> list[str]:
             continue
         ci = f" ({one['ci'][0]:.2f} to {one['ci'][1]:.2f})" if one["ci"] else ""
         words = f"{pair} needs {one['multiplier']:.2f} times its compute{ci} for the same loss"
-        words += f", from {one['n']} runs between {one['window'][0]:.3g} and {one['window'][1]:.3g} nats"
-        words += f"; {one['n_outside']} of its runs lie beyond and are left out" if one["n_outside"] else ""
+        words += f", at {one['n']} of its sizes and lengths with {one['window'][0]:.3g} to {one['window'][1]:.3g} nats"
+        words += f"; {one['n_outside']} lie beyond and are left out" if one["n_outside"] else ""
         shown = one["ci"] and not one["ci"][0] <= 1 <= one["ci"][1]
         wrong = doubts(analysis, name) + doubts(analysis, analysis.control or "")
         found.append(
@@ -121,7 +121,7 @@ def _power_verdict(name: str, one: dict[str, Any]) -> str:
     others = ", ".join(f"{alpha:.3f} with E {floor}" for floor, alpha in one["alpha_by_E"].items())
     return (
         f"{name}: lowest loss = {one['E']:.3g} + {one['A']:.3g} C^-{one['alpha']:.3f}{ci}, E from {one['E_from']}, "
-        f"over {low:.2g} to {high:.2g} FLOPs ({one['n']} runs). The exponent hangs on E: {others}."
+        f"over {low:.2g} to {high:.2g} FLOPs ({one['n']} sizes and lengths). The exponent hangs on E: {others}."
     )
 
 
