@@ -55,6 +55,29 @@ class CreatedAnswer(Answer):
     sha256: str = Field(description="Hash of the data: the same options give the same.")
 
 
+class LawAnswer(Answer):
+    """A scaling law L = E + A / N^alpha + B / D^beta, fitted to a table of runs."""
+
+    E: float = Field(description="Loss that no size and no text would go below.")
+    A: float = Field(description="Of the term of parameters.")
+    B: float = Field(description="Of the term of tokens.")
+    alpha: float = Field(description="Exponent of parameters.")
+    beta: float = Field(description="Exponent of tokens.")
+    objective: float = Field(description="Sum over points of the Huber loss of log residuals, delta 0.001.")
+    ci: dict[str, list[float]] = Field(description="Interval of each, from draws of the runs; empty without draws.")
+    ci_level: float = Field(description="Level of the intervals.")
+    standard_errors: dict[str, float | None] = Field(description="Spread of each over the draws; null: without bound.")
+    identifiable: bool = Field(description="Whether these runs can tell the law's parts.")
+    why: str = Field(description="Why, or what is missing.")
+    optimal_n_exponent: float = Field(description="The best N for compute C = 6ND grows as C to this power.")
+    optimal_n_exponent_ci: list[float] | None = Field(description="Its interval; null without draws.")
+    profile_of_E: dict[str, list[float]] = Field(description="Values of E, and the least objective at each.")
+    n: int = Field(description="Points that were fitted.")
+    n_runs: int = Field(description="Runs that they are of, which are drawn whole.")
+    bootstrap: int = Field(description="Draws.")
+    left_out: dict[str, int] = Field(description="Rows that were not fitted, by reason.")
+
+
 class PlanRow(Frozen):
     """One run in the plan's table."""
 

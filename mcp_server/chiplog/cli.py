@@ -25,10 +25,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from chiplog.answers import Answer
+from chiplog.answers import Answer, LawAnswer
 from chiplog.errors import ChiplogError, ConfirmationNeeded, in_words
 from chiplog.estimate.case import Case
 from chiplog.schema import plain_errors
+from chiplog.studies import run_command
+from chiplog.tables import law_words
 from chiplog.tools import TOOLS, calibration_report, estimate_resources, experiment_status, submit_experiment
 
 app = typer.Typer(
@@ -121,6 +123,21 @@ def backtest(
         print(dumps(found))
     else:
         _print_text(back.in_words(found))
+
+
+@app.command()
+def fit_scaling_law(
+    file: Annotated[Path, typer.Argument(help="CSV with the columns N (parameters), D (tokens) or C_flops, and loss.")],
+    use_all: Annotated[bool, typer.Option("--all", help="Rows with used_in_fit = 0 too.")] = False,
+    drop_largest: Annotated[int, typer.Option(min=0, help="Leave out so many of the largest losses.")] = 0,
+    bootstrap: Annotated[int, typer.Option(min=0, help="Fits to draws of the runs; 0: no intervals.")] = 4000,
+    json: Annotated[bool, typer.Option("--json", help="Answer in JSON.")] = False,
+) -> None:
+    """Fits L = E + A / N^alpha + B / D^beta to runs, and says whether they can tell its parts."""
+    options = {"all": use_all, "drop_largest": drop_largest, "bootstrap": bootstrap}
+    found = run_command("scaling_laws", "fit.py", options, str(file.absolute()))
+    more = [] if found["identifiable"] else ["chiplog plan-experiment --study scaling_laws --plan transformer_grid"]
+    _show(LawAnswer(**found, summary=law_words(found), next=more), json)
 
 
 def _of_case(model: type[Case]) -> Callable[..., Answer]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from chiplog.compare import Interval
 from chiplog.estimate import Estimate
@@ -24,6 +25,7 @@ MEM_WORDS = {
     "whole_card": "whole card",
 }
 NO_EVIDENCE = "no evidence"
+LAW = ("E", "A", "B", "alpha", "beta")  # of a fitted scaling law
 
 
 def plan_table(rows: Sequence[PlannedRun]) -> str:
@@ -247,3 +249,28 @@ def _score_cell(score: Interval | None) -> str:
     if score is None or math.isnan(score.value):
         return "–"
     return f"{percent(score.value)} ({percent(score.low)}-{percent(score.high)})"
+
+
+def law_words(found: Mapping[str, Any]) -> str:
+    """A fitted scaling law as a table with its intervals, then whether the runs can tell its parts."""
+    rows = [f"| {name} | {found[name]:.5g} | {_between(found['ci'].get(name))} |" for name in LAW]
+    left = "; ".join(f"{n} rows left out: {why}" for why, n in found["left_out"].items())
+    told = "Identified" if found["identifiable"] else "Not identified"
+    return "\n".join(
+        [
+            f"L = E + A / N^alpha + B / D^beta, of {found['n']} points of {found['n_runs']} runs"
+            + (f" ({left})" if left else ""),
+            "",
+            f"| | value | {found['ci_level']:.0%} interval |",
+            "| --- | --- | --- |",
+            *rows,
+            "",
+            f"Objective {found['objective']:.6e}. Best N grows as C^{found['optimal_n_exponent']:.3f} "
+            f"({_between(found['optimal_n_exponent_ci'])}).",
+            f"{told}: {found['why']}",
+        ]
+    )
+
+
+def _between(interval: Sequence[float] | None) -> str:
+    return f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "–"

@@ -30,6 +30,7 @@ NEEDED = 6  # points: one more than parameters
 SAME_RATIO = 1.1  # tokens per parameter that differ by less are one ratio
 LEVEL = 0.95  # of the intervals
 WIDE = 0.25  # an interval of E wider than this share of the lowest loss leaves it open
+LARGEST = 700.0  # of a logarithm that is drawn: more is no number
 AT_ONCE = 500  # weightings fitted at once, which bounds memory
 
 
@@ -94,9 +95,11 @@ def fit_law(points: Points, bootstrap: int, seed: int) -> dict[str, Any]:
     """What is printed: law, objective (a sum), intervals, whether the points identify the law, and why or why not."""
     found = law.fit(points.n, points.d, points.loss)
     draws = _bootstrap(points, found, bootstrap, seed)
-    laws = np.column_stack([np.exp(draws[:, :3]), draws[:, 3:]]) if len(draws) else np.empty((0, 5))
+    laws = (
+        np.column_stack([np.exp(np.minimum(draws[:, :3], LARGEST)), draws[:, 3:]]) if len(draws) else np.empty((0, 5))
+    )
     ci = {name: _interval(laws[:, i]) for i, name in enumerate(law.NAMES)} if len(laws) else {}
-    errors = {name: float(laws[:, i].std(ddof=1)) for i, name in enumerate(law.NAMES)} if len(laws) > 1 else {}
+    errors = {name: _spread(laws[:, i]) for i, name in enumerate(law.NAMES)} if len(laws) > 1 else {}
     open_because = why_open(points, found, ci.get("E"))
     alpha, beta = found.law["alpha"], found.law["beta"]
     share = laws[:, 4] / (laws[:, 3] + laws[:, 4]) if len(laws) else laws[:, 0]
@@ -175,6 +178,13 @@ def _bootstrap(points: Points, found: Fit, n: int, seed: int) -> Array:
 
 def _interval(values: Array) -> list[float]:
     return np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+
+
+def _spread(values: Array) -> float | None:
+    """The standard deviation; null where draws that hold nothing let a value grow beyond all numbers."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        spread = float(values.std(ddof=1))
+    return spread if math.isfinite(spread) else None
 
 
 def _rows(file: Path) -> list[dict[str, str]]:

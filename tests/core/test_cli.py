@@ -185,3 +185,25 @@ def test_a_ledger_that_cannot_be_written_is_an_error_in_words(lab: Path, monkeyp
     monkeypatch.setitem(os.environ, "CHIPLOG_HOME", str(lab / "file" / "below"))
     plan_words = ("plan-experiment", "--question", "q", "--models", "S=small", "--dataset", "words")
     assert "the ledger" in chiplog(*plan_words, code=2).stderr
+
+
+def test_a_scaling_law_is_fitted_to_a_table_with_whether_it_can_be_told(tmp_path: Path):
+    rows = [(n, ratio * n) for n in (1e6, 4e6, 1.6e7, 6.4e7) for ratio in (5, 20, 80)]
+    lines = [f"{n},{d},{1.7 + 400 / n**0.34 + 410 / d**0.28},{int(n > 0)}" for n, d in rows]
+    (tmp_path / "t.csv").write_text("\n".join(["N,D,loss,used_in_fit", *lines, "1e5,1e5,9.9,0"]) + "\n")
+    found = json.loads(chiplog("fit-scaling-law", str(tmp_path / "t.csv"), "--json", "--bootstrap", "40").stdout)
+    expected = {"E": 1.7, "A": 400, "B": 410, "alpha": 0.34, "beta": 0.28}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert found["identifiable"] is True and found["ci"].keys() == expected.keys() and found["objective"] < 1e-12
+    assert (found["n"], found["left_out"], found["next"]) == (12, {"used_in_fit is 0": 1}, [])
+    assert found["summary"].startswith("L = E + A / N^alpha + B / D^beta, of 12 points of 12 runs (1 rows left out")
+
+    every = chiplog(
+        "fit-scaling-law", str(tmp_path / "t.csv"), "--json", "--bootstrap", "0", "--all", "--drop-largest=2"
+    )
+    assert (json.loads(every.stdout)["n"], json.loads(every.stdout)["ci"]) == (11, {})
+    (tmp_path / "line.csv").write_text("\n".join(["N,D,loss", *(line[:-2] for line in lines[1::3] * 2)]) + "\n")
+    line = json.loads(chiplog("fit-scaling-law", str(tmp_path / "line.csv"), "--json", "--bootstrap", "0").stdout)
+    assert line["identifiable"] is False and "needs at least two token ratios" in line["why"] and line["next"]
+    (tmp_path / "bad.csv").write_text("N,loss\n1,2\n")
+    assert "D is missing" in chiplog("fit-scaling-law", str(tmp_path / "bad.csv"), code=2).stderr

@@ -20,8 +20,8 @@ STUDIES = study_names()
 PLANS = [(study.name, plan) for study in list_studies() for plan in study.plans]
 
 
-def test_there_is_a_study():
-    assert "capitalization" in STUDIES
+def test_there_are_studies():
+    assert {"capitalization", "scaling_laws"} <= set(STUDIES)
 
 
 @pytest.mark.parametrize(("study", "plan"), PLANS)
@@ -33,7 +33,10 @@ def test_a_plan_of_a_study_expands_and_renders(study: str, plan: str, workspace:
     runs = expand(checked, manual)
     files = render(checked, runs, Settings.model_validate({"workspace": workspace}))
     assert {f"runs/{run.name}/run.sbatch" for run in runs} <= files.keys()
-    assert any(run.kind == "control" for run in runs)
+    # A control is a base model that is not fine-tuned; what is trained from nothing has none, and says so.
+    wanted = any(experiment.control == "base_model" for experiment in checked.experiments)
+    assert any(run.kind == "control" for run in runs) is wanted
+    assert wanted or all(experiment.framework == "trainer" for experiment in checked.experiments)
 
 
 def test_the_counts_of_the_published_plan_come_out():
@@ -49,13 +52,18 @@ def test_the_counts_of_the_published_plan_come_out():
     }
 
 
-TINY = {"capitalization": {"words_len": 5, "train_percent": 80, "n": 50, "seed": 3}}
+# Options of each generator that make little, and the forms that its data have.
+TINY = {
+    "capitalization": {"words_len": 5, "train_percent": 80, "n": 50, "seed": 3},
+    "scaling_laws": {"files": 6, "seed": 3},
+}
+FORMS = {"capitalization": [{"chat": False}, {"chat": True}], "scaling_laws": [{}, {"tokenizer": "bpe:300"}]}
+MAKE_DATA = [name for name in STUDIES if (study_folder(name) / "data.py").is_file()]
 
 
-@pytest.mark.parametrize("study", [name for name in STUDIES if (study_folder(name) / "data.py").is_file()])
-@pytest.mark.parametrize("chat", [False, True])
-def test_the_same_options_make_the_same_bytes(study: str, chat: bool, tmp_path: Path):
-    made = [run_command(study, "data.py", {**TINY[study], "chat": chat, "out": tmp_path / name}) for name in "ab"]
+@pytest.mark.parametrize(("study", "form"), [(study, form) for study in MAKE_DATA for form in FORMS[study]], ids=str)
+def test_the_same_options_make_the_same_bytes(study: str, form: dict, tmp_path: Path):
+    made = [run_command(study, "data.py", {**TINY[study], **form, "out": tmp_path / name}) for name in "ab"]
     assert made[0]["sha256"] == made[1]["sha256"]
     contents = [
         {
@@ -66,7 +74,7 @@ def test_the_same_options_make_the_same_bytes(study: str, chat: bool, tmp_path: 
         for name in "ab"
     ]
     assert contents[0] == contents[1] and contents[0]
-    other = run_command(study, "data.py", {**TINY[study], "seed": 4, "chat": chat, "out": tmp_path / "c"})
+    other = run_command(study, "data.py", {**TINY[study], "seed": 4, **form, "out": tmp_path / "c"})
     assert other["sha256"] != made[0]["sha256"]
 
 

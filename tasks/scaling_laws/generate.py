@@ -1,0 +1,324 @@
+"""From widths to complete runs: shapes, tokens, steps and batches, as an experiment for experiments.yaml.
+
+    python generate.py --widths 32,64,128 --ratios 5,20,80 [--lrs 1e-3:1e-1:5] [--sweep norm=layernorm,rmsnorm]
+
+Prints YAML: settings that all runs share as `controls`, those that differ as an explicit list of `runs`. What was
+chosen otherwise than asked is said in comments above it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from trainer import job
+from trainer.job import UserError
+from trainer.shape import GATED, Shape, ShapeError, make_shape
+
+TRAIN = Path(__file__).resolve().parents[2] / "trainer" / "train.yaml"
+ASPECT = 64  # width over depth, as of GPT-2 small (768 wide, 12 deep)
+HEAD = 64  # largest head size, as of GPT-2
+RATIO = 20.0  # tokens a parameter, about what arXiv:2203.15556 finds best
+WARMUP = 0.1  # of the steps
+GATED_RATIO = 2.6667  # feed-forward ratio that gives three matrices the parameters of two at 4 (arXiv:2002.05202)
+Settings = dict[str, Any]
+
+
+def main() -> int:
+    """Exit code 0, when the experiment is printed or written."""
+    arguments = parser().parse_args()
+    try:
+        made = experiment(asked_of(arguments))
+    except ShapeError as error:
+        raise UserError(str(error)) from error
+    text = "".join(f"# {note}\n" for note in made.notes) + dumped(made.values)
+    if arguments.to:
+        job.write_text(arguments.to, text)
+    else:
+        print(text, end="")
+    return 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How an effective batch is made up: micro_batch x grad_accum x world sequences, exactly."""
+
+    micro_batch_size: int
+    grad_accum: int
+    world: int
+    notes: list[str]
+
+    @property
+    def size(self) -> int:
+        """Sequences per optimizer step over all processes."""
+        return self.micro_batch_size * self.grad_accum * self.world
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call asks for."""
+
+    architecture: str
+    widths: list[int]
+    ratios: list[float]
+    vocab_size: int
+    batch_size: int
+    micro_batch_size: int
+    world: int
+    fixed: Settings  # the same in all runs
+    sweeps: dict[str, list[Any]]  # settings of train.yaml and their values; all combinations are made
+    ladder: dict[str, list[Any]]  # settings that are changed one at a time, each value against the run without
+    head_size: int = HEAD
+    depth: int | None = None
+    seeds: list[int] | None = None
+    tokens: int | None = None  # the same for all runs, instead of ratios
+    corpus_tokens: int | None = None
+    cpus: int = 1
+    gpus: int = 0
+
+
+@dataclass(frozen=True)
+class Made:
+    """An experiment in the words of experiments.yaml, and what was chosen otherwise than asked."""
+
+    values: Settings
+    notes: list[str]
+
+
+def experiment(asked: Asked) -> Made:
+    """The runs asked for, smallest first. Raises ShapeError or UserError for what cannot be."""
+    defaults = job.default_settings(TRAIN)
+    given = {*asked.fixed, *asked.sweeps, *asked.ladder}
+    if unknown := given - set(defaults):
+        raise UserError(f"the trainer has no setting {', '.join(sorted(unknown))}: {TRAIN.name} names all")
+    batch = exact_batch(asked.batch_size, asked.micro_batch_size, max(asked.world, asked.gpus))
+    budgets = [None] if asked.tokens else asked.ratios
+    cells = itertools.product(asked.widths, budgets, changes_of(asked))
+    runs = [run_settings(asked, width, ratio, changes, batch, defaults) for width, ratio, changes in cells]
+    keys = list(dict.fromkeys(key for run in runs for key in run))
+    runs = [{key: run.get(key, defaults[key]) for key in keys} for run in runs]
+    if twice := next((run for place, run in enumerate(runs) if run in runs[:place]), None):
+        raise UserError(f"width {twice['width']}, {twice['max_steps']} steps would be run twice: remove a value")
+    notes = batch.notes + [note for run in runs for note in (*corpus_notes(asked, run), *head_notes(run, runs))]
+    return Made(as_experiment(asked, runs, batch, defaults), list(dict.fromkeys(notes)))
+
+
+def changes_of(asked: Asked) -> list[tuple[Settings, Settings]]:
+    """All products of the sweeps, each with every step of the ladder, of which the first changes nothing."""
+    products = [dict(zip(asked.sweeps, values, strict=True)) for values in itertools.product(*asked.sweeps.values())]
+    steps = [{}] + [{key: value} for key, values in asked.ladder.items() for value in values]
+    return list(itertools.product(products, steps))
+
+
+def as_experiment(asked: Asked, runs: list[Settings], batch: Batch, defaults: Settings) -> Settings:
+    """What all runs share as controls, the rest as a list of runs; a single run is named by its width."""
+    shared = {key: value for key, value in runs[0].items() if all(run[key] == value for run in runs)}
+    if len(runs) == 1:
+        del shared["width"]
+    may_be_silent = {"ffn_ratio", *list(asked.ladder)[1:]}  # the first setting of a ladder names its control
+
+    def silent(run: Settings) -> Settings:
+        """What need not be told, so that names stay short: a run's part of a ladder that is the trainer's default."""
+        return {key: run[key] for key in may_be_silent & run.keys() if run[key] == defaults[key]}
+
+    controls = shared | {"micro_batch_size": batch.micro_batch_size}
+    values: Settings = {
+        "framework": "trainer",
+        "recipe": "train",
+        "control": "none",
+        "controls": {key: value for key, value in controls.items() if value != defaults[key]},
+        "runs": [{key: value for key, value in run.items() if key not in shared | silent(run)} for run in runs],
+        "resources": resources(asked),
+    }
+    return values | ({"seeds": asked.seeds} if asked.seeds else {})
+
+
+def resources(asked: Asked) -> Settings:
+    """What a run asks for: its processes on the GPUs of one node, or on as many nodes without."""
+    if asked.gpus and asked.world not in (1, asked.gpus):
+        raise UserError(f"--world is {asked.world} and --gpus {asked.gpus}: a process for each GPU")
+    nodes = {"nodes": asked.world} if asked.world > 1 and not asked.gpus else {}
+    return {**nodes, **({"gpus": asked.gpus} if asked.gpus else {}), "cpus": asked.cpus}
+
+
+def run_settings(
+    asked: Asked, width: int, ratio: float | None, changes: tuple[Settings, Settings], batch: Batch, defaults: Settings
+) -> Settings:
+    """What decides one run, beside the defaults. All steps of a ladder train on the tokens of its control."""
+    settings, control = (
+        shaped({"architecture": asked.architecture, **asked.fixed, **change, "width": width}, asked)
+        for change in (changes[0] | changes[1], changes[0])
+    )
+    settings["batch_size"] = batch.size
+    tokens = asked.tokens if ratio is None else ratio * shape_of(control, asked.vocab_size, defaults).n_params
+    settings["max_steps"] = steps_for(tokens or 0, batch.size, {**defaults, **settings}["seq_len"])
+    settings.setdefault("warmup_steps", round(WARMUP * settings["max_steps"]))
+    return settings
+
+
+def shaped(settings: Settings, asked: Asked) -> Settings:
+    """The settings with the depth, heads and feed-forward ratio that they leave open."""
+    found = {"depth": asked.depth or depth_of(settings["width"], asked.architecture), **settings}
+    if asked.architecture == "transformer":
+        found.setdefault("heads", heads_of(settings["width"], asked.head_size))
+        if found.get("activation") in GATED:
+            found.setdefault("ffn_ratio", GATED_RATIO)
+    return found
+
+
+def shape_of(settings: Settings, vocab_size: int, defaults: Settings | None = None) -> Shape:
+    """The shape of a run, for its parameters and FLOPs. Raises ShapeError."""
+    defaults = defaults or job.default_settings(TRAIN)
+    return make_shape(SimpleNamespace(**{**defaults, **settings}), vocab_size)
+
+
+def depth_of(width: int, architecture: str) -> int:
+    """Blocks of a Transformer of this width, at least 2; an LSTM has one layer unless more are asked for."""
+    return 1 if architecture == "lstm" else max(2, round(width / ASPECT))
+
+
+def heads_of(width: int, largest: int = HEAD) -> int:
+    """Heads that divide the width and are even in size, as rotary positions need, and at most so large.
+
+    Raises ShapeError for an odd width, which has none.
+    """
+    sizes = [size for size in range(2, min(width, largest) + 1, 2) if width % size == 0]
+    if not sizes:
+        raise ShapeError(f"width {width} has no even divisor for a head: take an even width")
+    return width // max(sizes)
+
+
+def exact_batch(target: int, micro: int, world: int) -> Batch:
+    """A batch of `target` sequences, or of the nearest number that `world` processes can divide, which is said."""
+    for name, value in (("batch size", target), ("micro batch", micro), ("number of processes", world)):
+        if value < 1:
+            raise UserError(f"the {name} is {value}: give a whole number of at least 1")
+    notes: list[str] = []
+    size = max(1, round(target / world)) * world
+    if size != target:
+        notes.append(f"batch size {size} instead of {target}, which {world} processes cannot divide")
+    each = size // world
+    divisors = [n for n in range(1, each + 1) if each % n == 0]
+    chosen = min(divisors, key=lambda n: (abs(n - micro), n))
+    if chosen != micro:
+        notes.append(f"micro batch {chosen} instead of {micro}, which does not divide the {each} of a process")
+    return Batch(chosen, each // chosen, world, notes)
+
+
+def steps_for(tokens: float, batch_size: int, seq_len: int) -> int:
+    """Optimizer steps that come nearest to `tokens`."""
+    return max(1, round(tokens / (batch_size * seq_len)))
+
+
+def log_spaced(text: str) -> list[float]:
+    """`1e-4:1e-2:5` as five values with equal steps of the logarithm, to four digits; or a list with commas."""
+    if ":" not in text:
+        return [float(part) for part in text.split(",")]
+    low, high, n = text.split(":")
+    first, last = math.log(float(low)), math.log(float(high))
+    places = [i / max(int(n) - 1, 1) for i in range(int(n))]
+    return [float(f"{math.exp(first + place * (last - first)):.4g}") for place in places]
+
+
+def corpus_notes(asked: Asked, run: Settings) -> list[str]:
+    """What is to be said where a run reads the corpus more often than is planned."""
+    whole = {**job.default_settings(TRAIN), **run}
+    epochs = whole["max_steps"] * whole["batch_size"] * whole["seq_len"] / (asked.corpus_tokens or math.inf)
+    if epochs <= whole["max_epochs"]:
+        return []
+    words = f"width {run['width']}, {run['max_steps']} steps: reads the corpus {epochs:.2f} times"
+    return [f"{words}, and max_epochs is {whole['max_epochs']:g}: take more text, or the guard fires"]
+
+
+def head_notes(run: Settings, runs: list[Settings]) -> list[str]:
+    """What is to be said where heads grow in size under a parametrisation that is to transfer."""
+    sizes = {other["width"] // other["heads"] for other in runs if other.get("heads")}
+    if run.get("parametrization", "standard") == "standard" or len(sizes) < 2 or run.get("base_heads"):
+        return []
+    return [f"heads of {min(sizes)} to {max(sizes)}: give --head-size to keep one size, or set base_heads"]
+
+
+def dumped(values: Settings) -> str:
+    """The experiment as an item of a plan's list `experiments`, a run a line."""
+    head = {key: value for key, value in values.items() if key != "runs"}
+    text = yaml.safe_dump([head], sort_keys=False, default_flow_style=None, width=118)
+    runs = "".join("  - " + yaml.safe_dump(run, sort_keys=False, default_flow_style=True, width=1000) for run in
+                   values["runs"])  # fmt: skip
+    return f"{text}  runs:\n{runs}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(description="Makes the runs of a scaling experiment.", allow_abbrev=False)
+    made.add_argument("--architecture", choices=("transformer", "lstm"), default="transformer")
+    made.add_argument("--widths", required=True, help="such as 32,64,128")
+    made.add_argument("--ratios", default=f"{RATIO:g}", help="tokens a parameter, such as 5,20,80")
+    made.add_argument("--tokens", type=int, help="of every run, instead of --ratios")
+    made.add_argument("--depth", type=int, help="the same for all; none: width / 64, at least 2; of an LSTM 1")
+    made.add_argument("--vocab-size", type=int, default=257, help="of the token files: 257 for bytes")
+    made.add_argument("--batch-size", type=int, default=32, help="sequences per optimizer step, over all processes")
+    made.add_argument("--micro-batch", type=int, default=32, help="sequences at once, of one process")
+    made.add_argument("--world", type=int, default=1, help="processes")
+    made.add_argument("--lrs", help="1e-4:1e-1:7 (log-spaced) or 1e-3,3e-3")
+    made.add_argument("--seeds", help="such as 0,1,2")
+    made.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all runs")
+    made.add_argument("--sweep", nargs="*", default=[], metavar="KEY=V1,V2", help="settings that vary: all products")
+    made.add_argument("--ladder", nargs="*", default=[], metavar="KEY=V1,V2", help="settings changed one at a time")
+    made.add_argument("--head-size", type=int, default=HEAD, help="largest size of a head")
+    made.add_argument("--corpus-tokens", type=int, help="of the training text: says where it would be repeated")
+    made.add_argument("--cpus", type=int, default=1, help="of each run")
+    made.add_argument("--gpus", type=int, default=0, help="of each run, a process each")
+    made.add_argument("--to", type=Path, help="file to write to instead of printing")
+    return made
+
+
+def asked_of(arguments: argparse.Namespace) -> Asked:
+    """The options as values. Raises UserError for one that cannot be read."""
+    try:
+        sweeps, ladder = (
+            {key: [yaml.safe_load(value) for value in text.split(",")] for key, text in pairs(texts)}
+            for texts in (arguments.sweep, arguments.ladder)
+        )
+        sweeps |= {"lr": log_spaced(arguments.lrs)} if arguments.lrs else {}
+        return Asked(
+            architecture=arguments.architecture,
+            widths=[int(width) for width in arguments.widths.split(",")],
+            ratios=[float(ratio) for ratio in arguments.ratios.split(",")],
+            vocab_size=arguments.vocab_size,
+            batch_size=arguments.batch_size,
+            micro_batch_size=arguments.micro_batch,
+            world=arguments.world,
+            fixed={key: yaml.safe_load(text) for key, text in pairs(arguments.set)},
+            sweeps=sweeps,
+            ladder=ladder,
+            head_size=arguments.head_size,
+            depth=arguments.depth,
+            seeds=[int(seed) for seed in arguments.seeds.split(",")] if arguments.seeds else None,
+            tokens=arguments.tokens,
+            corpus_tokens=arguments.corpus_tokens,
+            cpus=arguments.cpus,
+            gpus=arguments.gpus,
+        )
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"an option cannot be read: {error}; see --help") from error
+
+
+def pairs(texts: list[str]) -> list[tuple[str, str]]:
+    """`key=value` texts in two. Raises UserError for one that is none."""
+    for text in texts:
+        if "=" not in text:
+            raise UserError(f"{text!r} is not KEY=VALUE")
+    return [(key, value) for key, _, value in (text.partition("=") for text in texts)]
+
+
+if __name__ == "__main__":
+    job.run(main)

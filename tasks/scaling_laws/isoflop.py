@@ -1,0 +1,78 @@
+"""IsoFLOP curves: for some budgets the loss of each size, and the size whose loss is lowest.
+
+Of each size the loss at a budget is read between its runs of different lengths, on a line in log loss and log compute,
+never beyond them; of each budget a parabola in ln N (approach 2 of arXiv:2203.15556).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tasks.scaling_laws.runs import Run
+
+LEAST = 3  # sizes of a parabola
+BUDGETS = 5
+
+
+def isoflop(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Of each budget that LEAST sizes reach: the points (N, loss), the parabola, and the best N where it has one."""
+    sizes = _curves(runs)
+    budgets = _budgets(sizes)
+    found = []
+    for budget in budgets:
+        points = [(n, _between(curve, budget)) for n, curve in sorted(sizes.items())]
+        points = [(n, loss) for n, loss in points if loss is not None]
+        if len(points) >= LEAST:
+            found.append({"flops": budget, "points": points, **_best(points)})
+    return found
+
+
+def growth(curves: Sequence[dict[str, Any]]) -> float | None:
+    """The exponent of best N over compute; null from fewer than three budgets with a best size."""
+    known = [(curve["flops"], curve["best_n"]) for curve in curves if curve["best_n"]]
+    if len(known) < LEAST:
+        return None
+    x, y = np.log(np.array(known)).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def _curves(runs: Sequence[Run]) -> dict[int, list[tuple[float, float]]]:
+    """Of each size with two lengths or more: (compute, mean loss over seeds), by compute."""
+    losses: dict[int, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        losses[run.n][run.flops].append(run.loss)
+    means = {n: sorted((c, sum(each) / len(each)) for c, each in of.items()) for n, of in losses.items()}
+    return {n: curve for n, curve in means.items() if len(curve) > 1}
+
+
+def _budgets(sizes: dict[int, list[tuple[float, float]]]) -> list[float]:
+    """Evenly spaced in the logarithm between what the third smallest size begins with and the third largest reaches."""
+    if len(sizes) < LEAST:
+        return []
+    low = sorted(curve[0][0] for curve in sizes.values())[LEAST - 1]
+    high = sorted(curve[-1][0] for curve in sizes.values())[-LEAST]
+    return np.geomspace(low, high, BUDGETS).tolist() if low < high else []
+
+
+def _between(curve: list[tuple[float, float]], budget: float) -> float | None:
+    x, y = np.log(np.array(curve)).T
+    at = math.log(budget)
+    if not x[0] - 1e-9 <= at <= x[-1] + 1e-9:
+        return None
+    return float(np.exp(np.interp(at, x, y)))
+
+
+def _best(points: list[tuple[int, float]]) -> dict[str, Any]:
+    """The parabola in ln N; a best N only where it opens upward with its vertex between the sizes."""
+    x, y = np.log([n for n, _ in points]), np.array([loss for _, loss in points])
+    middle = x.mean()
+    a, b, c = np.polyfit(x - middle, y, 2)
+    vertex = middle - b / (2 * a) if a > 0 else math.nan
+    inside = x.min() < vertex < x.max()
+    parabola = (float(a), float(b - 2 * a * middle), float(c - b * middle + a * middle**2))
+    return {"parabola": parabola, "best_n": float(np.exp(vertex)) if inside else None}

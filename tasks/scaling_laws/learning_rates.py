@@ -1,0 +1,120 @@
+"""The best learning rate of each width, and how it moves as models grow.
+
+Of each width a parabola of the loss in ln lr, on the finite points with a loss of at most the lowest + 1. Its vertex
+counts if the parabola opens upward, the vertex lies inside the swept range by 0.1 decade and R^2 is at least 0.9;
+else the best learning rate that was tried. Then straight lines in logarithms, on width and on parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+NEAR = 1.0  # nats above the lowest loss beyond which points say nothing of the vertex
+MARGIN = 0.1  # decades by which the vertex must lie inside the swept range
+STRAIGHT = 0.9  # least R^2
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best learning rate of a width, and how it was found."""
+
+    lr: float
+    how: str  # "vertex" or "grid minimum"
+    why: str  # of a grid minimum: why no vertex
+    at_edge: bool  # a grid minimum at an end of the swept range: the best may lie beyond
+    parabola: tuple[float, float, float] | None  # of ln lr, highest power first
+    r2: float | None
+    n: int  # points of the parabola
+    n_diverged: int
+    doubt_octaves: float  # of a grid minimum: how far the best may lie from it between those that were tried
+
+
+def best_lr(lrs: ArrayLike, losses: ArrayLike) -> Best | None:
+    """Of the points (lr, loss) of one width; a loss that is no number diverged. Null where none is finite."""
+    x, y = np.log(np.asarray(lrs, dtype=float)), np.asarray(losses, dtype=float)
+    finite = np.isfinite(y)
+    if not finite.any():
+        return None
+    near = finite & (y <= y[finite].min() + NEAR)
+    means = {lr: y[finite & (x == lr)].mean() for lr in np.unique(x[finite])}
+    grid = float(min(means, key=lambda lr: means[lr]))
+    parabola, r2, why, vertex = None, None, "fewer than three learning rates are near the lowest loss", 0.0
+    if len(np.unique(x[near])) >= 3:
+        parabola, r2 = _parabola(x[near], y[near])
+        vertex = -parabola[1] / (2 * parabola[0]) if parabola[0] > 0 else math.nan
+        why = _why_not(parabola[0], r2, vertex, x.min(), x.max())
+    lr = grid if why else vertex
+    at_edge = bool(why) and grid in (x.min(), x.max())
+    how = "grid minimum" if why else "vertex"
+    doubt = _half_step(np.unique(x), grid) if why else 0.0
+    return Best(math.exp(lr), how, why, at_edge, parabola, r2, int(near.sum()), int((~finite).sum()), doubt)
+
+
+def lr_law(sizes: Sequence[float], best: Sequence[float]) -> dict[str, Any]:
+    """The exponent of best lr over size, with its interval from three sizes on, and the drift over the range."""
+    if len(sizes) < 2:
+        return {"exponent": None, "ci": None, "constant": None, "n": len(sizes)}
+    x, y = np.log(np.asarray(sizes, dtype=float)), np.log(np.asarray(best, dtype=float))
+    slope, constant = (float(each) for each in np.polyfit(x, y, 1))
+    ci = None
+    if len(sizes) > 2:
+        squares = float(((y - constant - slope * x) ** 2).sum()) / (len(x) - 2)
+        error = math.sqrt(squares / float(((x - x.mean()) ** 2).sum()))
+        reach = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 2)) * error
+        ci = [slope - reach, slope + reach]
+    last, first = int(np.argmax(x)), int(np.argmin(x))
+    return {
+        "exponent": slope,
+        "ci": ci,
+        "constant": math.exp(constant),
+        "drift_octaves": float((y[last] - y[first]) / math.log(2)),
+        "growth": math.exp(float(x[last] - x[first])),
+        "n": len(sizes),
+    }
+
+
+def sweep_law(widths: dict[int, Best], params: dict[int, int]) -> dict[str, Any]:
+    """Of one arm: the best of each width, and its law in width and in parameters."""
+    sizes = sorted(widths)
+    best = [widths[width].lr for width in sizes]
+    return {
+        "widths": {width: asdict(widths[width]) for width in sizes},
+        "in_width": lr_law(sizes, best),
+        "doubt_octaves": sum(widths[width].doubt_octaves for width in {sizes[0], sizes[-1]}),
+        "in_params": lr_law([params[width] for width in sizes], best),
+    }
+
+
+def _half_step(tried: np.ndarray, at: float) -> float:
+    """Half the wider step from a learning rate to the next that were tried, in octaves."""
+    place = int(np.argmin(np.abs(tried - at)))
+    steps = np.diff(tried[max(place - 1, 0) : place + 2])
+    return float(steps.max(initial=0.0)) / 2 / math.log(2)
+
+
+def _parabola(x: np.ndarray, y: np.ndarray) -> tuple[tuple[float, float, float], float]:
+    """Coefficients, highest power first, and R^2, which is 0 where all losses are equal."""
+    middle = x.mean()  # else x^2 and x are nearly one line
+    a, b, c = np.polyfit(x - middle, y, 2)
+    spread = ((y - y.mean()) ** 2).sum()
+    left = ((y - np.polyval((a, b, c), x - middle)) ** 2).sum()
+    r2 = 1 - float(left / spread) if spread > 0 else 0.0
+    return (float(a), float(b - 2 * a * middle), float(c - b * middle + a * middle**2)), r2
+
+
+def _why_not(a: float, r2: float, vertex: float, low: float, high: float) -> str:
+    """Why the vertex does not count; empty where it does."""
+    margin = MARGIN * math.log(10)
+    if a <= 0:
+        return "the parabola opens downward"
+    if not low + margin <= vertex <= high - margin:
+        return f"the vertex, {math.exp(min(vertex, 300)):.3g}, is not inside the swept range"
+    return f"R^2 is {r2:.2f}" if r2 < STRAIGHT else ""
