@@ -1,4 +1,4 @@
-"""The study in small, from text to verdicts, in about ten minutes on two CPU cores.
+"""The study in small, from text to verdicts, on two CPU cores.
 
     python tasks/scaling_laws/demo.py [--folder experiments/scaling-laws-1] [--bootstrap 4000]
 
