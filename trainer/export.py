@@ -119,7 +119,7 @@ def folded(model: Transformer) -> Weights:
         if "attention.qkv" in name:
             block = model.blocks[0]
             weight[: shape.width] *= block.attention.scale * math.sqrt(shape.head_dim)  # pyright: ignore
-        elif name.endswith(("out.weight", "out.bias", "down.weight", "down.bias")):
+        elif name.endswith((".out.weight", ".out.bias", ".down.weight", ".down.bias")):
             weight.mul_(rules.residual_multiplier)
         elif name.startswith("readout"):
             weight.mul_(rules.output_multiplier)
@@ -150,7 +150,7 @@ def _ours(theirs: Weights, shape: Shape, kind: str) -> Weights:
     found: Weights = {}
     pieces: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, weight in theirs.items():
-        if name.endswith("attn.bias") or (name == "lm_head.weight" and shape.tied):
+        if name.endswith(".attn.bias") or (name == "lm_head.weight" and shape.tied):
             continue
         module, _, part = name.rpartition(".")
         number, _, inner = module.removeprefix(start).partition(".") if module.startswith(start) else ("", "", module)

@@ -54,7 +54,8 @@ def test_token_files_hold_the_text_and_are_the_same_twice(tokenizer: str, texts:
         text = encoder.decode(folder.split(split).tolist(), skip_special_tokens=False)
         pieces += text.removesuffix("<|end|>").split("<|end|>")
     assert sorted(pieces) == sorted(TEXTS.values())
-    assert folder.vocab_size == encoder.get_vocab_size() == (257 if tokenizer == "bytes" else 300)
+    assert folder.vocab_size == encoder.get_vocab_size()
+    assert folder.vocab_size == 257 if tokenizer == "bytes" else 257 < folder.vocab_size <= 300
     assert "is there already" in run("prepare", "--text", texts, "--out", tmp_path / "one", code=1)
 
 
