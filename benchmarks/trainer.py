@@ -24,8 +24,7 @@ import yaml
 from torch import Tensor, nn
 
 from trainer import job
-from trainer.layers import initialize
-from trainer.models import build
+from trainer.models import make
 from trainer.settings import checked
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,11 +70,7 @@ def batch(changes: dict[str, Any]) -> Tensor:
 def trainer_step(changes: dict[str, Any], vocab_size: int) -> Callable[[], float]:
     """A training step of the trainer's model."""
     config, lines = settings(changes), batch(changes)
-    model = build(config, vocab_size)
-    initialize(
-        model, model.rules, init=config.init, std=config.init_std, depth=config.depth, zero_readout=False,
-        zero_query=False,
-    )  # fmt: skip
+    model = make(config, vocab_size)
 
     def loss() -> Tensor:
         hidden, _ = model(lines[:, :-1])

@@ -6,7 +6,7 @@ The YAML beside a recipe explains its settings; config.yaml gives all of them. I
     checkpoints/step_N/  all it takes to go on bit for bit, of the last checkpoint only
     best/                with validation: the adapter of the lowest loss so far, and validation.json with that loss
     adapter/             the trained adapter as PEFT stores it
-    guards.json          what the validity guards saw (recipes/guarding.py)
+    guards.json          what the validity guards saw
     deviation.json       where memory ran out: the smaller micro batch that the next start takes
     DONE                 {"step": N}, last; a run that finds it does nothing
 
@@ -32,11 +32,10 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from guarding import Guards
 from lines import micro_batches, read_data, validation_hash
 from lora_models import load_model, read_shape, save_adapter
 from schedule import make_schedule
-from settings import FREE, checked, micro_batch
+from settings import FREE, checked
 from torchtune import training, utils
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.loss import CEWithChunkedOutputLoss
@@ -47,7 +46,9 @@ from trainer import job
 from trainer.batches import IGNORED, Batch, data_order, seed_of
 from trainer.chat import ChatTokenizer, Example
 from trainer.checkpoints import append_event, last_step, load_checkpoint, restore, save_checkpoint
+from trainer.guards import SAMPLE, Guards, Outcome, budget_met
 from trainer.job import REQUEUE, Stop, UserError
+from trainer.micro import given
 from trainer.ranks import Ranks, join
 from trainer.rows import file_hash
 
@@ -95,7 +96,10 @@ class Finetuning:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # docs.pytorch.org, notes on randomness
             torch.use_deterministic_algorithms(True)
-        self.micro = micro_batch(config, ranks.world_size, out)
+        asked = config.micro_batch_size or config.batch_size // ranks.world_size
+        micro = given(asked, config.batch_size, ranks.world_size, out)
+        assert micro, "there is one where one is asked for"
+        self.micro = micro
         model, dataset = job.folder_of(config, "model"), job.folder_of(config, "dataset")
         identity = {key: value for key, value in vars(config).items() if key not in FREE}
         self.identity = {**identity, "dataset_sha256": file_hash(dataset)}
@@ -109,7 +113,12 @@ class Finetuning:
         self._resume()
         self.began_at, self.recorded = self.step, last_step(out / "metrics.jsonl")
         self.schedule = make_schedule(self.optimizer, config, self.total_steps, self.step)
-        self.guards = Guards(self.model, self.optimizer, config, out, ranks, self.step)
+        self.n_lines = 0  # of this start
+        # Process 0 looks; at the base model in a sample, since hashing all of 8 billion weights takes minutes.
+        self.guards = Guards(
+            self.model, self.optimizer, out, self.step, steps=config.guard_steps if ranks.writes else 0,
+            settle=max(0, config.warmup_steps - self.step), frozen_sample=SAMPLE,
+        )  # fmt: skip
         n_trainable = sum(p.numel() for p in self.adapter.values())
         self._record(
             "start",
@@ -182,8 +191,7 @@ class Finetuning:
         if self.ranks.writes:
             with job.whole_folder(self.out / "adapter") as folder:
                 save_adapter(folder, self.adapter, self.shape, config)
-            epochs = self.step / self.steps_per_epoch
-            self.guards.finish(config.batch_size, self.total_steps, epochs, config)
+            self.guards.finish(self._budget())
             memory = job.peak_memory(self.device)
             self._record("end", step=self.step, ended=job.now(), train_s=train_s, checkpoint_s=checkpoint_s, **memory)
             job.write_json(self.out / "DONE", {"step": self.step})
@@ -209,8 +217,9 @@ class Finetuning:
         grad_norm = {}
         if clip is not None:
             grad_norm["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.adapter.values(), clip).item()
-        with self.guards.step(self.step, len(lines)):
+        with self.guards.step(self.step):
             self.optimizer.step()
+        self.n_lines += len(lines)
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         done = {
@@ -317,8 +326,7 @@ class Finetuning:
                 "quantize_base to true, or take a device with more memory"
             ) from error
         if self.ranks.writes:
-            deviation = {"micro_batch_size": self.micro.smaller, "asked": self.micro.asked, "reason": reason}
-            job.write_json(self.out / "deviation.json", deviation)
+            self.micro.note_smaller(self.out, reason)
         self.ranks.wait()
         log.warning(f"{reason}: start again to go on with {self.micro.smaller}")
 
@@ -334,6 +342,13 @@ class Finetuning:
             print(f"error: {mistake}", file=sys.stderr)
             code = 1
         self.ranks.end_all(code)
+
+    def _budget(self) -> Outcome:
+        """Whether it trained on as many samples, or packs, as planned."""
+        config, of_a_step = self.config, self.config.batch_size
+        done, planned = self.began_at * of_a_step + self.n_lines, self.total_steps * of_a_step
+        what = "packs" if config.packed else "samples"
+        return budget_met(done, planned, self.step / self.steps_per_epoch, config.epochs, what)
 
     def _progress(self, first: int) -> tqdm:
         every_s = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets few lines

@@ -27,6 +27,13 @@ TEMPLATE = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side (`-n 2 --dist loadgroup`) a file stays whole, for what its tests share, and so does the cluster."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("slurm" if item.path.parent.name == "slurm" else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def no_jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a sacct that knows no job."""

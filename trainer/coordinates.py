@@ -11,11 +11,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor
 
-from trainer.layers import initialize
-from trainer.models import LanguageModel, build
+from trainer.language import LanguageModel
+from trainer.models import make
 from trainer.optimizer import make_optimizer
 
 Sizes = dict[tuple[int, str], float]  # by step, from 0, and module: the mean of |x| over its output
@@ -23,12 +22,7 @@ Sizes = dict[tuple[int, str], float]  # by step, from 0, and module: the mean of
 
 def sizes(config: SimpleNamespace, vocab_size: int, batch: Tensor, steps: int = 4) -> Sizes:
     """The mean |x| of each module's output, and of the logits, before each of `steps` updates on "row seq+1" tokens."""
-    torch.manual_seed(config.seed)
-    model = build(config, vocab_size)
-    initialize(
-        model, model.rules, init=config.init, std=config.init_std, depth=config.depth,
-        zero_readout=config.zero_readout, zero_query=config.zero_query,
-    )  # fmt: skip
+    model = make(config, vocab_size)
     optimizer = make_optimizer(model, config)
     found: Sizes = {}
     for step in range(steps + 1):

@@ -2,13 +2,13 @@
 
 torch and the standard library only, so that recipes of any framework can use it:
 
-    watch = Watch(model, optimizer)
-    with watch.step(n):  # around each optimizer.step(), the gradients still there
+    guards = Guards(model, optimizer, out, steps_done)
+    with guards.step(n):  # around each optimizer.step(), the gradients still there
         optimizer.step()
-    outcomes = watch.outcomes()
+    guards.finish(budget_met(...))
 
-Each outcome says what it looked at; one that looked at nothing has failed. `write` puts them into guards.json, which
-the collector reads: a failed guard turns a conclusion into "not shown".
+Each outcome says what it looked at; one that looked at nothing has failed. They go into guards.json, which the
+collector reads: a failed guard turns a conclusion into "not shown".
 """
 
 from __future__ import annotations
@@ -140,13 +140,6 @@ class Watch:
         norm = kept.float().norm().item()
         return share, (now.float() - kept.float()).norm().item() / norm if norm else math.inf
 
-    def outcomes(self) -> list[Outcome]:
-        """Of what was seen so far; nothing where it was told to look at no steps."""
-        if not self.steps:
-            return []
-        found = [optimizer_coverage(self.model, self.optimizer), *self.of_the_trained()]
-        return [*found, self.of_the_frozen()] if self.frozen else found
-
     def of_the_trained(self) -> list[Outcome]:
         """Gradient reach and weights move; of a run that ended before they were to be judged, after its last step."""
         if self.before and self.seen:
@@ -179,6 +172,43 @@ class Watch:
         share = "" if looked >= entries else f" in the {looked:,} of {entries:,} entries that were looked at"
         fine = f"{len(self.frozen)} frozen parameters are as they were, bit for bit{share}"
         return outcome("frozen stays frozen", len(self.frozen), changed, fine, "frozen parameters changed")
+
+
+class Guards:
+    """A Watch over one start of a run that has made `done` steps before, and what it leaves in guards.json.
+
+    What an earlier start judged stands: a later one may have too few steps, or too small ones, to judge by. `steps` 0:
+    it looks at nothing, as where another process looks. The other settings are those of Watch.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, out: Path, done: int, *, steps: int = STEPS,
+        settle: int = 0, frozen_sample: int | None = None,
+    ):  # fmt: skip
+        self.out, self.began_at = out, done
+        self.known = bool(done) and any(one["guard"] == "weights move" for one in read(out))
+        self.watch = Watch(model, optimizer, steps=steps, settle=settle, frozen_sample=frozen_sample)
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around the optimizer's step `number`, from 0 of the whole run."""
+        judged = self.watch.judged
+        with self.watch.step(number - self.began_at):
+            yield
+        if self.watch.judged and not (judged or self.known):
+            write(self.out, self.watch.of_the_trained())  # now: a kill takes what only this start has seen
+
+    def finish(self, *more: Outcome) -> None:
+        """Writes what was seen by the end, and `more`."""
+        write(self.out, [*self._seen(), *more])
+
+    def _seen(self) -> list[Outcome]:
+        watch = self.watch
+        if not watch.steps:
+            return []
+        trained = watch.of_the_trained() if not self.known and (watch.judged or not self.began_at) else []
+        frozen = [watch.of_the_frozen()] if watch.frozen else []
+        return [optimizer_coverage(watch.model, watch.optimizer), *trained, *frozen]
 
 
 def one_batch_overfit(model: Model, loss: Callable[[Model], Tensor], *, steps: int = 20, lr: float = 1e-3) -> Outcome:

@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.layers import Matrix, Table, Tag
-from trainer.loss import readout_loss
+from trainer.language import LanguageModel
+from trainer.layers import Tag
 from trainer.parametrization import Parametrization
 from trainer.shape import Shape
 
 State = tuple[Tensor, Tensor]  # hidden and cell state, each "depth batch width"
 
 
-class LSTM(nn.Module):
+class LSTM(LanguageModel):
     """Token ids "batch seq" and the state that the text before left to hidden states "batch seq width".
 
     Dropout (arXiv:1409.2329) is on what goes into each layer and out of the last, never on what is carried on in time.
@@ -22,11 +22,8 @@ class LSTM(nn.Module):
 
     def __init__(self, shape: Shape, rules: Parametrization, *, forget_bias: float = 1.0, dropout: float = 0.0):
         """`forget_bias`: what the forget gate begins with (Jozefowicz et al., 2015)."""
-        super().__init__()
-        self.shape, self.rules, self.dropout = shape, rules, dropout
-        self.embedding = Table(shape.vocab_size, shape.width, "embedding")
+        super().__init__(shape, rules, dropout)
         self.layers = nn.ModuleList(Recurrent(shape.width, forget_bias) for _ in range(shape.depth))
-        self.readout = None if shape.tied else Matrix(Tag("readout", shape.width, shape.vocab_size), bias=False)
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """The hidden states of "batch seq" tokens, "batch seq width", and the state after them, without a gradient."""
@@ -37,19 +34,6 @@ class LSTM(nn.Module):
             left.append(after)
         hidden, cell = (torch.cat([each[part] for each in left]).detach() for part in (0, 1))
         return F.dropout(x, self.dropout, self.training), (hidden, cell)
-
-    @property
-    def output_weight(self) -> Tensor:
-        """The matrix whose products are the logits, "vocab width"."""
-        return self.embedding.weight if self.readout is None else self.readout.weight
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """ "... width" to "... vocab"."""
-        return F.linear(hidden, self.output_weight) * self.rules.output_multiplier
-
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The sum of the cross-entropies of "batch seq" targets, in nats."""
-        return readout_loss(hidden.flatten(0, 1), self.output_weight, targets.flatten(), self.rules.output_multiplier)
 
 
 class Recurrent(nn.LSTM):

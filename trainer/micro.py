@@ -14,15 +14,17 @@ from trainer import job
 from trainer.job import UserError
 from trainer.ranks import Ranks
 
+DEVIATION = "deviation.json"
 SPARE = 0.1  # of the memory that is free, which stays so
 TOKENS_ON_CPU = 8192  # at once: more are no faster
 
 
 class MicroBatch(NamedTuple):
-    """Sequences of a process's forward pass."""
+    """Sequences, samples or packs of a process's forward pass."""
 
     size: int
-    deviation: dict[str, Any] | None  # why it is not what the settings say
+    asked: int | None  # what the settings say; null: nothing
+    deviation: dict[str, Any] | None  # why it is another
     choices: list[int]  # what it may be: all that divides a process's part of the batch
 
     @property
@@ -30,34 +32,65 @@ class MicroBatch(NamedTuple):
         """The largest choice of at most half; None where there is none."""
         return max((n for n in self.choices if 2 * n <= self.size), default=None)
 
+    def note_smaller(self, out: Path, reason: str) -> None:
+        """Writes `deviation.json`, by which the next start takes the smaller one."""
+        values = {"micro_batch_size": self.smaller, "asked": self.asked or self.size, "reason": reason}
+        job.write_json(out / DEVIATION, values)
+
+
+def given(asked: int | None, batch_size: int, world_size: int, out: Path) -> MicroBatch | None:
+    """As `deviation.json` says, which an attempt left that ran out of memory, else as asked; None where neither does.
+
+    Raises UserError for a size that does not divide the batch, and for a deviation to a larger one.
+    """
+    choices = divisors(batch_size, world_size)
+    if asked and asked not in choices:
+        each = choices[-1]
+        whole = f"batch_size {each}" if world_size == 1 else f"the {each} of batch_size {batch_size} for each of"
+        processes = "" if world_size == 1 else f" {world_size} processes"
+        raise UserError(
+            f"micro_batch_size {asked} does not divide {whole}{processes}: take {', '.join(map(str, choices))}"
+        )
+    file = out / DEVIATION
+    if not file.is_file():
+        return MicroBatch(asked, asked, None, choices) if asked else None
+    try:
+        deviation = json.loads(file.read_text(encoding="utf-8"))
+        size = deviation["micro_batch_size"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} names no micro_batch_size: remove it") from error
+    allowed = [n for n in choices if n <= (asked or batch_size)]
+    if size not in allowed:
+        says = f", the settings {asked}" if asked else ""
+        raise UserError(
+            f"{file} says micro_batch_size {size!r}{says}: remove it, or let it name one of "
+            f"{', '.join(map(str, allowed))}"
+        )
+    return MicroBatch(size, asked, deviation, choices)
+
+
+def divisors(batch_size: int, world_size: int) -> list[int]:
+    """All that divides a process's part of the batch, the whole part last. Raises UserError where it has none."""
+    each, left_over = divmod(batch_size, world_size)
+    if left_over:
+        raise UserError(f"batch_size {batch_size} cannot be divided by {world_size} processes: choose another")
+    return [n for n in range(1, each + 1) if each % n == 0]
+
 
 def fitted(config: SimpleNamespace, ranks: Ranks, out: Path, attempt: Callable[[int], None]) -> MicroBatch:
     """The micro batch of a run; the batch stays whatever it is.
 
     Where neither settings nor `deviation.json` say it, the largest divisor that an estimate lets fit is tried by
     `attempt(size)`, a forward and a backward pass on the device, and the next smaller one until one fits.
-    Raises UserError for a size that does not divide the batch.
+    Raises UserError as `given` does, and where not even one fits.
     """
-    each, left_over = divmod(config.batch_size, ranks.world_size)
-    if left_over:
-        raise UserError(
-            f"batch_size {config.batch_size} cannot be divided by {ranks.world_size} processes: choose another"
-        )
-    choices = [n for n in range(1, each + 1) if each % n == 0]
-    file = out / "deviation.json"
-    if file.is_file():
-        deviation = json.loads(file.read_text(encoding="utf-8"))
-        return MicroBatch(deviation["micro_batch_size"], deviation, choices)
-    if config.micro_batch_size:
-        if config.micro_batch_size not in choices:
-            raise UserError(
-                f"micro_batch_size {config.micro_batch_size} does not divide a process's {each} sequences: take one of "
-                f"{', '.join(map(str, choices))}"
-            )
-        return MicroBatch(config.micro_batch_size, None, choices)
+    known = given(config.micro_batch_size, config.batch_size, ranks.world_size, out)
+    if known:
+        return known
+    choices = divisors(config.batch_size, ranks.world_size)
     for size in reversed([n for n in choices if n == 1 or n <= _most(config, ranks.device)]):
         if _fits(size, ranks, attempt):
-            return MicroBatch(size, None, choices)
+            return MicroBatch(size, None, None, choices)
     raise UserError("not even one sequence fits into memory: lower seq_len or width, or take another device")
 
 

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import torch
+
 from trainer.job import UserError
+from trainer.language import LanguageModel
+from trainer.layers import initialize
 from trainer.lstm import LSTM
 from trainer.parametrization import Parametrization
 from trainer.shape import ShapeError, make_shape
 from trainer.transformer import Transformer
 
-LanguageModel = Transformer | LSTM
+
+def make(config: SimpleNamespace, vocab_size: int) -> LanguageModel:
+    """The model on the CPU with its first values, which follow from the seed. Raises UserError as `build` does."""
+    torch.manual_seed(config.seed)
+    model = build(config, vocab_size)
+    initialize(
+        model, model.rules, init=config.init, std=config.init_std, depth=config.depth,
+        zero_readout=config.zero_readout, zero_query=config.zero_query,
+    )  # fmt: skip
+    return model
 
 
 def build(config: SimpleNamespace, vocab_size: int) -> LanguageModel:
@@ -25,6 +38,4 @@ def build(config: SimpleNamespace, vocab_size: int) -> LanguageModel:
     )  # fmt: skip
     if shape.architecture == "lstm":
         return LSTM(shape, rules, forget_bias=config.forget_bias, dropout=config.dropout)
-    if config.base_heads and rules.base_width % config.base_heads:
-        raise UserError(f"base_heads {config.base_heads} does not divide base_width {rules.base_width}")
     return Transformer(shape, rules, base_heads=config.base_heads, dropout=config.dropout)

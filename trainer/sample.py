@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from trainer.job import UserError
-from trainer.models import LanguageModel, build
+from trainer.language import LanguageModel
+from trainer.models import build
 
 
 def main() -> int:

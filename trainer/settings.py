@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from trainer import job
+from trainer.conflicts import conflict
 from trainer.job import UserError
 
 # What a run that goes on may change: it does not reach the weights but by rounding, or is what going on changes.
@@ -29,14 +30,7 @@ def checked(config: SimpleNamespace) -> SimpleNamespace:
         "dtype": ("fp32", "bf16", "fp16"),
     }.items():  # fmt: skip
         job.check_choice(config, key, choices)
-    for key in ("dropout", "beta1", "beta2", "momentum"):
-        if getattr(config, key) >= 1:
-            raise UserError(f"{key} is {getattr(config, key)}: give a number of at least 0 and below 1")
-    if config.zero_readout and config.tied:
-        raise UserError("zero_readout would make the embedding 0, which is the readout too: set tied to false")
-    if config.parametrization == "completep" and (config.optimizer == "sgd" or config.architecture == "lstm"):
-        raise UserError("completep is known for Transformers under Adam only: take mup")
-    if config.optimizer == "sgd" and config.nesterov and not config.momentum:
-        raise UserError("nesterov needs a momentum above 0")
+    if wrong := conflict(vars(config)):
+        raise UserError(wrong)
     std = {"lstm": 0.2}.get(config.architecture, 0.02) if config.init_std is None else config.init_std
     return SimpleNamespace(**vars(config) | {"init_std": std})

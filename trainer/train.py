@@ -38,11 +38,11 @@ from tqdm import tqdm
 
 from trainer.batches import seed_of
 from trainer.checkpoints import append_event, last_step, load_checkpoint, save_checkpoint
-from trainer.guards import Watch, budget_met, one_batch_overfit, outcome, write
+from trainer.guards import Guards, budget_met, one_batch_overfit, outcome, write
 from trainer.job import REQUEUE, Stop, UserError
-from trainer.layers import initialize
+from trainer.language import LanguageModel
 from trainer.micro import fitted
-from trainer.models import LanguageModel, build
+from trainer.models import make
 from trainer.optimizer import make_optimizer, schedule
 from trainer.ranks import Ranks, join
 from trainer.settings import FREE, checked
@@ -96,13 +96,7 @@ class Training:
         identity = {key: value for key, value in vars(config).items() if key not in FREE}
         self.identity = identity | {"dataset": folder.sha256["train"]}
 
-        torch.manual_seed(config.seed)  # the first values are the same in every process
-        self.model: LanguageModel = build(config, folder.vocab_size)
-        initialize(
-            self.model, self.model.rules, init=config.init, std=config.init_std, depth=config.depth,
-            zero_readout=config.zero_readout, zero_query=config.zero_query,
-        )  # fmt: skip
-        self.model.to(self.device)
+        self.model = make(config, folder.vocab_size).to(self.device)  # the same first values in every process
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "fp16")
@@ -114,7 +108,8 @@ class Training:
         if self.step == 0 and config.overfit_steps and ranks.writes:
             write(out, [one_batch_overfit(self.model, self._first_loss, steps=config.overfit_steps)])
         ranks.wait()
-        self.watch = Watch(self.model, self.optimizer, steps=config.guard_steps if self.step == 0 else 0)
+        looked = config.guard_steps if ranks.writes else 0
+        self.guards = Guards(self.model, self.optimizer, out, self.step, steps=looked)
         shape = self.model.shape
         self.flops = shape.train_flops(config.seq_len) * self.tokens_per_step
         self._record(
@@ -196,7 +191,7 @@ class Training:
         factor = schedule(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        with self.watch.step(self.step):
+        with self.guards.step(self.step):
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -269,8 +264,7 @@ class Training:
         if self.micro.smaller is None:
             raise UserError(f"{reason}, the smallest: lower seq_len or width, or take a device with more memory")
         if self.ranks.writes:
-            deviation = {"micro_batch_size": self.micro.smaller, "asked": self.micro.size, "reason": reason}
-            job.write_json(self.out / "deviation.json", deviation)
+            self.micro.note_smaller(self.out, reason)
         self.ranks.wait()
         print(f"{reason}: start again to go on with {self.micro.smaller}", file=sys.stderr)
         return False
@@ -328,7 +322,7 @@ class Training:
             finite = outcome(
                 "finite loss", self.step + 1, [str(diverged)] if diverged else [], "at every step", "diverged"
             )
-            write(self.out, [*self.watch.outcomes(), seen, finite])
+            self.guards.finish(seen, finite)
             memory = job.peak_memory(self.device)
             self._record(
                 "end", step=self.step, ended=job.now(), train_s=train_s, checkpoint_s=checkpoint_s,

@@ -8,32 +8,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.language import LanguageModel
 from trainer.layers import Matrix, Norm, Table, Tag
-from trainer.loss import readout_loss
 from trainer.parametrization import Parametrization
 from trainer.shape import GATED, Shape
 
 ROTARY_BASE = 10_000.0  # arXiv:2104.09864, section 3.3
 
 
-class Transformer(nn.Module):
-    """Token ids "batch seq" to hidden states "batch seq width"; logits and loss follow from those."""
+class Transformer(LanguageModel):
+    """Token ids "batch seq" to hidden states "batch seq width", each from the tokens up to its own."""
 
     angles: Tensor  # of each position; no parameter
 
     def __init__(self, shape: Shape, rules: Parametrization, *, base_heads: int | None = None, dropout: float = 0.0):
         """`base_heads`: heads of the model of the base shape; null: heads of the same size."""
-        super().__init__()
-        self.shape, self.rules, self.dropout = shape, rules, dropout
+        super().__init__(shape, rules, dropout)
         width, seq_len = shape.width, shape.seq_len
-        self.embedding = Table(shape.vocab_size, width, "embedding")
         self.positions = Table(seq_len, width, "vector") if shape.position == "learned" else None
         base_head_dim = shape.head_dim if base_heads is None else rules.base_width // base_heads
         scale = rules.attention_scale(shape.head_dim, base_head_dim)
         self.blocks = nn.ModuleList(Block(shape, rules, scale, dropout) for _ in range(shape.depth))
         pre = shape.norm_position == "pre"
         self.norm = Norm(shape.norm, width, shape.bias, in_block=False) if pre else nn.Identity()
-        self.readout = None if shape.tied else Matrix(Tag("readout", width, shape.vocab_size), bias=False)
         self.register_buffer("angles", _angles(shape), persistent=False)
 
     def forward(self, tokens: Tensor, state: None = None) -> tuple[Tensor, None]:
@@ -49,19 +46,6 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x, turns)
         return self.norm(x), None
-
-    @property
-    def output_weight(self) -> Tensor:
-        """The matrix whose products are the logits, "vocab width"."""
-        return self.embedding.weight if self.readout is None else self.readout.weight
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """ "... width" to "... vocab"."""
-        return F.linear(hidden, self.output_weight) * self.rules.output_multiplier
-
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The sum of the cross-entropies of "batch seq" targets, in nats."""
-        return readout_loss(hidden.flatten(0, 1), self.output_weight, targets.flatten(), self.rules.output_multiplier)
 
 
 class Block(nn.Module):

@@ -10,6 +10,7 @@ from chiplog.calibration import Calibration
 from chiplog.checks.dataset import DatasetReport
 from chiplog.checks.model import ModelReport
 from chiplog.checks.tokens import TokensReport
+from chiplog.compare import Comparison
 from chiplog.estimate import RunEstimate
 from chiplog.estimate.case import CaseEstimate
 from chiplog.guards import Verdict
@@ -19,7 +20,7 @@ from chiplog.progress import RunStatus
 from chiplog.record import Evidence, Record, State
 from chiplog.schema import Frozen
 from chiplog.studies import Study
-from chiplog.summary import Comparison, Row
+from chiplog.summary import Row
 from chiplog.totals import Totals
 
 # What several tools take.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 LEVEL = 0.95
+ALPHA = 0.05  # p after Holm's adjustment below which a difference is shown
 
 
 class Interval(Frozen):
@@ -35,6 +36,19 @@ class Difference(Frozen):
     interval: Interval = Field(description="The difference, with its 95 % interval.")
     p: float = Field(description="Chance of a difference at least this large if the arms were equal.")
     seeds: int = Field(description="Replicates of the arm that has more of them.")
+
+
+class Comparison(Frozen):
+    """Two arms over the same items, or of trainings that make their own models over their seeds."""
+
+    first: str = Field(description="Arm that is compared.")
+    second: str = Field(description="Arm or control that it is compared with.")
+    against_control: bool = Field(description="Whether the second is the first one's base model.")
+    metric: str = Field(description="Criterion.")
+    difference: Difference | None = Field(description="First minus second; null if they cannot be compared.")
+    p_adjusted: float | None = Field(description="p after Holm's adjustment.")
+    shown: bool = Field(description="Whether the difference is shown.")
+    words: str = Field(description="The conclusion in one line.")
 
 
 def proportion(count: int, n: int) -> Interval:

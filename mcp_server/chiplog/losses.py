@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
 
-from chiplog.compare import Difference, holm, over_seeds
+from chiplog.compare import ALPHA, Comparison, Difference, holm, over_seeds
 
-ALPHA = 0.05
 MOST_ARMS = 12  # of more, 66 pairs and up, Holm's adjustment leaves nothing to be shown: what varies wants a fit
-
-
-class Pair(NamedTuple):
-    """Two arms that differ in one variable."""
-
-    first: str
-    second: str
-    difference: Difference | None  # null where it cannot be tested
-    p_adjusted: float | None
-    shown: bool
-    words: str
 
 
 def compare_losses(
     metric: str, pairs: Sequence[tuple[str, str]], arms: Mapping[str, Sequence[float]], diverged: Collection[str]
-) -> list[Pair]:
+) -> list[Comparison]:
     """Each pair by Welch's t over the losses of its seeds, p after Holm's adjustment for those that could be tested.
 
     Of an arm of which a seed `diverged`, the others would be the lucky ones: it is not tested.
@@ -36,7 +23,7 @@ def compare_losses(
         tested.append((one, other, found))
     adjusted = iter(holm([found.p for _, _, found in tested if isinstance(found, Difference)]))
     return [
-        _pair(metric, one, other, found, next(adjusted) if isinstance(found, Difference) else None)
+        _comparison(metric, one, other, found, next(adjusted) if isinstance(found, Difference) else None)
         for one, other, found in tested
     ]
 
@@ -51,10 +38,17 @@ def _tested(one: Sequence[float], other: Sequence[float]) -> Difference | str:
     return over_seeds(one, other)
 
 
-def _pair(metric: str, one: str, other: str, found: Difference | str, p: float | None) -> Pair:
-    if isinstance(found, str):
-        return Pair(one, other, None, None, False, f"{one} against {other}: not shown, since {found}")
-    value, low, high = (f"{x:+.4g}" for x in (found.interval.value, found.interval.low, found.interval.high))
+def _comparison(metric: str, one: str, other: str, found: Difference | str, p: float | None) -> Comparison:
+    difference = found if isinstance(found, Difference) else None
     shown = p is not None and p < ALPHA
-    verdict = f"{'shown' if shown else 'not shown'} over {found.seeds} seeds (lower is better)"
-    return Pair(one, other, found, p, shown, f"{one} against {other}: {metric} {value} ({low} to {high}), {verdict}")
+    if difference is None:
+        words = f"{one} against {other}: not shown, since {found}"
+    else:
+        interval = difference.interval
+        value, low, high = (f"{x:+.4g}" for x in (interval.value, interval.low, interval.high))
+        verdict = f"{'shown' if shown else 'not shown'} over {difference.seeds} seeds (lower is better)"
+        words = f"{one} against {other}: {metric} {value} ({low} to {high}), {verdict}"
+    return Comparison(
+        first=one, second=other, against_control=False, metric=metric, difference=difference, p_adjusted=p,
+        shown=shown, words=words,
+    )  # fmt: skip

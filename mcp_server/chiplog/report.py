@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from chiplog.figure import losses_figure, scores_figure
@@ -24,10 +25,12 @@ def write_summary(folder: ExperimentFolder, summary: Summary) -> list[Path]:
     refuse_links(folder.path, ["summary.md", picture])
     template = template_environment().get_template("summary.md.j2")
     table = summary_table(summary.rows, plan.metrics)
+    analysis = summary.analysis and os.path.relpath(summary.analysis.analysis, folder.path)
     figure = any(row.val_loss is not None if trains else row.scores for row in summary.rows)
     text = template.render(
-        plan=plan, summary=summary, table=table, figure=picture if figure else None, trains=trains, duration=duration
-    )
+        plan=plan, summary=summary, table=table, figure=picture if figure else None, trains=trains, duration=duration,
+        analysis=analysis,
+    )  # fmt: skip
     files = [folder.path / "summary.md"]
     write_atomic(files[0], text.encode())
     if figure:

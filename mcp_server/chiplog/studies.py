@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from chiplog.bundle import study_folder, study_names
 from chiplog.errors import NotFoundError, StudyError
-from chiplog.schema import Frozen
+from chiplog.schema import Frozen, plain_errors
+from chiplog.summary import Analysis
 
 COMMAND_LIMIT_S = 3600
 
@@ -72,6 +73,20 @@ def run_command(study: str, file: str, options: Mapping[str, Any], *positional: 
         return json.loads(done.stdout)
     except ValueError as error:
         raise StudyError(f"{script.name} of {study} did not print JSON but {done.stdout[:200]!r}") from error
+
+
+def analysis(study: str | None, experiment: Path) -> Analysis | None:
+    """What the study's analyze.py says of an experiment's folder; null without a study, or for one that has none.
+
+    Raises StudyError where it fails.
+    """
+    if study is None or study not in study_names() or not (study_folder(study) / "analyze.py").is_file():
+        return None
+    said = run_command(study, "analyze.py", {}, str(experiment))
+    try:
+        return Analysis.model_validate(said)
+    except ValidationError as error:
+        raise StudyError(f"analyze.py of {study} printed what is no analysis: {plain_errors(error)}") from error
 
 
 def _study(name: str) -> Study:

@@ -7,24 +7,20 @@ with its control; a difference counts as shown only after Holm's adjustment for 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from chiplog.compare import Difference, Interval, holm, paired, proportion
+from chiplog.compare import Comparison, Interval, proportion
 from chiplog.errors import RecordError
 from chiplog.folder import ExperimentFolder
-from chiplog.guards import Verdict, arm_name, control_of, counted, verdicts
+from chiplog.guards import Verdict, arm_name, counted, verdicts
 from chiplog.losses import MOST_ARMS, compare_losses
 from chiplog.plan import VAL_LOSS, Run, Value
 from chiplog.record import Record, State
-from chiplog.schema import Frozen, plain_errors
-
-ALPHA = 0.05
-MOST_PAIRS = 200  # of more, only those with a control or with the best arm are compared
+from chiplog.schema import Frozen
+from chiplog.scores import compare_answers, one_apart, read_answers
 
 
 class Row(Frozen):
@@ -54,26 +50,13 @@ class Row(Frozen):
     n_items: int | None = Field(description="Items scored.")
 
 
-class Comparison(Frozen):
-    """Two arms over the same items, or of trainings that make their own models over their seeds."""
+class Analysis(Frozen, extra="ignore"):
+    """What a study's own analyze.py says of an experiment, beside the summary."""
 
-    first: str = Field(description="Arm that is compared.")
-    second: str = Field(description="Arm or control that it is compared with.")
-    against_control: bool = Field(description="Whether the second is the first one's base model.")
-    metric: str = Field(description="Criterion.")
-    difference: Difference | None = Field(description="First minus second; null if they cannot be compared.")
-    p_adjusted: float | None = Field(description="p after Holm's adjustment.")
-    shown: bool = Field(description="Whether the difference is shown.")
-    words: str = Field(description="The conclusion in one line.")
-
-
-class Answered(Frozen, extra="ignore"):
-    """What a line of `eval/predictions.jsonl` must have for arms to be compared by it."""
-
-    index: int = Field(description="Number of the row in its split, from 0.")
-    prompt: str = Field(description="What was asked.")
-    target: str = Field(description="What should be answered.")
-    scores: dict[str, bool] = Field(description="Whether the answer met each criterion.")
+    analysis: str = Field(description="File that says it all.")
+    figures: list[str] = Field(description="Pictures that it drew.")
+    shown: list[str] = Field(description="What the runs show of the study's question.")
+    not_shown: list[str] = Field(description="What they do not.")
 
 
 class Summary(Frozen):
@@ -88,6 +71,7 @@ class Summary(Frozen):
     not_shown: list[str] = Field(description="What this experiment does not show.")
     deviations: list[str] = Field(default=[], description="What runs did otherwise than planned, and why.")
     guards: list[Verdict] = Field(description="What the validity guards say, those that fired first.")
+    analysis: Analysis | None = Field(default=None, description="The study's own analysis; null: it has none.")
     attempts: int = Field(description="How often runs were submitted, all added up.")
     run_s: float | None = Field(description="Seconds of all attempts at all runs, added up.")
     gpu_hours: float = Field(description="GPU hours of them all.")
@@ -102,6 +86,15 @@ class Summary(Frozen):
         """How many guards passed, then those that did not, a line each."""
         words = [f"{one.guard}: {one.found}" for one in self.guards if not one.ok]
         return [f"{counted(self.guards)}{':' if words else '.'}", *words]
+
+    @property
+    def shown(self) -> list[str]:
+        """What the experiment shows, a line each: of the study's question, then of its arms."""
+        return [*(self.analysis.shown if self.analysis else []), *[c.words for c in self.comparisons if c.shown]]
+
+    def with_analysis(self, found: Analysis) -> Summary:
+        """This summary with what the study's own analysis says, first."""
+        return self.model_copy(update={"analysis": found, "not_shown": [*found.not_shown, *self.not_shown]})
 
     @property
     def repeated(self) -> bool:
@@ -156,10 +149,10 @@ def _by_answers(
     answers: dict[str, dict[str, bool]] = {}
     for name in ended_well:
         try:
-            answers[name] = _answers(folder.path / "runs" / name, metric)
+            answers[name] = read_answers(folder.path / "runs" / name, metric)
         except RecordError as error:
             left_out.append(f"{name}: cannot be compared, since {error}")
-    comparisons = _comparisons(metric, runs, {name: found for name, found in answers.items() if found})
+    comparisons = compare_answers(metric, runs, {name: found for name, found in answers.items() if found})
     comparisons = [_guarded(one, runs, guards) for one in comparisons]
     return comparisons, [
         *(left_out if scored else []),
@@ -177,15 +170,12 @@ def _by_loss(runs: Sequence[Run], rows: Sequence[Row], guards: Sequence[Verdict]
     pairs = [
         (one, other)
         for one, other in itertools.combinations([arm for arm in arms if measured[arm]], 2)
-        if _one_apart(arms[one], arms[other])
+        if one_apart(arms[one], arms[other])
     ]
     lost = {row.run for row in rows if row.diverged}
     diverged = {arm for arm, group in arms.items() if any(run.name in lost for run in group)}
     many = len(arms) > MOST_ARMS
-    found = [
-        _guarded(Comparison(against_control=False, metric=VAL_LOSS, **pair._asdict()), runs, guards)
-        for pair in compare_losses(VAL_LOSS, [] if many else pairs, measured, diverged)
-    ]
+    found = [_guarded(one, runs, guards) for one in compare_losses(VAL_LOSS, [] if many else pairs, measured, diverged)]
     left = [
         f"{row.run}: nothing, since it {'diverged: ' + row.diverged if row.diverged else 'has no validation loss'}"
         for row in rows
@@ -230,127 +220,6 @@ def _last_loss(record: Record) -> float | None:
     """The validation loss with which a training ended; null where it did not end so, and a NaN is none."""
     losses = record.usage.val_losses
     return losses[-1] if losses and math.isfinite(losses[-1]) and not record.diverged else None
-
-
-def _answers(run_folder: Path, metric: str) -> dict[str, bool]:
-    """Whether each item was right, by the item's own text; empty where there are no predictions.
-
-    Raises RecordError that names the line.
-    """
-    file = run_folder / "eval" / "predictions.jsonl"
-    # Not splitlines: it cuts at U+2028, which JSON leaves in a text.
-    lines = file.read_bytes().split(b"\n") if file.is_file() else []
-    found: dict[str, bool] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            item = Answered.model_validate_json(line)
-        except ValidationError as error:
-            raise RecordError(
-                f"{file}, line {number} is no scored answer ({' '.join(plain_errors(error).split())}): remove that "
-                "eval folder and submit the run again, which only evaluates it"
-            ) from error
-        if metric not in item.scores:
-            raise RecordError(
-                f"{file} has no metric {metric!r}: it has {', '.join(item.scores)}; plan with one of these"
-            )
-        found[json.dumps([item.index, item.prompt, item.target])] = item.scores[metric]
-    return found
-
-
-def _comparisons(metric: str, runs: Sequence[Run], answers: Mapping[str, Mapping[str, bool]]) -> list[Comparison]:
-    arms: dict[str, list[Run]] = {}
-    for run in runs:
-        arms.setdefault(arm_name(run), []).append(run)
-    pairs = [(one, _control_of(arms, one), True) for one in arms if arms[one][0].kind != "control"]
-    pairs += [
-        (one, other, False) for one, other in itertools.combinations(arms, 2) if _one_apart(arms[one], arms[other])
-    ]
-    pairs = _limited([(one, other, flag) for one, other, flag in pairs if other], arms, answers)
-    found = []
-    for one, other, is_control in pairs:
-        scored = [{run.name: answers[run.name] for run in arms[name] if run.name in answers} for name in (one, other)]
-        why = _not_the_same_items(scored[0] | scored[1])
-        first, second = (list(arm.values()) for arm in scored)
-        found.append((one, other, is_control, why or _difference(first, second, is_control)))
-    adjusted = iter(holm([result.p for *_, result in found if isinstance(result, Difference)]))
-    return [
-        _comparison(one, other, is_control, metric, result, next(adjusted) if isinstance(result, Difference) else None)
-        for one, other, is_control, result in found
-    ]
-
-
-def _limited(
-    pairs: list[tuple[str, str, bool]], arms: Mapping[str, Sequence[Run]], answers: Mapping[str, Mapping[str, bool]]
-) -> list[tuple[str, str, bool]]:
-    """The pairs in which both arms have answers; of very many, those with a control or with the best arm."""
-    shares = {
-        arm: sum(sum(answers[run.name].values()) for run in runs if run.name in answers)
-        / max(1, sum(len(answers[run.name]) for run in runs if run.name in answers))
-        for arm, runs in arms.items()
-        if any(run.name in answers for run in runs)
-    }
-    pairs = [pair for pair in pairs if pair[0] in shares and pair[1] in shares]
-    if len(pairs) <= MOST_PAIRS:
-        return pairs
-    best = max((pair[0] for pair in pairs), key=lambda arm: shares[arm])
-    return [pair for pair in pairs if pair[2] or best in pair[:2]]
-
-
-def _control_of(arms: Mapping[str, Sequence[Run]], name: str) -> str | None:
-    control = control_of((runs[0] for runs in arms.values()), arms[name][0])
-    return control and arm_name(control)
-
-
-def _one_apart(one: Sequence[Run], other: Sequence[Run]) -> bool:
-    """Whether two arms differ in exactly one setting, whatever their names say."""
-    if "control" in (one[0].kind, other[0].kind) or one[0].recipe != other[0].recipe:
-        return False
-    first, second = one[0].config, other[0].config
-    return sum(first.get(key) != second.get(key) for key in (first.keys() | second.keys()) - {"seed"}) == 1
-
-
-def _not_the_same_items(answers: Mapping[str, Mapping[str, bool]]) -> str | None:
-    """Why these runs cannot be compared item by item, if so."""
-    first, *others = answers
-    for other in others:
-        if differ := len(answers[first].keys() ^ answers[other].keys()):
-            counts = f"{first} answered {len(answers[first])} items and {other} {len(answers[other])}"
-            return f"{counts}, {differ} of them only one of the two"
-    return None
-
-
-def _difference(first: list[Mapping[str, bool]], second: list[Mapping[str, bool]], against_control: bool) -> Difference:
-    arms = [[[scored[item] for item in first[0]] for scored in arm] for arm in (first, second)]
-    return paired(arms[0], arms[1], against_control=against_control)
-
-
-def _comparison(
-    one: str, other: str, is_control: bool, metric: str, result: Difference | str, p: float | None
-) -> Comparison:
-    difference = result if isinstance(result, Difference) else None
-    # The test asks which arm wins more items, the interval how much: where they disagree, nothing is shown.
-    ends = (difference.interval.low, difference.interval.high) if difference else (0.0, 0.0)
-    shown = p is not None and p < ALPHA and (ends[0] > 0 or ends[1] < 0)
-    if difference is None:
-        words = f"{one} against {other}: cannot be compared, since {result}"
-    else:
-        change, low, high = (
-            f"{100 * x:+.1f}" for x in (difference.interval.value, difference.interval.low, difference.interval.high)
-        )
-        verdict = ("shown" if shown else "not shown") + (" for one training each" if difference.seeds == 1 else "")
-        words = f"{one} against {other}: {metric} {change} points ({low} to {high}), {verdict}"
-    return Comparison(
-        first=one,
-        second=other,
-        against_control=is_control,
-        metric=metric,
-        difference=difference,
-        p_adjusted=p,
-        shown=shown,
-        words=words,
-    )
 
 
 def _guarded(comparison: Comparison, runs: Sequence[Run], guards: Sequence[Verdict]) -> Comparison:

@@ -27,7 +27,7 @@ from chiplog.answers import (
     VerifyAnswer,
 )
 from chiplog.calibration import against_actual
-from chiplog.errors import PlanError
+from chiplog.errors import PlanError, StudyError
 from chiplog.estimate.case import NEEDED, Case, make_case
 from chiplog.estimate.gpus import gpu, gpus
 from chiplog.folder import ExperimentFolder, find_experiment
@@ -53,6 +53,7 @@ from chiplog.report import write_summary
 from chiplog.schema import Progress
 from chiplog.settings import load_settings
 from chiplog.sizing import DatasetReports, PlannedRun, Sizing, estimated, find_shape, own_cards
+from chiplog.studies import analysis
 from chiplog.summary import summarize
 from chiplog.tables import (
     bullets,
@@ -206,11 +207,15 @@ def summarize_experiment(experiment: Name, limit: Limit = 50) -> SummaryAnswer:
     """Writes summary.md and its figure: what was shown and what was not, every run with its interval."""
     folder = find_experiment(experiment, load_settings())
     records = collecting.collect(folder, Ledger())
-    summary = summarize(folder, records)
+    plan, summary = folder.plan, summarize(folder, records)
+    try:
+        if found := analysis(plan.study, folder.path):
+            summary = summary.with_analysis(found)
+    except StudyError as error:  # the summary is always written
+        summary = summary.model_copy(update={"not_shown": [f"What the study asks: {error}", *summary.not_shown]})
     files = write_summary(folder, summary)
-    plan = folder.plan
     table = summary_table(summary.rows[:limit], plan.metrics)
-    shown = bullets([c.words for c in summary.comparisons if c.shown], limit) or ["- nothing"]
+    shown = bullets(summary.shown, limit) or ["- nothing"]
     not_shown = bullets(summary.not_shown, limit) or ["- nothing is left open by this design"]
     cut = cut_note(len(summary.rows), limit)
     lines = [plan.question, "", table, *([cut] if cut else []), "", "Shown:", *shown, "", "Not shown:", *not_shown]

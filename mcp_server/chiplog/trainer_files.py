@@ -1,4 +1,4 @@
-"""The trainer's files that need no torch, loaded by their path: rows, chat.
+"""The trainer's files that need no torch, loaded by their path: rows, chat, shape, conflicts.
 
 `trainer` is no package that the planner may import, since the two meet in files only; yet both must read rows and count
 tokens by the same code.

@@ -1,6 +1,7 @@
 """A training that makes a model of its own, as the planner sees it: its shape, its work, and what could never run.
 
-The shape is computed by the trainer's own `shape.py`, so that what is refused here is what the job would refuse.
+The shape is computed by the trainer's own `shape.py`, and `conflicts.py` says which settings cannot stand together, so
+that what is refused here is what the job would refuse.
 """
 
 from __future__ import annotations
@@ -75,8 +76,11 @@ def work_of(run: Run, report: TokensReport) -> Workload:
 
 
 def check_training(run: Run, report: TokensReport) -> None:
-    """Raises PlanError for what would end on its first step: a shape, or more tokens than there are."""
+    """Raises PlanError for what would end on its first step: conflicts, a shape, more tokens than there are."""
     config, n = run.config, report.tokens
+    conflicts = load_trainer_file("conflicts")
+    if config.keys() >= conflicts.READS and (wrong := conflicts.conflict(config)):
+        raise PlanError(f"{run.name}: {wrong}")
     model_of(run, report.vocab_size or 1)
     if epochs(config, n["train"]) is None:
         streams = f" and batch_size {config['batch_size']}" if config.get("architecture") == "lstm" else ""

@@ -2,8 +2,8 @@
 
     python analyze.py experiments/NAME [--bootstrap 4000] [--no-coordinates]
 
-Writes into the folder analysis.md (verdicts in words), analysis.json (every figure) and figures/*.png, and prints
-{"analysis", "json", "figures", "shown", "not_shown"}.
+Writes into the folder analysis.md (verdicts in words), analysis.json (every number), figures/*.png and figures.html (to
+look into), and prints {"analysis", "json", "figures", "page", "shown", "not_shown"}.
 """
 
 from __future__ import annotations
@@ -33,42 +33,58 @@ def main() -> int:
     arguments = parser.parse_args()
     analysis = analyse(read_experiment(arguments.folder), arguments.bootstrap, arguments.seed)
     if arguments.coordinates:
-        analysis.coordinates.update(coordinates_of(analysis))
+        analysis.coordinates.update(coordinates_of(analysis, arguments.folder))
     print(json.dumps(write(analysis, arguments.folder)))
     return 0
 
 
 def write(analysis: Analysis, folder: Path) -> dict[str, Any]:
     """Writes the files, and returns what is printed."""
+    from tasks.scaling_laws.page import page
     from tasks.scaling_laws.pictures import draw_all
 
     figures = draw_all(analysis, folder / "figures")
     text = section(analysis)
     links = "".join(f"![{file.stem.replace('_', ' ')}](figures/{file.name})\n" for file in figures)
-    job.write_text(folder / "analysis.md", f"# Analysis of {folder.name}\n\n{text}\n{links}")
+    title = f"Analysis of {folder.name}"
+    points = "[The pictures to look into](figures.html): each point names its run.\n\n"
+    job.write_text(folder / "analysis.md", f"# {title}\n\n{text}\n{points}{links}")
+    job.write_text(folder / "figures.html", page(analysis, title))
     job.write_json(folder / "analysis.json", plain(analysis.as_dict()))
     said = [line.removeprefix("- ") for line in text.splitlines() if line.startswith("- ")]
     return {
         "analysis": str(folder / "analysis.md"),
         "json": str(folder / "analysis.json"),
         "figures": [str(file) for file in figures],
-        "shown": [line for line in said if line.startswith("Shown") or line.endswith("; shown.")],
-        "not_shown": [line for line in said if line.startswith("Not shown") or "not shown" in line],
+        "page": str(folder / "figures.html"),
+        "shown": [
+            line.removeprefix("Shown: ") for line in said if line.startswith("Shown: ") or line.endswith("; shown.")
+        ],
+        "not_shown": [line.removeprefix("Not shown: ") for line in said if "not shown" in line.lower()],
     }
 
 
-def coordinates_of(analysis: Analysis) -> dict[str, Any]:
-    """The coordinate check with the settings of a Transformer of the experiment, if its text is here."""
-    from tasks.scaling_laws.coordinate_check import check
+def coordinates_of(analysis: Analysis, folder: Path) -> dict[str, Any]:
+    """The coordinate check with the settings of a Transformer of the experiment, if its text is here.
 
-    for run in analysis.found.runs:
-        if run.config["architecture"] == "transformer":
-            try:
-                return check(run.config)
-            except UserError as error:
-                analysis.found.notes.append(f"No coordinate check: {error}.")
-                return {}
-    return {}
+    It trains, so what it found stands in coordinates.json and is taken from there as long as the settings are the same.
+    """
+    config = next((run.config for run in analysis.found.runs if run.config["architecture"] == "transformer"), None)
+    if config is None:
+        return {}
+    file = folder / "coordinates.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if known.get("config") == config:
+        return known["found"]
+    try:
+        from tasks.scaling_laws.coordinate_check import check
+
+        found = check(config)
+    except (UserError, ImportError) as error:  # the text, or torch, is not here
+        analysis.found.notes.append(f"No coordinate check: {error}.")
+        return {}
+    job.write_json(file, {"config": config, "found": found})
+    return found
 
 
 def plain(value: Any) -> Any:

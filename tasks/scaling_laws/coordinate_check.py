@@ -25,7 +25,7 @@ FIXED = {"architecture": "transformer", "tied": False, "zero_readout": True, "ze
 
 
 def check(config: Mapping[str, Any], widths: Sequence[int] = WIDTHS) -> dict[str, Any]:
-    """By parametrisation: `widths`, `sizes` (step and module: the mean |x| of each width), `slopes` of steps 1 on.
+    """By parametrisation: `widths`, `logits` (by step the mean |x| of each width), `slopes` of modules from step 1 on.
 
     Needs the text that `config` names, the folder of token files.
     """
@@ -40,8 +40,8 @@ def _checked(
     measured = {width: [_sizes(config, kind, width, widths[0], seed, batch, vocab_size) for seed in SEEDS]
                 for width in widths}  # fmt: skip
     slopes = {f"step {step} {name}": slope for (step, name), slope in coordinates.slopes(measured).items() if step}
-    keys = [key for key in measured[widths[0]][0] if key[1] == "logits"]
-    logits = {key[0]: [statistics.mean(one[key] for one in measured[width]) for width in widths] for key in keys}
+    logits = [[statistics.mean(one[step, "logits"] for one in measured[width]) for width in widths]
+              for step in range(STEPS + 1)]  # fmt: skip
     return {"widths": list(widths), "slopes": slopes, "logits": logits}
 
 

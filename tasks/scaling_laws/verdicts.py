@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from tasks.scaling_laws import isoflop
@@ -23,6 +25,7 @@ def section(analysis: Analysis) -> str:
         ("Compute", compute_verdicts(analysis)),
         ("One change at a time", ladder_verdicts(analysis)),
         ("Coordinate check", coordinate_verdicts(analysis)),
+        ("How far this reaches", reach_verdicts(analysis)),
     ):
         lines += [f"### {heading}", "", *[f"- {verdict}" for verdict in verdicts], ""]
     return "\n".join(lines)
@@ -154,8 +157,28 @@ def coordinate_verdicts(analysis: Analysis) -> list[str]:
         words = f"{kind}: the steepest of {len(one['slopes'])} slopes over widths {one['widths']} is {steepest:+.2f}"
         flat = abs(steepest) <= FLAT
         verdict = "as a right parametrisation has it" if flat else f"more than {FLAT}: outputs change with width"
-        found.append(f"{words} ({worst}), {verdict}.")
+        found.append(f"Shown: {words} ({worst}), {verdict}.")
     return found or ["Not made."]
+
+
+def reach_verdicts(analysis: Analysis) -> list[str]:
+    """What no run of this experiment could have shown."""
+    runs = analysis.grid.get(analysis.control or "", [])
+    texts = sorted({Path(run.config["dataset"]).name for run in analysis.found.runs if run.config.get("dataset")})
+    found = [f"Not shown: anything of other text than {' and '.join(texts)}."] if texts else []
+    if not runs:
+        return found or ["Nothing was trained beside sweeps."]
+    n, d = sorted(run.n for run in runs), sorted(run.d for run in runs)
+    found.append(f"Not shown: the law beyond {n[0]:,} to {n[-1]:,} parameters and {d[0]:,} to {d[-1]:,} tokens.")
+    lrs = {run.config["lr"] for run in runs}
+    if len(lrs) == 1:
+        found.append(f"Not shown: that {lrs.pop():g} is the best learning rate of each size and length.")
+    cells = Counter((run.n, run.d) for run in runs)
+    if single := sum(times == 1 for times in cells.values()):
+        found.append(
+            f"Not shown: what another seed would change: {single} of {len(cells)} sizes and lengths were trained once."
+        )
+    return found
 
 
 def _intervals(law: dict[str, Any]) -> str:

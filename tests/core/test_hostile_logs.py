@@ -79,7 +79,7 @@ def bounded(seconds: int = HANGS_S) -> Iterator[None]:
 
 
 @settings(
-    max_examples=120,
+    max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     phases=set(Phase) - {Phase.explain},  # which traces every line, and so takes longer than any hang

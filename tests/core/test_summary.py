@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from scipy import stats
 
+from chiplog import tools
 from chiplog.errors import RenderError
 from chiplog.figure import scores_figure
 from chiplog.folder import ExperimentFolder
@@ -34,9 +35,12 @@ def folder(lab: Path) -> ExperimentFolder:
     return set_up(lab, [0, 1, 2])
 
 
-def set_up(lab: Path, seeds: list[int], question: str = "Which rank?", gpus: int = 0) -> ExperimentFolder:
+def set_up(
+    lab: Path, seeds: list[int], question: str = "Which rank?", gpus: int = 0, study: str | None = None
+) -> ExperimentFolder:
     plan = Plan(
         name="ranks",
+        study=study,
         question=question,
         models={"S": str(lab / "models" / "small")},
         datasets={"words": str(lab / "data" / "words.json")},
@@ -260,3 +264,40 @@ def test_any_question_is_a_title_as_it_was_asked(
     for text in figure.texts:  # nothing is cut off at the edge
         box = text.get_window_extent()
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+
+
+def analysing(workspace: Path, code: str) -> None:
+    """A study of the workspace's own whose analyze.py is this code."""
+    study = workspace / "tasks" / "mine"
+    study.mkdir(parents=True)
+    (study / "README.md").write_text("# Mine\n\nAsks.\n")
+    (study / "analyze.py").write_text(
+        f"import json, sys\nfrom pathlib import Path\nfolder = Path(sys.argv[1])\n{code}\n"
+    )
+
+
+SAYS = """(folder / "analysis.md").write_text("all of it")
+print(json.dumps({"analysis": str(folder / "analysis.md"), "figures": [], "shown": ["it grows"], "not_shown": ["why"],
+                  "more": 1}))"""
+
+
+def test_what_a_studys_own_analysis_shows_stands_first_in_the_summary(lab: Path):
+    set_up(lab, [0], study="mine")
+    analysing(lab, SAYS)
+    answer = tools.summarize_experiment("ranks")
+    text = (lab / "experiments" / "ranks" / "summary.md").read_text()
+    assert "## Shown\n\n- it grows\n\n## Not shown\n\n- why\n- rank4: nothing, since it is not run" in text
+    assert "[analysis.md](analysis.md) says what these rest on" in text
+    assert "Shown:\n- it grows\n" in answer.summary and answer.not_shown[0] == "why"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [("sys.exit('no loss law')", "no loss law"), ("print('[1]')", "printed what is no analysis")],
+)
+def test_an_analysis_that_fails_does_not_keep_the_summary_from_being_written(lab: Path, code: str, words: str):
+    set_up(lab, [0], study="mine")
+    analysing(lab, code)
+    answer = tools.summarize_experiment("ranks")
+    assert words in answer.not_shown[0] and "analyze.py of mine" in answer.not_shown[0]
+    assert words in (lab / "experiments" / "ranks" / "summary.md").read_text()

@@ -22,6 +22,7 @@ from chiplog.record import Record, State
 from chiplog.render import render
 from chiplog.settings import Settings
 from chiplog.trainer_files import load_trainer_file
+from tests.conftest import ROOT
 from tests.core.test_flow import answer, calls
 from tests.core.test_render import CLUSTER, GOLDEN, is_golden
 from tests.trainer.helpers import write_tokens
@@ -102,6 +103,11 @@ def test_the_table_of_a_plan_shows_parameters_tokens_and_flops_of_the_shape(corp
         ({"architecture": "lstm", "batch_size": 400}, "too few for seq_len 16 and batch_size 400"),
         ({"val_tokens": 600}, "val_tokens is 600 and the validation split has 599 targets"),
         ({"batch_size": 8, "micro_batch_size": 3}, "micro_batch_size 3 does not divide batch_size 8"),
+        ({"zero_readout": True}, "which is the readout too: set tied to false"),
+        ({"parametrization": "completep", "optimizer": "sgd"}, "completep is known for Transformers under Adam only"),
+        ({"optimizer": "sgd", "nesterov": True, "momentum": 0}, "nesterov needs a momentum above 0"),
+        ({"dropout": 1.0}, "dropout is 1.0: give a number of at least 0 and below 1"),
+        ({"base_heads": 3, "base_width": 16}, "base_heads 3 does not divide base_width 16"),
         ({"model": "small"}, "there is no setting 'model'"),
         ({"eval_split": "test"}, "there is no setting 'eval_split'"),
     ],
@@ -110,6 +116,10 @@ def test_the_table_of_a_plan_shows_parameters_tokens_and_flops_of_the_shape(corp
 def test_what_could_never_train_is_refused_before_it_is_queued(corpus: Path, controls: dict[str, Any], words: str):
     with pytest.raises(PlanError, match=words):
         planned(controls=controls)
+
+
+def test_what_conflicts_are_read_from_are_settings_of_the_trainer():
+    assert load_recipe("train", ROOT / "trainer").settings.keys() >= load_trainer_file("conflicts").READS
 
 
 @pytest.mark.parametrize(
@@ -230,7 +240,10 @@ def test_an_arm_of_which_a_seed_diverged_is_not_compared_by_the_others():
 def test_losses_of_seeds_are_compared_by_welchs_t_and_adjusted_for_their_number():
     arms = {"a": [2.0, 2.1, 2.05], "b": [2.3, 2.2, 2.35], "c": [2.0, 2.2]}
     pairs = compare_losses("val_loss", [("a", "b"), ("a", "c"), ("b", "c")], arms, diverged=())
-    tests = [stats.ttest_ind(arms[one], arms[other], equal_var=False) for one, other, *_ in pairs]
+    tests = [
+        stats.ttest_ind(arms[one], arms[other], equal_var=False)
+        for one, other in ((pair.first, pair.second) for pair in pairs)
+    ]
     for pair, test in zip(pairs, tests, strict=True):
         assert pair.difference and pair.difference.p == pytest.approx(test[1])
         ends = test.confidence_interval()

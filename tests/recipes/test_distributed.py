@@ -9,14 +9,14 @@ import subprocess
 import time
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.recipes.helpers import ROOT, adapter, defaults, events, finetune, load, same, start, write_splits
+from tests.recipes.helpers import ROOT, adapter, defaults, events, finetune, same, start, write_splits
 from trainer.job import UserError
+from trainer.micro import given
 
 SCRIPT = "recipes/lora_finetune_distributed.py"
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -226,12 +226,9 @@ def test_a_process_says_what_it_lacks_and_needs_nothing_alone(
         (2, 4, "micro_batch_size 4 does not divide the 2 of batch_size 4 for each of 2 processes: take 1, 2"),
     ],
 )
-def test_a_batch_that_processes_cannot_share_is_refused(
-    processes: int, micro: int | None, words: str, several: dict, tmp_path: Path
-):
-    config = SimpleNamespace(**several | {"micro_batch_size": micro})
+def test_a_batch_that_processes_cannot_share_is_refused(processes: int, micro: int | None, words: str, tmp_path: Path):
     with pytest.raises(UserError, match=words):
-        load("recipes/settings.py").micro_batch(config, processes, tmp_path)
+        given(micro, 4, processes, tmp_path)
 
 
 def test_one_process_that_would_leave_gpus_idle_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -231,7 +231,7 @@ def test_the_command_writes_words_figures_and_numbers(tmp_path: Path, capsys: py
     grid(tmp_path)
     sweep(tmp_path, "mup", {16: 0.01, 32: 0.01}, seeds=1)
     found = analysed(tmp_path)
-    found.coordinates["mup"] = {"widths": [8, 16], "slopes": {"step 1 logits": 0.02}, "logits": {0: [0, 0], 1: [1, 1]}}
+    found.coordinates["mup"] = {"widths": [8, 16], "slopes": {"step 1 logits": 0.02}, "logits": [[0, 0], [1, 1]]}
     answer = analyze.write(found, tmp_path)
     assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == [
         "coordinate_check.png", "isoflop.png", "learning_rates.png", "loss_and_compute.png", "residuals.png"
@@ -239,4 +239,9 @@ def test_the_command_writes_words_figures_and_numbers(tmp_path: Path, capsys: py
     text = (tmp_path / "analysis.md").read_text()
     assert all(f"(figures/{Path(name).name})" in text for name in answer["figures"])
     assert json.loads((tmp_path / "analysis.json").read_text())["runs"] == 22
-    assert len(answer["shown"]) == 1 and answer["not_shown"]
+    page = (tmp_path / "figures.html").read_text()
+    assert "(figures.html)" in text and page.count('class="plotly-graph-div"') == 5
+    assert all(f"w{width}_s{steps}" in page for width, steps in GRID)
+    law, coordinates = answer["shown"]
+    assert law.startswith("transformer, standard, 12 runs: L = ") and coordinates.startswith("mup: the steepest")
+    assert any("what another seed would change: 12 of 12 sizes" in words for words in answer["not_shown"])

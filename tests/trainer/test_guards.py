@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from torch import nn
 
 from trainer import guards
-from trainer.guards import Outcome, Watch, budget_met, one_batch_overfit, optimizer_coverage, outcome
+from trainer.guards import Guards, Outcome, budget_met, one_batch_overfit, optimizer_coverage, outcome
 
 
 class Net(nn.Module):
@@ -28,17 +30,24 @@ class Net(nn.Module):
 def watched(
     net: Net, make: Callable[[Net], torch.optim.Optimizer], meddle: Callable[[Net], object] = lambda net: None
 ) -> dict[str, Outcome]:
-    """The outcomes of five steps."""
+    """The outcomes of six steps."""
     optimizer = make(net)
-    watch = Watch(net, optimizer)
+    with TemporaryDirectory() as out:
+        guarding = Guards(net, optimizer, Path(out), 0)
+        train(net, optimizer, guarding, meddle)
+        guarding.finish()
+        return {one["guard"]: Outcome(**one) for one in guards.read(Path(out))}
+
+
+def train(net: Net, optimizer: torch.optim.Optimizer, guarding: Guards, meddle: Callable[[Net], object]) -> None:
+    """Six steps."""
     inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(1)).to(net.first.weight.dtype)
     for number in range(6):
         optimizer.zero_grad()
         (net(inputs) - 1).float().square().mean().backward()
-        with watch.step(number):
+        with guarding.step(number):
             optimizer.step()
         meddle(net)
-    return {one.guard: one for one in watch.outcomes()}
 
 
 def adam(net: Net) -> torch.optim.Optimizer:

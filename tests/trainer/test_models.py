@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.trainer.helpers import config
 from trainer.job import UserError
-from trainer.layers import initialize, tagged
+from trainer.language import LanguageModel
+from trainer.layers import tagged
 from trainer.loss import readout_loss
-from trainer.models import LanguageModel, build
+from trainer.models import make
 from trainer.settings import checked
 from trainer.shape import CHOICES
 from trainer.transformer import Transformer, _turned
@@ -32,14 +33,7 @@ SMALL = {"width": 24, "heads": 3, "depth": 2, "seq_len": 8, "ffn_ratio": 2.5}
 
 def made(vocab_size: int = 50, **changes: Any) -> LanguageModel:
     """A model with its first values."""
-    settings = checked(config(**changes))
-    torch.manual_seed(settings.seed)
-    model = build(settings, vocab_size)
-    initialize(
-        model, model.rules, init=settings.init, std=settings.init_std, depth=settings.depth,
-        zero_readout=settings.zero_readout, zero_query=settings.zero_query,
-    )  # fmt: skip
-    return model
+    return make(checked(config(**changes)), vocab_size)
 
 
 @pytest.mark.parametrize("changes", [*TRANSFORMERS, *LSTMS], ids=str)
@@ -150,4 +144,4 @@ def test_an_lstm_carries_its_state_on_as_if_the_text_were_one():
 )
 def test_a_model_that_cannot_be_is_refused_with_words(changes: dict, words: str):
     with pytest.raises(UserError, match=words):
-        build(checked(config(**changes)), 50)
+        make(checked(config(**changes)), 50)

@@ -144,7 +144,7 @@ def test_checkpoints_are_kept_as_many_as_asked(settings: dict, tmp_path: Path):
         ({"dataset": "nowhere"}, "dataset is 'nowhere', which is not there"),
         ({"seq_len": 6000}, "fewer than one sequence of 6000: lower seq_len"),
         ({"architecture": "lstm", "batch_size": 4000}, "make no 4000 streams of 16: lower batch_size or seq_len"),
-        ({"micro_batch_size": 3}, "micro_batch_size 3 does not divide a process's 8 sequences: take one of 1, 2, 4, 8"),
+        ({"micro_batch_size": 3}, "micro_batch_size 3 does not divide batch_size 8: take 1, 2, 4, 8"),
         ({"val_tokens": 600}, "val_tokens is 600 and the validation split has 599 targets"),
     ],
 )
