@@ -50,6 +50,19 @@ def loss_and_compute(analysis: Analysis) -> list[go.Figure]:
     return [_titled(figure, f"Loss and compute: {control}", "training FLOPs", LOSS, log_y=True)]
 
 
+def residuals(analysis: Analysis) -> list[go.Figure]:
+    """How far the control's runs lie from its law."""
+    control, law = analysis.control, analysis.laws.get(analysis.control or "")
+    if control is None or not isinstance(law, dict):
+        return []
+    figure = go.Figure()
+    for place, (n, runs) in enumerate(curves.by_size(analysis.grid[control])):
+        above = [100 * (run.loss / float(curves.predicted(law, run.n, run.d)[0]) - 1) for run in runs]
+        names = [run.name for run in runs]
+        _points(figure, [run.d for run in runs], above, f"{short(n)} parameters", colour(place), names=names)
+    return [_titled(figure, f"Residuals of the law: {control}", "tokens D", "loss above the law, %")]
+
+
 def learning_rates(analysis: Analysis) -> list[go.Figure]:
     """Loss over learning rate with the parabola of each width; a figure an arm."""
     figures = []
@@ -97,9 +110,16 @@ def _runs(runs: Sequence[Run], name: str, colour: str, symbol: str) -> go.Scatte
 
 
 def _points(
-    figure: go.Figure, x: Sequence[float], y: Sequence[float], name: str, colour: str, mode: str = "markers"
+    figure: go.Figure,
+    x: Sequence[float],
+    y: Sequence[float],
+    name: str,
+    colour: str,
+    mode: str = "markers",
+    names: Sequence[str] | None = None,
 ) -> None:
-    figure.add_trace(go.Scatter(x=list(x), y=list(y), name=name, mode=mode, marker={"color": colour, "size": 8}))
+    marker = {"color": colour, "size": 8}
+    figure.add_trace(go.Scatter(x=list(x), y=list(y), name=name, mode=mode, marker=marker, text=names))
 
 
 def _line(figure: go.Figure, x: Any, y: Any, colour: str, name: str | None = None) -> None:
