@@ -240,7 +240,7 @@ def test_the_command_writes_words_figures_and_numbers(tmp_path: Path, capsys: py
     assert all(f"(figures/{Path(name).name})" in text for name in answer["figures"])
     assert json.loads((tmp_path / "analysis.json").read_text())["runs"] == 22
     page = (tmp_path / "figures.html").read_text()
-    assert "(figures.html)" in text and page.count('class="plotly-graph-div"') == 6
+    assert "(figures.html)" in text and page.count('class="plotly-graph-div"') == 5
     assert all(f"w{width}_s{steps}" in page for width, steps in GRID)
     law, coordinates = answer["shown"]
     assert law.startswith("transformer, standard, 12 runs: L = ") and coordinates.startswith("mup: the steepest")
