@@ -19,9 +19,8 @@ LOSS = "validation loss, nats a token"
 
 def page(analysis: Analysis, title: str) -> str:
     """HTML, with the library that draws it."""
-    figures = [
-        figure for make in (loss_and_compute, learning_rates, isoflops, coordinates) for figure in make(analysis)
-    ]
+    makes = (loss_and_compute, residuals, learning_rates, isoflops, coordinates)
+    figures = [figure for make in makes for figure in make(analysis)]
     parts = [
         plotly.io.to_html(figure, full_html=False, include_plotlyjs=place == 0) for place, figure in enumerate(figures)
     ]
