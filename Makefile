@@ -9,7 +9,7 @@ test: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadgroup
+	$(BIN)/pytest -m "not slow" -n 2
 
 # uv where it is installed, else venv and pip. uv ignores pip's setting for local wheels, so it is handed on.
 .venv/.installed: pyproject.toml

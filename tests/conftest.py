@@ -7,6 +7,7 @@ import os
 import signal
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -27,11 +28,27 @@ TEMPLATE = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
+# Side by side (`make test`), in this order: what waits most and what takes longest first, so that no end is left over.
+FOLDERS = ("slurm", "trainer", "recipes", "studies", "core")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side (`-n 2 --dist loadgroup`) a file stays whole, for what its tests share, and so does the cluster."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if item.path.parent.name == "slurm" else str(item.path)))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: FOLDERS.index(item.path.parent.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file stays whole, for what its tests share; so do all that share the cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "slurm" if file.startswith("tests/slurm/") else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -282,8 +282,8 @@ print(json.dumps({"analysis": str(folder / "analysis.md"), "figures": [], "shown
 
 
 def test_what_a_studys_own_analysis_shows_stands_first_in_the_summary(lab: Path):
-    set_up(lab, [0], study="mine")
     analysing(lab, SAYS)
+    set_up(lab, [0], study="mine")
     answer = tools.summarize_experiment("ranks")
     text = (lab / "experiments" / "ranks" / "summary.md").read_text()
     assert "## Shown\n\n- it grows\n\n## Not shown\n\n- why\n- rank4: nothing, since it is not run" in text
@@ -296,8 +296,8 @@ def test_what_a_studys_own_analysis_shows_stands_first_in_the_summary(lab: Path)
     [("sys.exit('no loss law')", "no loss law"), ("print('[1]')", "printed what is no analysis")],
 )
 def test_an_analysis_that_fails_does_not_keep_the_summary_from_being_written(lab: Path, code: str, words: str):
-    set_up(lab, [0], study="mine")
     analysing(lab, code)
+    set_up(lab, [0], study="mine")
     answer = tools.summarize_experiment("ranks")
     assert words in answer.not_shown[0] and "analyze.py of mine" in answer.not_shown[0]
     assert words in (lab / "experiments" / "ranks" / "summary.md").read_text()

@@ -88,7 +88,7 @@ def test_a_base_weight_that_changes_by_one_bit_is_named(settings: dict, tmp_path
 def test_of_a_large_base_weight_a_sample_is_looked_at_and_that_is_said(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(load("recipes/guarding.py"), "SAMPLE", 100)
+    monkeypatch.setattr(load("recipes/finetuning.py"), "SAMPLE", 100)
     finetune(settings | {"max_steps": 6}, tmp_path)
     found = outcomes(tmp_path)["frozen stays frozen"]
     assert found["ok"] and "bit for bit in the " in found["found"] and "entries that were looked at" in found["found"]
