@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CHIPLOG = str(Path(sys.executable).with_name("chiplog"))
-WAIT_S = 3600
+WAIT_S = 600  # the most that one command waits
 
 
 def main(demo: Callable[[], list[str]]) -> None:
@@ -38,15 +38,21 @@ def experiment(study: str, plan: str, name: str) -> None:
     chiplog("setup-experiment-dirs", name)
     chiplog("submit-experiment", name, "--confirm")
     try:
-        chiplog("experiment-status", name, "--wait-s", str(WAIT_S), check=False)
+        while not ended(name):
+            chiplog("experiment-status", name, "--wait-s", str(WAIT_S), "--limit", "20", check=False)
     except KeyboardInterrupt:
         print(f"\nThe jobs go on. To end them: chiplog cancel-experiment {name}", flush=True)
         raise
 
 
-def summary(name: str) -> dict[str, Any]:
-    """What summarize-experiment answers."""
-    command = [CHIPLOG, "summarize-experiment", name, "--json"]
+def ended(name: str) -> bool:
+    """Whether no job of an experiment waits or runs."""
+    return not any(run["state"] in ("PENDING", "RUNNING") for run in answer("experiment-status", name)["runs"])
+
+
+def answer(*arguments: str) -> dict[str, Any]:
+    """What a chiplog command answers, with all its rows."""
+    command = [CHIPLOG, *arguments, "--limit", "1000", "--json"]
     return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout)
 
 

@@ -52,7 +52,7 @@ class ModelAnswer(Answer):
 
 class CreatedAnswer(Answer):
     path: str = Field(description="File or folder that was made.")
-    rows: dict[str, int] = Field(description="Rows of each split.")
+    rows: dict[str, int] = Field(description="Rows of each split, or tokens.")
     sha256: str = Field(description="Hash of the data: the same options give the same.")
 
 

@@ -80,17 +80,20 @@ def check_model(
 
 def create_dataset(
     study: Annotated[str, Field(description="Study whose generator makes the data.")],
-    options: Annotated[dict[str, Value], Field(description="Options of the generator, such as words_len: 5.")],
+    options: Annotated[
+        dict[str, Value] | None,
+        Field(description="Options of the generator, such as words_len: 5; null: its defaults."),
+    ] = None,
 ) -> CreatedAnswer:
     """Makes a study's data set from a seed: the same options give the same bytes."""
-    settings = load_settings()
+    settings, options = load_settings(), options or {}
     study_commands.check_options(options)
     study_folder(study)  # so that its name is a folder under tasks/ and nothing else
     out = settings.allowed(settings.workspace / "tasks" / study / "input")
     made = study_commands.run_command(study, "data.py", {**options, "out": str(out)})
-    rows = ", ".join(f"{name} {count}" for name, count in made["rows"].items())
+    rows = ", ".join(f"{name} {count:,}" for name, count in made["rows"].items())
     return CreatedAnswer(
-        summary=f"{made['path']}: {rows} rows, sha256 {made['sha256'][:12]}.",
+        summary=f"{made['path']}: {rows} {made.get('unit', 'rows')}, sha256 {made['sha256'][:12]}.",
         next=["check_dataset looks at it", "plan_experiment plans with it"],
         path=made["path"],
         rows=made["rows"],

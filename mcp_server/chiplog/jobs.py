@@ -116,7 +116,7 @@ def cancel_experiment(experiment: Name, runs: Runs = None, confirm: Confirm = Fa
         raise ConfirmationNeeded(f"Cancel the jobs of {listed(runs or [folder.path.name])} that wait or run?")
     with folder.locked():  # a job that submits others meanwhile is waited for
         ended = running.cancel(folder, runs)
-    return CancelAnswer(summary=f"Cancelled {', '.join(ended)}.", cancelled=ended)
+    return CancelAnswer(summary=f"Cancelled {listed(ended)}.", cancelled=ended)
 
 
 def prune_checkpoints(experiment: Name, runs: Runs = None, confirm: Confirm = False) -> PruneAnswer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from chiplog.compare import Interval
@@ -25,12 +25,13 @@ MEM_WORDS = {
     "whole_card": "whole card",
 }
 NO_EVIDENCE = "no evidence"
+MOST_VARIED = 4  # settings with a column of their own: with more a table is too wide to read, and names say them all
 LAW = ("E", "A", "B", "alpha", "beta")  # of a fitted scaling law
 
 
 def plan_table(rows: Sequence[PlannedRun]) -> str:
     """The experiment before it runs, in Markdown."""
-    varied, tunes = columns(row.run.varied for row in rows), any(row.run.model for row in rows)
+    varied, tunes = _varied(row.run.varied for row in rows), any(row.run.model for row in rows)
     cells = []
     for number, row in enumerate(rows, start=1):
         run, guess = row.run, row.estimate
@@ -49,6 +50,12 @@ def plan_table(rows: Sequence[PlannedRun]) -> str:
     return markdown(
         ["#", "run", *made, "type", *varied, "batch", "est. time", "time limit", "est. memory", "basis"], cells
     )
+
+
+def _varied(settings: Iterable[Mapping[str, Value]]) -> list[str]:
+    """The settings that get a column."""
+    varied = columns(settings)
+    return varied if len(varied) <= MOST_VARIED else []
 
 
 def case_words(found: CaseEstimate, card: str) -> str:
@@ -155,7 +162,7 @@ def cut_note(there: int, limit: int) -> str | None:
 
 def summary_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     """The experiment after it ran, in Markdown."""
-    varied, tunes = columns(row.varied for row in rows), any(row.model for row in rows)
+    varied, tunes = _varied(row.varied for row in rows), any(row.model for row in rows)
     numbers = ["batch", "est. time", "time limit", "actual", "est. memory", "peak memory"]
     metrics = [metric for metric in metrics if metric != VAL_LOSS]
     scores = [f"{metric}, % (95 % CI)" for metric in metrics]

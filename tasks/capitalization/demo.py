@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tasks.demo import chiplog, experiment, free_names, main, python, say, summary
+from tasks.demo import answer, chiplog, experiment, free_names, main, python, say
 
 WORDS = {"words_len": 5, "train_percent": 80, "n": 1000, "seed": 0, "chat": "false"}
 FAR = 0.2  # the interval of fine-tuned minus base must lie wholly above this share
@@ -44,11 +44,11 @@ def demo() -> list[str]:
 
 def check(name: str) -> list[str]:
     """What is wrong with an experiment's result, in words."""
-    answer = summary(name)
+    found = answer("summarize-experiment", name)
     problems = [
-        f"{row['run']} is {row['state']}: {row['reason']}" for row in answer["rows"] if row["state"] != "COMPLETED"
+        f"{row['run']} is {row['state']}: {row['reason']}" for row in found["rows"] if row["state"] != "COMPLETED"
     ]
-    against = [c for c in answer["comparisons"] if c["against_control"]]
+    against = [c for c in found["comparisons"] if c["against_control"]]
     if not against:
         problems.append(f"{name} compares nothing with a control")
     for c in against:

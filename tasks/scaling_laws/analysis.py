@@ -141,11 +141,30 @@ def _sweep(points: list[tuple[dict[str, Any], int, float]]) -> dict[str, Any]:
 
 
 def _law_of(points: list[tuple[dict[str, Any], int, float]], params: dict[int, int]) -> dict[str, Any]:
-    by_width: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    by_width: dict[int, list[tuple[int, float, float]]] = defaultdict(list)
     for config, _, loss in points:
-        by_width[config["width"]].append((config["lr"], loss))
-    found = {width: learning_rates.best_lr(*zip(*each, strict=True)) for width, each in by_width.items()}
+        by_width[config["width"]].append((config["seed"], config["lr"], loss))
+    found = {
+        width: learning_rates.best_lr(*zip(*_without_seeds(each), strict=True)) for width, each in by_width.items()
+    }
     return learning_rates.sweep_law({width: best for width, best in found.items() if best}, params)
+
+
+def _without_seeds(points: list[tuple[int, float, float]]) -> list[tuple[float, float]]:
+    """Points (lr, loss) of (seed, lr, loss), each seed moved as a whole to the mean of all.
+
+    A seed is better or worse at every learning rate, which says nothing of the best. Where seeds have not the same
+    finite learning rates, only those that all have tell by how much.
+    """
+    seeds: dict[int, dict[float, float]] = defaultdict(dict)
+    for seed, lr, loss in points:
+        seeds[seed][lr] = loss
+    shared = set.intersection(*({lr for lr, loss in each.items() if np.isfinite(loss)} for each in seeds.values()))
+    if not shared:
+        return [(lr, loss) for _, lr, loss in points]
+    means = {seed: float(np.mean([each[lr] for lr in shared])) for seed, each in seeds.items()}
+    middle = float(np.mean(list(means.values())))
+    return [(lr, loss - means[seed] + middle) for seed, lr, loss in points]
 
 
 def _alike(config: dict[str, Any]) -> tuple:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from trainer import coordinates
+from trainer.settings import checked
 from trainer.tokens import Windows, open_tokens
 
-WIDTHS = (32, 64, 128, 256)
+WIDTHS = (64, 128, 256, 512)
 STEPS = 4
 SEEDS = (0, 1, 2, 3)
 HEAD = 16  # of every width: muP keeps the size of heads and grows their number
@@ -37,7 +38,8 @@ def check(config: Mapping[str, Any], widths: Sequence[int] = WIDTHS) -> dict[str
 def _checked(
     config: Mapping[str, Any], kind: str, widths: Sequence[int], batch: torch.Tensor, vocab_size: int
 ) -> dict[str, Any]:
-    measured = {width: [_sizes(config, kind, width, widths[0], seed, batch, vocab_size) for seed in SEEDS]
+    base = config["base_width"] or widths[0]
+    measured = {width: [_sizes(config, kind, width, base, seed, batch, vocab_size) for seed in SEEDS]
                 for width in widths}  # fmt: skip
     slopes = {f"step {step} {name}": slope for (step, name), slope in coordinates.slopes(measured).items() if step}
     logits = [[statistics.mean(one[step, "logits"] for one in measured[width]) for width in widths]
@@ -50,4 +52,4 @@ def _sizes(
 ) -> coordinates.Sizes:
     shape = {"width": width, "heads": width // HEAD, "base_width": base, "depth": 2, "seq_len": batch.shape[1] - 1}
     settings = {**config, **FIXED, **shape, "parametrization": kind, "seed": seed}
-    return coordinates.sizes(SimpleNamespace(**settings), vocab_size, batch, STEPS)
+    return coordinates.sizes(checked(SimpleNamespace(**settings)), vocab_size, batch, STEPS)

@@ -3,8 +3,8 @@
     python data.py [--tokenizer bytes] [--files N] [--seed 0] [--out input]
 
 Writes the folder stdlib_bytes, stdlib_bpe4096 and so on, as `python -m trainer.prepare` makes it, and prints
-{"path", "rows" (tokens of each split), "sha256" (of the training tokens)}. Under one version of Python the same
-options give the same bytes. Licence of the text: PSF-2.0, which permits to copy, change and distribute it.
+{"path", "rows" (of each split), "unit" (tokens), "sha256" (of the training tokens)}. Under one version of Python the
+same options give the same bytes. Licence of the text: PSF-2.0, which permits to copy, change and distribute it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def main() -> int:
     parts += [f"{arguments.files}files"] * (arguments.files is not None)
     path = arguments.out / "_".join(parts)
     about = write(texts, path, arguments.tokenizer, arguments.seed)
-    print(json.dumps({"path": str(path), "rows": about["tokens"], "sha256": about["sha256"]["train"]}))
+    print(
+        json.dumps({"path": str(path), "rows": about["tokens"], "unit": "tokens", "sha256": about["sha256"]["train"]})
+    )
     return 0
 
 

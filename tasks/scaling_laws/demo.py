@@ -25,7 +25,7 @@ def demo() -> list[str]:
     say("A grid of sizes and tokens, sweeps of learning rates, a ladder of changes, LSTMs.")
     experiment("scaling_laws", "reduced", name)
     say("What the runs show, and what they do not.")
-    chiplog("summarize-experiment", name, "--limit", "20")
+    chiplog("summarize-experiment", name, "--limit", "20", check=False)  # it says no where a run did not end well
     print(f"\nRead experiments/{name}/summary.md and analysis.md, and look at the pictures in figures/.")
     return check(ROOT / "experiments" / name)
 

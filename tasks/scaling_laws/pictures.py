@@ -61,7 +61,7 @@ def loss_and_compute(analysis: Analysis) -> Figure:
         label = f"best of the law, $N \\propto C^{{{exponent:.2f}}}$"
         axes.plot(flops, loss, "--", color="#555555", lw=1.2, label=label)
         words = (
-            f"$L = {law['E']:.3g} + {law['A']:.3g}\\,N^{{-{law['alpha']:.3f}}}"
+            f"$L = {law['E'] if law['E'] > 1e-6 else 0:.3g} + {law['A']:.3g}\\,N^{{-{law['alpha']:.3f}}}"
             f" + {law['B']:.3g}\\,D^{{-{law['beta']:.3f}}}$"
         )
         words += "" if law["identifiable"] else " (not identified)"

@@ -39,7 +39,9 @@ def law_verdicts(analysis: Analysis) -> list[str]:
             if name == analysis.control:
                 found.append(f"Not shown: a law of {name}; {law}.")
             continue
-        law_words = f"L = {law['E']:.3g} + {law['A']:.4g} / N^{law['alpha']:.3g} + {law['B']:.4g} / D^{law['beta']:.3g}"
+        law_words = (
+            f"L = {_floor(law['E'])} + {law['A']:.4g} / N^{law['alpha']:.3g} + {law['B']:.4g} / D^{law['beta']:.3g}"
+        )
         words = f"{name}, {law['n']} runs: {law_words}{_intervals(law)}."
         doubt = " ".join(([] if law["identifiable"] else [law["why"]]) + doubts(analysis, name))
         found.append(f"Not shown: {words} {doubt}" if doubt else f"Shown: {words} {law['why']}")
@@ -184,5 +186,10 @@ def reach_verdicts(analysis: Analysis) -> list[str]:
 def _intervals(law: dict[str, Any]) -> str:
     if not law["ci"]:
         return ""
-    each = [f"{name} {law['ci'][name][0]:.3g} to {law['ci'][name][1]:.3g}" for name in ("E", "alpha", "beta")]
+    each = [f"{name} {_floor(law['ci'][name][0])} to {law['ci'][name][1]:.3g}" for name in ("E", "alpha", "beta")]
     return f" ({', '.join(each)})"
+
+
+def _floor(value: float) -> str:
+    """A number that is 0 where a fit went towards it without end."""
+    return f"{value:.3g}" if value > 1e-6 else "0"

@@ -151,11 +151,11 @@ def test_an_arm_whose_losses_the_control_never_reached_has_no_multiplier():
     assert words == "no run of it has a loss between 3 and 4, which is what the control reaches"
 
 
-def sweep(folder: Path, kind: str, best: dict[int, float], seeds: int = 2) -> None:
+def sweep(folder: Path, kind: str, best: dict[int, float], seeds: int = 2, apart: float = 0.001) -> None:
     for width, vertex in best.items():
         for seed in range(seeds):
             for lr in (0.001, 0.003, 0.01, 0.03, 0.1):
-                loss = 2 + 0.05 * math.log(lr / vertex) ** 2 + 0.001 * seed
+                loss = 2 + 0.05 * math.log(lr / vertex) ** 2 + apart * seed
                 write(folder, f"{kind}{width}_{lr}_{seed}", loss, width=width, lr=lr, seed=seed, parametrization=kind)
 
 
@@ -170,6 +170,12 @@ def test_learning_rates_that_stay_transfer_and_those_that_move_do_not(tmp_path: 
     assert mup.startswith("- Shown: ") and mup.endswith("by at most 0.5 octaves in every seed.")
     assert standard.startswith("- Shown: ") and standard.endswith("so it does not transfer.")
     assert "-2.00 octaves over 4x width" in standard
+
+
+def test_seeds_that_lie_apart_leave_the_vertex_where_it_is(tmp_path: Path):
+    sweep(tmp_path, "mup", {16: 0.01, 32: 0.0105}, apart=0.5)
+    (said,) = lines_of(section(analysed(tmp_path)), "transformer: best learning rate 0.01 at 16 (vertex)")
+    assert said.startswith("- Shown: ") and "0.0105 at 32 (vertex)" in said
 
 
 def test_a_sweep_whose_best_is_at_its_edge_or_of_one_seed_shows_nothing(tmp_path: Path):
