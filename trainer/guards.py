@@ -17,7 +17,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from trainer import job
 STEPS = 5  # after which gradients and weights are judged
 MOVED = 0.01  # share of entries with a gradient that must have changed by then
 FALLS = 0.05  # share by which the loss on one batch must fall
+LRS = (1e-3, 1e-2, 1e-1)  # of Adam, at one of which it must
 SAMPLE = 1 << 16  # entries of a tensor that are looked at
 NAMED = 5
 Model = TypeVar("Model", bound=nn.Module)
@@ -211,22 +212,35 @@ class Guards:
         return [optimizer_coverage(watch.model, watch.optimizer), *trained, *frozen]
 
 
-def one_batch_overfit(model: Model, loss: Callable[[Model], Tensor], *, steps: int = 20, lr: float = 1e-3) -> Outcome:
-    """Whether a copy of the model learns one batch: `loss(copy)` must fall by FALLS in `steps` steps of Adam."""
-    tried = copy.deepcopy(model)
-    optimizer = torch.optim.Adam([p for p in tried.parameters() if p.requires_grad], lr=lr)
+def one_batch_overfit(
+    model: Model, loss: Callable[[Model], Tensor], *, steps: int = 20, lrs: Sequence[float] = LRS
+) -> Outcome:
+    """Whether a copy of the model learns one batch: `loss(copy)` must fall by FALLS in `steps` steps of Adam.
+
+    At one of `lrs`, tried in turn: what is too small for one parametrisation is too large for another.
+    """
+    tries = []
+    for lr in lrs:
+        losses = _overfit(copy.deepcopy(model), loss, steps, lr)
+        first, least = losses[0], min(losses)
+        tries.append(f"from {first:.4g} to {least:.4g} in {steps} steps at lr {lr:g}")
+        if least <= first * (1 - FALLS):
+            return outcome("one-batch overfit", steps, [], f"the loss on one batch went {tries[-1]}", "")
+    return outcome("one-batch overfit", steps, tries, "", f"the loss on one batch should fall by {FALLS:.0%}, and went")
+
+
+def _overfit(model: Model, loss: Callable[[Model], Tensor], steps: int, lr: float) -> list[float]:
+    """The losses before each step, and after the last."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses: list[float] = []
     for _ in range(steps + 1):
-        value = loss(tried)
+        value = loss(model)
         losses.append(value.item())
         optimizer.zero_grad(set_to_none=True)
         if value.requires_grad:
             value.backward()
             optimizer.step()
-    first, least = losses[0], min(losses)
-    words = f"the loss on one batch went from {first:.4g} to {least:.4g} in {steps} steps"
-    wrong = [] if least <= first * (1 - FALLS) else [words]
-    return outcome("one-batch overfit", steps, wrong, words, f"it should fall by {FALLS:.0%}")
+    return losses
 
 
 def budget_met(done: int, planned: int, epochs: float, max_epochs: float, what: str = "tokens") -> Outcome:

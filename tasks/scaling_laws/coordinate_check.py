@@ -17,7 +17,7 @@ from trainer import coordinates
 from trainer.settings import checked
 from trainer.tokens import Windows, open_tokens
 
-WIDTHS = (64, 128, 256, 512)
+WIDTHS = (64, 128, 256)
 STEPS = 4
 SEEDS = (0, 1, 2, 3)
 HEAD = 16  # of every width: muP keeps the size of heads and grows their number

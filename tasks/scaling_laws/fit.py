@@ -149,8 +149,9 @@ def why_open(points: Points, found: Fit, interval: list[float] | None) -> list[s
         )
     lowest = float(points.loss.min())
     if interval and interval[1] - interval[0] > WIDE * lowest:
+        least = round(interval[0], 6)  # a fit goes towards 0 without end
         wrong.append(
-            f"The draws leave E anywhere between {interval[0]:.3g} and {interval[1]:.3g}, the lowest loss being "
+            f"The draws leave E anywhere between {least:.3g} and {interval[1]:.3g}, the lowest loss being "
             f"{lowest:.3g}: it needs larger runs, or more of them."
         )
     if found.law["E"] < 1e-3 * lowest:

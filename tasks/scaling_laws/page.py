@@ -14,6 +14,7 @@ from tasks.scaling_laws.analysis import Analysis
 from tasks.scaling_laws.curves import colour, short
 from tasks.scaling_laws.runs import Run
 
+ARMS = ("triangle-up-open", "square-open", "diamond-open", "triangle-down-open", "cross-open", "x-open")
 LOSS = "validation loss, nats a token"
 
 
@@ -41,8 +42,8 @@ def loss_and_compute(analysis: Analysis) -> list[go.Figure]:
         figure.add_trace(_runs(runs, f"{short(n)} parameters", colour(place), "circle"))
         if isinstance(law, dict):
             _line(figure, *curves.of_size(law, runs), colour(place))
-    for place, name in enumerate((name for name in analysis.grid if name != control), len(sizes)):
-        figure.add_trace(_runs(analysis.grid[name], name, colour(place), "triangle-up-open"))
+    for place, name in enumerate(name for name in analysis.grid if name != control):
+        figure.add_trace(_runs(analysis.grid[name], name, "#555555", ARMS[place % len(ARMS)]))
     if isinstance(law, dict):
         flops, loss, exponent = curves.best_of_law(law, analysis.grid[control])
         _line(figure, flops, loss, "#555555", f"best of the law, N ~ C^{exponent:.2f}")

@@ -22,6 +22,8 @@ from tasks.scaling_laws.analysis import Analysis
 from tasks.scaling_laws.curves import COLOURS, colour, short
 from tasks.scaling_laws.runs import Run
 
+ARMS = "^sDvPX"  # markers of those that are not the control
+
 
 def draw_all(analysis: Analysis, folder: Path) -> list[Path]:
     """Writes the pictures that there is something for, and says which."""
@@ -48,8 +50,9 @@ def loss_and_compute(analysis: Analysis) -> Figure:
     control = analysis.grid[analysis.control or ""]
     sizes = curves.by_size(control)
     others = [name for name in analysis.grid if name != analysis.control]
-    for place, name in enumerate(others, len(sizes)):
-        axes.plot(*_xy(analysis.grid[name]), "^", color=colour(place), ms=5, mfc="none", label=name)
+    for place, name in enumerate(others):
+        marker = ARMS[place % len(ARMS)]
+        axes.plot(*_xy(analysis.grid[name]), marker, color="#555555", ms=5, mfc="none", label=name)
     law = _law(analysis)
     for place, (n, runs) in enumerate(sizes):
         axes.plot(*_xy(runs), "o", color=colour(place), ms=5, label=f"{short(n)} parameters")

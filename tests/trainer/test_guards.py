@@ -58,7 +58,7 @@ def test_a_sound_training_passes_all_guards():
     net = Net()
     net.first.weight.requires_grad_(False)
     found = watched(net, adam)
-    assert list(found) == ["optimizer coverage", "gradient reach", "weights move", "frozen stays frozen"]
+    assert found.keys() == {"optimizer coverage", "gradient reach", "weights move", "frozen stays frozen"}
     assert all(one.ok and one.examined for one in found.values()), found
 
 
@@ -117,10 +117,12 @@ def test_a_model_that_cannot_learn_one_batch_is_seen():
     target = torch.randn(16, 8, generator=torch.Generator().manual_seed(2))
     net = Net()
     before = {name: p.clone() for name, p in net.named_parameters()}
-    assert one_batch_overfit(net, lambda net: (net(inputs) - target).square().mean(), steps=50, lr=0.01).ok
+    assert one_batch_overfit(net, lambda net: (net(inputs) - target).square().mean(), steps=50, lrs=[0.01]).ok
     assert all(p.equal(before[name]) for name, p in net.named_parameters())  # a copy learnt
     cut = one_batch_overfit(net, lambda net: (net(inputs).detach() - target).square().mean())
-    assert not cut.ok and "it should fall by 5%" in cut.found
+    assert not cut.ok and "the loss on one batch should fall by 5%, and went: from" in cut.found
+    slow = one_batch_overfit(net, lambda net: (0.01 * net(inputs) - target).square().mean())
+    assert slow.ok and "at lr 0.1" in slow.found  # whatever a multiplier asks for
 
 
 def test_a_check_that_examined_nothing_has_failed():
