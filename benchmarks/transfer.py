@@ -119,6 +119,8 @@ def settings(arm: str, cell: Cell, text: Path) -> dict[str, Any]:
     architecture, optimizer = arm.split("-")
     own = {"heads": cell.width // HEAD} if architecture == "transformer" else {"depth": 1}
     chosen = {"architecture": architecture, "optimizer": optimizer, "parametrization": cell.kind, "dataset": str(text)}
+    # A norm that is clipped changes with the width: SGD's steps would too. Adam's do not know it.
+    own |= {"clip_grad_norm": 0.0} if optimizer == "sgd" else {}
     rest = {"zero_readout": architecture == "transformer", "width": cell.width, "seed": cell.seed, "lr": cell.lr}
     return job.default_settings(ROOT / "trainer" / "train.yaml") | ALL | own | chosen | rest
 
