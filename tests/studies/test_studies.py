@@ -95,7 +95,7 @@ def test_an_oracle_scores_full_marks_and_a_constant_scores_chance(study: str, tm
 def test_the_demo_names_plans_that_exist_and_its_second_repeats_a_run_of_its_first():
     text = (study_folder("capitalization") / "demo.py").read_text()
     plans = yaml.safe_load((study_folder("capitalization") / "experiments.yaml").read_text())
-    first, second = re.findall(r'experiment\("(\w+)"', text)
+    first, second = re.findall(r'experiment\("capitalization", "(\w+)"', text)
     recipe = {"recipe": "lora_finetune_single_device"}
     made = [{**plans[name], "experiments": [plans[name]["experiments"][0] | recipe]} for name in (first, second)]
     runs = [expand(parse_plan({**plan, "name": "p"}, "test"), manual) for plan in made]
