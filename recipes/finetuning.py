@@ -48,11 +48,14 @@ from trainer.chat import ChatTokenizer, Example
 from trainer.checkpoints import append_event, last_step, load_checkpoint, restore, save_checkpoint
 from trainer.guards import SAMPLE, Guards, Outcome, budget_met
 from trainer.job import REQUEUE, Stop, UserError
-from trainer.micro import given
+from trainer.micro import as_asked
 from trainer.ranks import Ranks, join
 from trainer.rows import file_hash
 
 log = utils.get_logger("DEBUG")
+LESS_MEMORY = (
+    "lower max_seq_len, set activation_checkpointing, chunked_loss or quantize_base to true, or take a larger device"
+)
 
 
 def main(recipe: Path, stop: Stop, *, distributed: bool = False) -> int:
@@ -96,10 +99,7 @@ class Finetuning:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # docs.pytorch.org, notes on randomness
             torch.use_deterministic_algorithms(True)
-        asked = config.micro_batch_size or config.batch_size // ranks.world_size
-        micro = given(asked, config.batch_size, ranks.world_size, out)
-        assert micro, "there is one where one is asked for"
-        self.micro = micro
+        self.micro = as_asked(config, ranks, out)
         model, dataset = job.folder_of(config, "model"), job.folder_of(config, "dataset")
         identity = {key: value for key, value in vars(config).items() if key not in FREE}
         self.identity = {**identity, "dataset_sha256": file_hash(dataset)}
@@ -121,27 +121,15 @@ class Finetuning:
         )  # fmt: skip
         n_trainable = sum(p.numel() for p in self.adapter.values())
         self._record(
-            "start",
-            recipe=recipe,
-            started=job.started(),
-            **job.describe_device(self.device),
-            world_size=ranks.world_size,
-            n_params=sum(p.numel() for p in self.model.parameters()) - n_trainable,
-            n_trainable=n_trainable,
-            n_samples=len(self.samples),
-            n_truncated=self.n_truncated,
-            n_packs=len(self.lines) if config.packed else None,
-            batch_size=config.batch_size,
-            micro_batch_size=self.micro.size,
-            deviation=self.micro.deviation,
-            steps_per_epoch=self.steps_per_epoch,
-            total_steps=self.total_steps,
-            step=self.step,
-            train_sha256=self.identity["dataset_sha256"],
+            "start", recipe=recipe, started=job.started(), **job.describe_device(self.device),
+            world_size=ranks.world_size, n_params=sum(p.numel() for p in self.model.parameters()) - n_trainable,
+            n_trainable=n_trainable, n_samples=len(self.samples), n_truncated=self.n_truncated,
+            n_packs=len(self.lines) if config.packed else None, batch_size=config.batch_size,
+            micro_batch_size=self.micro.size, deviation=self.micro.deviation, steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps, step=self.step, train_sha256=self.identity["dataset_sha256"],
             val_sha256=validation_hash(self.identity["dataset_sha256"], config.val_split),
-            packages={name: version(name) for name in ("torch", "torchtune", "torchao")},
-            setup_s=job.age_s(),
-        )
+            packages={name: version(name) for name in ("torch", "torchtune", "torchao")}, setup_s=job.age_s(),
+        )  # fmt: skip
 
     def train(self, stop: Stop) -> bool:
         """All steps that are left, then the adapter and DONE; False if the run is to be started again.
@@ -319,16 +307,7 @@ class Finetuning:
         """Saves what was done and notes a smaller micro batch for the next start; UserError where there is none."""
         if self.step > self.began_at:
             self._save_checkpoint()
-        reason = f"out of memory {error} at micro_batch_size {self.micro.size}"
-        if self.micro.smaller is None:
-            raise UserError(
-                f"{reason}, the smallest: lower max_seq_len, set activation_checkpointing, chunked_loss or "
-                "quantize_base to true, or take a device with more memory"
-            ) from error
-        if self.ranks.writes:
-            self.micro.note_smaller(self.out, reason)
-        self.ranks.wait()
-        log.warning(f"{reason}: start again to go on with {self.micro.smaller}")
+        log.warning(self.micro.take_less(self.out, self.ranks, str(error), LESS_MEMORY))
 
     def _end_all(self, error: OutOfMemory) -> NoReturn:
         """`_take_less_memory` by the first process that ran out, then the end of all: the others wait inside a pass."""
@@ -345,10 +324,9 @@ class Finetuning:
 
     def _budget(self) -> Outcome:
         """Whether it trained on as many samples, or packs, as planned."""
-        config, of_a_step = self.config, self.config.batch_size
-        done, planned = self.began_at * of_a_step + self.n_lines, self.total_steps * of_a_step
-        what = "packs" if config.packed else "samples"
-        return budget_met(done, planned, self.step / self.steps_per_epoch, config.epochs, what)
+        config, lines = self.config, self.began_at * self.config.batch_size + self.n_lines
+        planned, epochs = self.total_steps * config.batch_size, self.step / self.steps_per_epoch
+        return budget_met(lines, planned, epochs, config.epochs, "packs" if config.packed else "samples")
 
     def _progress(self, first: int) -> tqdm:
         every_s = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets few lines

@@ -32,10 +32,27 @@ class MicroBatch(NamedTuple):
         """The largest choice of at most half; None where there is none."""
         return max((n for n in self.choices if 2 * n <= self.size), default=None)
 
-    def note_smaller(self, out: Path, reason: str) -> None:
-        """Writes `deviation.json`, by which the next start takes the smaller one."""
-        values = {"micro_batch_size": self.smaller, "asked": self.asked or self.size, "reason": reason}
-        job.write_json(out / DEVIATION, values)
+    def take_less(self, out: Path, ranks: Ranks, when: str, advice: str) -> str:
+        """Notes the smaller one in `deviation.json`, by which the next start takes it; in words what is to be done.
+
+        Raises UserError with `advice` where there is none.
+        """
+        reason = f"out of memory {when} at micro_batch_size {self.size}"
+        if self.smaller is None:
+            raise UserError(f"{reason}, the smallest: {advice}")
+        if ranks.writes:
+            values = {"micro_batch_size": self.smaller, "asked": self.asked or self.size, "reason": reason}
+            job.write_json(out / DEVIATION, values)
+        ranks.wait()
+        return f"{reason}: start again to go on with {self.smaller}"
+
+
+def as_asked(config: SimpleNamespace, ranks: Ranks, out: Path) -> MicroBatch:
+    """As `given`; where the settings say nothing, a process's whole part of the batch."""
+    whole = divisors(config.batch_size, ranks.world_size)[-1]
+    found = given(config.micro_batch_size or whole, config.batch_size, ranks.world_size, out)
+    assert found, "one is asked for"
+    return found
 
 
 def given(asked: int | None, batch_size: int, world_size: int, out: Path) -> MicroBatch | None:

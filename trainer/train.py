@@ -39,7 +39,7 @@ from tqdm import tqdm
 from trainer.batches import seed_of
 from trainer.checkpoints import append_event, last_step, load_checkpoint, save_checkpoint
 from trainer.guards import Guards, budget_met, one_batch_overfit, outcome, write
-from trainer.job import REQUEUE, Stop, UserError
+from trainer.job import REQUEUE, Stop
 from trainer.language import LanguageModel
 from trainer.micro import fitted
 from trainer.models import make
@@ -260,13 +260,8 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         if self.step > self.began_at:
             self._save_checkpoint()
-        reason = f"out of memory in step {self.step + 1} at micro_batch_size {self.micro.size}"
-        if self.micro.smaller is None:
-            raise UserError(f"{reason}, the smallest: lower seq_len or width, or take a device with more memory")
-        if self.ranks.writes:
-            self.micro.note_smaller(self.out, reason)
-        self.ranks.wait()
-        print(f"{reason}: start again to go on with {self.micro.smaller}", file=sys.stderr)
+        when, advice = f"in step {self.step + 1}", "lower seq_len or width, or take a device with more memory"
+        print(self.micro.take_less(self.out, self.ranks, when, advice), file=sys.stderr)
         return False
 
     def _checkpoint_is_due(self) -> bool:
