@@ -9,7 +9,7 @@ test: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/pytest -m "not slow" -n 2
+	$(BIN)/pytest -m "not slow" -n 3
 
 # uv where it is installed, else venv and pip. uv ignores pip's setting for local wheels, so it is handed on.
 .venv/.installed: pyproject.toml
