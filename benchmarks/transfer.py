@@ -62,9 +62,7 @@ class Found(NamedTuple):
 
     best: dict[int, list[Best]]  # of each width, seed by seed
     drifts: list[float]  # octaves from the narrowest to the widest, seed by seed
-    worse: (
-        float  # nats: the most that a wider model was above the next narrower, mean over seeds, at lrs up to the best
-    )
+    worse: float  # nats by which a wider model was above the next narrower at most, at lrs up to the best
 
 
 def main() -> None:

@@ -34,7 +34,8 @@ FOLDERS = ("slurm", "trainer", "recipes", "studies", "core")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: FOLDERS.index(item.path.parent.name))
+        places = {folder: place for place, folder in enumerate(FOLDERS)}
+        items.sort(key=lambda item: places.get(item.path.parent.name, 0))
 
 
 @pytest.hookimpl(optionalhook=True)

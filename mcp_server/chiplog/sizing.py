@@ -107,7 +107,7 @@ class Sizing:
 
     def __init__(self, datasets: DatasetReports, ledger: Ledger, settings: Settings) -> None:
         self.datasets, self.ledger, self.settings = datasets, ledger, settings
-        self._records: dict[tuple[str, str], list[Record]] = {}
+        self._records: dict[tuple[str, str, str], list[Record]] = {}
 
     def row(self, run: Run) -> PlannedRun:
         """A run with its estimate."""
@@ -213,15 +213,17 @@ class Sizing:
 
     def _on(self, device: str, column: str, value: str) -> list[Record]:
         """The newest records of a model, or of a recipe, on a device."""
-        if (device, value) not in self._records:
+        if (device, column, value) not in self._records:
             card = self._card(device)
             names = (
                 ["cpu"] if device == "cpu" else _devices(self.ledger, card) if card else _called(self.ledger, device)
             )
             found = self.ledger.search({"device": names, column: value}, limit=OWN_RUNS)[0]
             defaults = {r.recipe: _defaults(r.recipe or "evaluate") for r in found if r.experiment}
-            self._records[device, value] = [_filled(r, defaults[r.recipe]) if r.experiment else r for r in found]
-        return self._records[device, value]
+            self._records[device, column, value] = [
+                _filled(r, defaults[r.recipe]) if r.experiment else r for r in found
+            ]
+        return self._records[device, column, value]
 
 
 def _defaults(recipe: str) -> Config:

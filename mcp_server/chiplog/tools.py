@@ -209,7 +209,9 @@ def summarize_experiment(experiment: Name, limit: Limit = 50) -> SummaryAnswer:
     records = collecting.collect(folder, Ledger())
     plan, summary = folder.plan, summarize(folder, records)
     try:
-        if found := analysis(plan.study, folder.path):
+        with folder.locked():  # two would write the same files
+            found = analysis(plan.study, folder.path)
+        if found:
             summary = summary.with_analysis(found)
     except StudyError as error:  # the summary is always written
         summary = summary.model_copy(update={"not_shown": [f"What the study asks: {error}", *summary.not_shown]})

@@ -24,7 +24,8 @@ from chiplog.record import Record, Score, State, Usage
 from chiplog.render import render, write_experiment
 from chiplog.report import write_summary
 from chiplog.settings import Settings
-from chiplog.summary import summarize
+from chiplog.summary import Row, summarize
+from chiplog.tables import summary_table
 
 N = 20  # items
 
@@ -301,3 +302,15 @@ def test_an_analysis_that_fails_does_not_keep_the_summary_from_being_written(lab
     answer = tools.summarize_experiment("ranks")
     assert words in answer.not_shown[0] and "analyze.py of mine" in answer.not_shown[0]
     assert words in (lab / "experiments" / "ranks" / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(("n", "has_columns"), [(4, True), (5, False)])
+def test_a_table_of_many_settings_leaves_them_to_the_names_of_its_runs(n: int, has_columns: bool):
+    settings = dict(list({"lr": 0.1, "width": 8, "depth": 2, "heads": 1, "seed": 0}.items())[:n])
+    row = summarized(settings)
+    assert ("| width | depth |" in summary_table([row], ["val_loss"])) is has_columns
+
+
+def summarized(varied: dict[str, Any]) -> Row:
+    empty = dict.fromkeys(name for name, field in Row.model_fields.items() if field.is_required())
+    return Row(**{**empty, "run": "r", "kind": "train", "varied": varied, "attempts": 1, "scores": {}})

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.scaling_laws import analyze
+from tasks.scaling_laws import analyze, demo
 from tasks.scaling_laws.analysis import Analysis, analyse
 from tasks.scaling_laws.power import multiplier
 from tasks.scaling_laws.runs import TRAIN, Run, read_experiment
@@ -251,3 +251,30 @@ def test_the_command_writes_words_figures_and_numbers(tmp_path: Path, capsys: py
     law, coordinates = answer["shown"]
     assert law.startswith("transformer, standard, 12 runs: L = ") and coordinates.startswith("mup: the steepest")
     assert any("what another seed would change: 12 of 12 sizes" in words for words in answer["not_shown"])
+
+
+def test_the_coordinate_check_is_made_once_for_the_same_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    grid(tmp_path)
+    made = []
+
+    def check(config: dict[str, Any]) -> dict[str, Any]:
+        made.append(config["width"])
+        return {"mup": {"widths": [8, 16], "slopes": {"step 1 logits": 0.02}, "logits": [[0, 0], [1, 1]]}}
+
+    monkeypatch.setattr("tasks.scaling_laws.coordinate_check.check", check)
+    found = [analyze.coordinates_of(analysed(tmp_path), tmp_path) for _ in range(2)]
+    assert found[0] == found[1] == check({"width": 0}) and len(made) == 2
+    write(tmp_path, "another_seed", width=8, seed=5)  # the first run by name is another one now
+    analyze.coordinates_of(analysed(tmp_path), tmp_path)
+    assert len(made) == 3
+
+
+def test_the_demo_fails_for_a_lost_run_and_for_a_check_that_tells_nothing(tmp_path: Path):
+    def problems(mup: float, standard: float, **left_out: str) -> list[str]:
+        slopes = {"mup": {"slopes": {"a": mup}}, "standard": {"slopes": {"a": standard}}}
+        (tmp_path / "analysis.json").write_text(json.dumps({"left_out": left_out, "coordinates": slopes}))
+        return demo.check(tmp_path)
+
+    assert problems(0.05, 1.2, r1="it diverged, the loss being no number after step 4") == []
+    assert problems(0.05, 1.2, r1="it wrote no metrics") == ["r1: it wrote no metrics"]
+    assert "does not tell muP from" in problems(0.2, 1.2)[0] and "does not tell muP from" in problems(0.0, 0.05)[0]

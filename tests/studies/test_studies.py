@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from chiplog.bundle import study_folder, study_names
+from chiplog.inputs import create_dataset
 from chiplog.plan import expand, parse_plan
 from chiplog.recipes import choose_recipe, manual
 from chiplog.render import render
@@ -102,3 +103,13 @@ def test_the_demo_names_plans_that_exist_and_its_second_repeats_a_run_of_its_fir
     trained = [[run.config for run in some if run.kind == "finetune"] for some in runs]
     # What the demo says of it: the second plan is estimated from the first.
     assert [config for config in trained[1] if config in trained[0]]
+
+
+def test_a_generator_runs_without_options_and_says_what_it_counts(workspace: Path):
+    study = workspace / "tasks" / "mine"
+    study.mkdir(parents=True)
+    (study / "README.md").write_text("# Mine\n\nAsks.\n")
+    (study / "data.py").write_text(
+        "import json\nprint(json.dumps({'path': 'x', 'rows': {'train': 1200}, 'unit': 'tokens', 'sha256': 'ab'}))\n"
+    )
+    assert create_dataset("mine").summary == "x: train 1,200 tokens, sha256 ab."

@@ -46,10 +46,8 @@ class History:
 
     def __init__(self, run: Run, work: Workload, records: Sequence[Record]) -> None:
         self.run, self.work = run, work
-        model, resources = (
-            run.config.get("model"),
-            (run.resources.all_cpus, run.resources.all_gpus, run.resources.nodes),
-        )
+        model = run.config.get("model")
+        resources = (run.resources.all_cpus, run.resources.all_gpus, run.resources.nodes)
         every = [r for r in records if r.config.get("model") == model]
         self._class([r for r in every if (r.usage.cpus, r.usage.gpus, r.usage.nodes or 1) == resources])
 
