@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from chiplog import ledger
 from chiplog.errors import RecordError
 from chiplog.ledger.parse import parse_log
-from chiplog.ledger.reader import MANY, Pattern
+from chiplog.ledger.reader import MANY, RUNS, Pattern
 from chiplog.record import Record
 from tests.core.test_parsers import BAR, GPU_OOM, KERAS, LIGHTNING, MAXTEXT, MEGATRON, SACCT, TORCHTUNE, TRAINER
 
@@ -98,13 +98,18 @@ def bounded(seconds: int = HANGS_S) -> Iterator[None]:
 @example([b"Epoch 1: 5%|  | 5/100 [00:01<00:10, 5.00it/s, loss=1.0]\r" * 60_000])
 @example([b"loss: " * 600_000])
 @example([b"iteration 1/2 | " * 200_000])
-@example([TRAINER.encode() * 4_000])
+@example([TRAINER.encode() * RUNS])
+@example([LIGHTNING.encode() * RUNS])
 @example([SACCT.encode() * 16_000])
 def test_no_bytes_make_a_parser_raise_hang_or_grow(tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes]):
     file = tmp_path_factory.mktemp("fuzz") / "a.log"
     file.write_bytes(b"".join(pieces)[:LARGEST])
     with bounded():
-        parsed = parse_log(file)
+        try:
+            parsed = parse_log(file)
+        except RecordError as refused:
+            assert f"more than {RUNS:,} runs: cut it into parts" in str(refused)
+            return
     assert parsed.records and 0 <= parsed.read_to <= file.stat().st_size
     for record in parsed.records:
         assert Record.model_validate_json(record.model_dump_json()).key == record.key
@@ -119,6 +124,13 @@ def test_no_expression_runs_away(wanted: Pattern):
             with bounded(RUNS_AWAY_S):
                 for _ in wanted.regex.finditer(text):
                     pass
+
+
+def test_a_log_of_too_many_runs_is_refused(tmp_path: Path):
+    file = tmp_path / "a.log"
+    file.write_text(TORCHTUNE * (RUNS + 1))
+    with bounded(), pytest.raises(RecordError, match=f"more than {RUNS:,} runs: cut it into parts"):
+        parse_log(file)
 
 
 def test_a_table_of_too_many_jobs_is_refused(tmp_path: Path):

@@ -92,7 +92,7 @@ def test_a_layer_a_head_and_a_step_hold_what_the_closed_form_says(case: str):
     assert said.peak == pytest.approx(held.peak, rel=peak)
 
 
-@pytest.mark.parametrize("fields", AUTOCAST, ids=str)
+@pytest.mark.parametrize("fields", AUTOCAST, ids=lambda fields: fields["method"])
 def test_autocast_keeps_16_bit_copies_beside_a_stream_in_fp32(fields: dict[str, Any]):
     """Of 4-bit weights the trace has none, so that its peak is another."""
     job = job_of("peft", "llama-3-8b", layers=3, **fields)

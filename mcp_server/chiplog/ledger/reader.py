@@ -26,6 +26,7 @@ LINE = 400  # characters of a line that are kept as evidence
 CACHED = 24  # blocks that are held
 FIRST_STRIDE = 1 << 12  # bytes from the end that are searched first for what stands last
 SKIMMED = 1 << 20  # bytes that are searched for a hint at once, before any of them is read closely
+RUNS = 1000  # in one log
 MANY = 5000  # of what stands all over a log, such as announcements of runs and losses of validation
 NUMBERS = b"0123456789." + "█".encode() + bytes(range(0x89, 0x90))  # digits, and what bars are drawn with
 GZIP = 31  # what zlib calls the format
@@ -264,9 +265,16 @@ class Span:
         return Window(start, self.log.raw(start, min(stop + OVERLAP, self.stop))).may_have(wanted)
 
     def cut(self, starts: list[int]) -> list[Span]:
-        """One span from each of these positions to the next; what stands before the first belongs to it."""
+        """One span from each of these positions to the next; what stands before the first belongs to it.
+
+        Raises RecordError for more than `RUNS` of them.
+        """
         if not starts:
             return [self]
+        if len(starts) > RUNS:
+            raise RecordError(
+                f"{self.log.path} tells of more than {RUNS:,} runs: cut it into parts, or let each run write its own log"
+            )
         ends = [*starts[1:], self.stop]
         return [Span(self.log, start, end) for start, end in zip([self.start, *starts[1:]], ends, strict=True)]
 
