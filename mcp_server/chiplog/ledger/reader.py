@@ -272,9 +272,8 @@ class Span:
         if not starts:
             return [self]
         if len(starts) > RUNS:
-            raise RecordError(
-                f"{self.log.path} tells of more than {RUNS:,} runs: cut it into parts, or let each run write its own log"
-            )
+            say = "cut it into parts, or give each run a log of its own"
+            raise RecordError(f"{self.log.path} tells of more than {RUNS:,} runs: {say}")
         ends = [*starts[1:], self.stop]
         return [Span(self.log, start, end) for start, end in zip([self.start, *starts[1:]], ends, strict=True)]
 
