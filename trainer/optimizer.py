@@ -22,7 +22,8 @@ def make_optimizer(model: nn.Module, config: SimpleNamespace) -> torch.optim.Opt
     groups: dict[tuple[float, float, float], list[nn.Parameter]] = defaultdict(list)
     for _, parameter, tag in tagged(model):
         lr = config.lr * rules.lr(tag.role, "sgd" if config.optimizer == "sgd" else "adam")
-        decay = 0.0 if tag.role == "vector" else config.weight_decay * rules.weight_decay(tag.role)
+        by_role = rules.weight_decay(tag.role, decoupled=config.optimizer == "adamw")
+        decay = 0.0 if tag.role == "vector" else config.weight_decay * by_role
         groups[lr, decay, config.eps * rules.eps(tag.in_block)].append(parameter)
     rows = [
         {"params": params, "lr": lr, "base_lr": lr, "weight_decay": decay, "eps": eps}

@@ -6,15 +6,16 @@
 
 With m = width / base width and, for completep, d = depth / base depth (else 1):
 
-    role       parameters                            init std     Adam lr  SGD lr  weight decay  eps
-    embedding  token embedding (tied or not)         as at base   1        m       1             1/m
-    vector     positions, biases, gains of norms     as at base   1        m       1             1/m (in a block 1/md)
-    readout    output matrix of its own              as at base   1        m       1             1/m
-    hidden     matrices from width to width          1/sqrt(m)    1/m      1       m             1/md
+    role       parameters                            init std     Adam lr  SGD lr  AdamW decay  other decay  eps
+    embedding  token embedding (tied or not)         as at base   1        m       1            1/m          1/m
+    vector     positions, biases, gains of norms     as at base   1        m       none         none         1/m, 1/md
+    readout    output matrix of its own              as at base   1        m       1            1/m          1/m
+    hidden     matrices from width to width          1/sqrt(m)    1/m      1       m            1            1/md
 
 The logits are multiplied by 1/m, each block's addition to the residual stream by 1/d, and the products of queries and
-keys by sqrt(base head size) / head size. eps follows the size of the gradients, and AdamW's decay of hidden matrices
-keeps lr x decay. At the base shape every factor is exactly 1, and all three are the same bit for bit.
+keys by sqrt(base head size) / head size. eps follows the size of the gradients. AdamW and SGD keep lr x decay; Adam's
+decay is a part of the gradient, as SGD's is. At the base shape every factor is exactly 1, and all three are the same
+bit for bit.
 """
 
 from __future__ import annotations
@@ -58,9 +59,11 @@ class Parametrization:
             return 1.0 if role == "hidden" else self.m
         return 1 / self.m if role == "hidden" else 1.0
 
-    def weight_decay(self, role: Role) -> float:
-        """On AdamW's decay."""
-        return self.m if role == "hidden" else 1.0
+    def weight_decay(self, role: Role, *, decoupled: bool) -> float:
+        """On the weight decay; `decoupled`: AdamW's, which is no part of the gradient."""
+        if decoupled:
+            return self.m if role == "hidden" else 1.0
+        return 1.0 if role == "hidden" else 1 / self.m
 
     def eps(self, in_block: bool) -> float:
         """On Adam's eps; `in_block`: of a residual block."""

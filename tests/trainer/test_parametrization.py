@@ -16,7 +16,7 @@ from trainer.settings import checked
 
 UPDATES = {
     "adam": {"optimizer": "adamw", "lr": 2.0**-7, "weight_decay": 0.1},
-    "sgd": {"optimizer": "sgd", "lr": 0.25, "momentum": 0.9},
+    "sgd": {"optimizer": "sgd", "lr": 0.25, "momentum": 0.9, "weight_decay": 0.001},
 }
 TRANSFORMERS: list[dict] = [{}, {"tied": False, "position": "learned"}]
 LEVEL = 0.10
@@ -117,7 +117,8 @@ def test_every_parameter_is_in_exactly_one_group_with_what_its_role_says(update:
     expected = {"adam": {"hidden": lr / m, "else": lr}, "sgd": {"hidden": lr, "else": lr * m}}[update]
     for _, p, tag in tagged(model):
         assert groups[p]["lr"] == expected.get(tag.role, expected["else"])
-        decay = {"hidden": 0.1 * m, "vector": 0.0}.get(tag.role, 0.1) if update == "adam" else 0.0
+        decays = {"adam": {"hidden": 0.1 * m, "else": 0.1}, "sgd": {"hidden": 0.001, "else": 0.001 / m}}[update]
+        decay = 0.0 if tag.role == "vector" else decays.get(tag.role, decays["else"])
         assert groups[p]["weight_decay"] == pytest.approx(decay)
     assert set(groups) == set(model.parameters())
 
