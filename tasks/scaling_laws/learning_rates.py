@@ -1,8 +1,8 @@
 """The best learning rate of each width, and how it moves as models grow.
 
 Of each width a parabola of the loss in ln lr, on the finite points with a loss of at most the lowest + 1. Its vertex
-counts if the parabola opens upward, the vertex lies inside the swept range by 0.1 decade and R^2 is at least 0.9;
-else the best learning rate that was tried. Then straight lines in logarithms, on width and on parameters.
+counts if the parabola opens upward, the vertex lies between those points and inside the swept range by 0.1 decade, and
+R^2 is at least 0.9; else the best learning rate that was tried. Then straight lines in logarithms, on width and on parameters.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def best_lr(lrs: ArrayLike, losses: ArrayLike) -> Best | None:
     if len(np.unique(x[near])) >= 3:
         parabola, r2 = _parabola(x[near], y[near])
         vertex = -parabola[1] / (2 * parabola[0]) if parabola[0] > 0 else math.nan
-        why = _why_not(parabola[0], r2, vertex, x.min(), x.max())
+        why = _why_not(parabola[0], r2, vertex, x, x[near])
     lr = grid if why else vertex
     at_edge = bool(why) and grid in (x.min(), x.max())
     how = "grid minimum" if why else "vertex"
@@ -110,11 +110,13 @@ def _parabola(x: np.ndarray, y: np.ndarray) -> tuple[tuple[float, float, float],
     return (float(a), float(b - 2 * a * middle), float(c - b * middle + a * middle**2)), r2
 
 
-def _why_not(a: float, r2: float, vertex: float, low: float, high: float) -> str:
+def _why_not(a: float, r2: float, vertex: float, swept: np.ndarray, near: np.ndarray) -> str:
     """Why the vertex does not count; empty where it does."""
     margin = MARGIN * math.log(10)
     if a <= 0:
         return "the parabola opens downward"
-    if not low + margin <= vertex <= high - margin:
+    if not swept.min() + margin <= vertex <= swept.max() - margin:
         return f"the vertex, {math.exp(min(vertex, 300)):.3g}, is not inside the swept range"
+    if not near.min() <= vertex <= near.max():
+        return f"the vertex, {math.exp(vertex):.3g}, is beyond what trained to a loss near the lowest"
     return f"R^2 is {r2:.2f}" if r2 < STRAIGHT else ""

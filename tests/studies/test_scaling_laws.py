@@ -167,6 +167,10 @@ def bowl(vertex: float, curve: float = 0.1) -> np.ndarray:
     return 2.0 + curve * (np.log(LRS) - math.log(vertex)) ** 2
 
 
+# It falls up to where training diverges: where the parabola would have its vertex, there is no training.
+FALLING_THEN_NONE = np.where(LRS > 0.011, math.nan, bowl(0.03))
+
+
 def test_the_vertex_of_a_parabola_is_the_best_learning_rate():
     best = best_lr(LRS, bowl(0.0123))
     assert best and (best.how, best.lr, best.at_edge) == ("vertex", pytest.approx(0.0123), False)
@@ -185,6 +189,7 @@ def test_points_that_diverged_or_lie_a_nat_above_the_lowest_do_not_bend_the_para
     [
         (bowl(0.0009), 1e-3, "not inside the swept range", True),
         (bowl(0.095), 1e-1, "not inside the swept range", True),
+        (FALLING_THEN_NONE, LRS[4], "0.03, is beyond what trained", False),
         (4 - bowl(0.01), 1e-3, "opens downward", True),
         (2 + 0.1 * np.array([0, 1, 0, 1, -0.1, 1, 0, 1, 0.5]), LRS[4], "R\\^2 is|opens downward", False),
     ],
