@@ -1,14 +1,17 @@
 # What every job does, read by runs/*/*.sbatch:
 #   work COMMAND           runs it and hands signals on to it
 #   work_together COMMAND  the same of one process for each task of the job, which meet at MASTER_ADDR and MASTER_PORT
+#   left FILE              ends the job as failed where the command did not leave its result
 # Where it ends with 75, which says that it saved its state and would go on, the job is put back into the queue.
 set -euo pipefail
 RESTARTS=10 # at most; submitting it again begins to count anew
 work() {
+  alone
   run 1 "$@"
   leave
 }
 work_together() {
+  alone
   # A port that is free here, where the first process runs: a fixed one may be another job's.
   MASTER_PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
   if [ "${CHIPLOG_ENGINE:-slurm}" = slurm ]; then
@@ -25,6 +28,17 @@ work_together() {
     run "$SLURM_NTASKS" "$@"
   fi
   leave
+}
+alone() { # two jobs would write one run: another queue of this machine may have one, or have left one behind
+  if [ "${CHIPLOG_ENGINE:-slurm}" != local ] || ! command -v flock >/dev/null; then return; fi
+  local held lock
+  exec {lock}>>.running # until the last process that inherits it has ended
+  held=0
+  flock --timeout 5 --conflict-exit-code 42 "$lock" || held=$?
+  if [ "$held" = 42 ]; then
+    echo "error: another job works in $PWD: let it end or end it, then submit again" >&2
+    exit 1
+  fi
 }
 run() { # N COMMAND: that many processes of it; the highest of their exit statuses is in `code`
   local place child each children=()
@@ -65,6 +79,12 @@ listens() { # PID: whether it catches SIGUSR1, the tenth bit of what the kernel 
 leave() { # as the processes did
   if [ "$code" = 75 ] && [ "$ended_from_outside" = no ]; then requeue; fi
   if [ "$code" != 0 ]; then exit "$code"; fi
+}
+left() {
+  if [ ! -s "$1" ]; then
+    echo "error: it ended with exit status 0 and left no $1" >&2
+    exit 1
+  fi
 }
 requeue() {
   if [ "${SLURM_RESTART_COUNT:-0}" -ge "$RESTARTS" ]; then

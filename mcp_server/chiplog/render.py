@@ -105,10 +105,12 @@ def _config_text(run: Run) -> str:
 def _script(jinja: Environment, plan: Plan, run: Run, settings: Settings, *, train: bool) -> bytes:
     """`run.sbatch` (trains; of a control evaluates) or `eval.sbatch` (evaluates what was trained)."""
     command, what = "python ../../code/recipes/evaluate.py --config config.yaml", "evaluates the base model"
+    result = "eval/scores.json"
     if train and run.recipe:
         file = f"../../code/{load_recipe(run.recipe).place}/{run.recipe}.py"
         command = f"python {shlex.quote(file)} --config config.yaml"
         what = "trains a model" if run.kind == "train" else "fine-tunes"
+        result = "DONE"
     elif run.kind != "control":
         command, what = f"{command} --adapter adapter", "evaluates what was fine-tuned"
     resources = run.resources if train or run.kind == "control" else _evaluating(run.resources)
@@ -120,6 +122,7 @@ def _script(jinja: Environment, plan: Plan, run: Run, settings: Settings, *, tra
         setup=settings.slurm.setup_lines if settings.slurm else [],
         to_workspace=os.path.relpath(settings.workspace, settings.experiments / plan.name / "runs" / run.name),
         command=command,
+        result=result,
     )
     return text.encode()
 

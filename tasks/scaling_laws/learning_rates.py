@@ -2,7 +2,8 @@
 
 Of each width a parabola of the loss in ln lr, on the finite points with a loss of at most the lowest + 1. Its vertex
 counts if the parabola opens upward, the vertex lies between those points and inside the swept range by 0.1 decade, and
-R^2 is at least 0.9; else the best learning rate that was tried. Then straight lines in logarithms, on width and on parameters.
+R^2 is at least 0.9; else the best learning rate that was tried. Then straight lines in logarithms, on width and on
+parameters.
 """
 
 from __future__ import annotations

@@ -106,6 +106,23 @@ def test_a_job_is_put_back_into_the_queue_ten_times_at_most(tmp_path: Path):
     assert lines == ["error: it was put back into the queue 10 times and is not done: submit it again to go on"]
 
 
+def test_no_second_job_works_in_the_folder_while_anything_of_the_first_does(tmp_path: Path):
+    first = job(tmp_path, "work bash -c 'touch works; sleep 8 & exit 3'")  # which leaves a process behind
+    wait_for(tmp_path / "works")
+    code, lines = ended(job(tmp_path, "work touch twice"))
+    assert code == 1 and lines == [f"error: another job works in {tmp_path}: let it end or end it, then submit again"]
+    assert not (tmp_path / "twice").exists()
+    assert ended(first)[0] == 3
+    assert ended(job(tmp_path, "work touch twice"))[0] == 0 and (tmp_path / "twice").exists()
+
+
+@pytest.mark.parametrize("command", ["true", "touch DONE"])  # an empty one tells nothing either
+def test_a_job_that_leaves_no_result_has_failed(command: str, tmp_path: Path):
+    code, lines = ended(job(tmp_path, f"work {command}\nleft DONE"))
+    assert (code, lines) == (1, ["error: it ended with exit status 0 and left no DONE"])
+    assert ended(job(tmp_path, "work bash -c 'echo 3 > DONE'\nleft DONE")) == (0, [])
+
+
 def wait_for(file: Path) -> None:
     give_up = time.monotonic() + 30
     while not file.exists():

@@ -316,9 +316,17 @@ def kill_group(pid: int, number: signal.Signals) -> None:
 
 
 def group_alive(pid: int) -> bool:
-    """Whether the job or anything it started still runs."""
+    """Whether the job or anything it started still runs; what is dead and was not reaped does not."""
     try:
         os.killpg(pid, 0)
     except (ProcessLookupError, PermissionError):
         return False
-    return True
+    return any(_in_group(file, pid) for file in Path("/proc").glob("[0-9]*/stat"))
+
+
+def _in_group(file: Path, group: int) -> bool:
+    """Whether a process of /proc lives and is of that group."""
+    with suppress(OSError):
+        state, _, its_group = file.read_text(errors="replace").rpartition(")")[2].split()[:3]
+        return state not in ("Z", "X") and int(its_group) == group
+    return False

@@ -89,10 +89,15 @@ class Worker:
             free_cpus = self.cpus - sum(row["cpus"] for row in running)
             taken = {gpu for row in running for gpu in (row["gpu_ids"] or "").split(",")}
             free_gpus = [gpu for gpu in self.gpus if gpu not in taken]
+            later = 0  # jobs that only another worker can start
             pending = queue.execute("SELECT * FROM queue WHERE state = 'PENDING' AND NOT held ORDER BY id").fetchall()
             tags = Counter(row["tag"] for row in running)
             for row in pending:
                 if not self._may_start(queue, row) or (row["at_once"] and tags[row["tag"]] >= row["at_once"]):
+                    continue
+                if row["cpus"] > self.cpus or row["gpus"] > len(self.gpus):
+                    self._leave_to_another(queue, row)
+                    later += 1
                     continue
                 if row["cpus"] > free_cpus or row["gpus"] > len(free_gpus):
                     break  # first come, first served
@@ -100,7 +105,15 @@ class Worker:
                 free_cpus -= row["cpus"]
                 free_gpus = free_gpus[row["gpus"] :]
                 tags[row["tag"]] += 1
-            return bool(running or pending)
+            return bool(running or len(pending) > later)
+
+    def _leave_to_another(self, queue: sqlite3.Connection, row: sqlite3.Row) -> None:
+        """Says why a job waits: the command that started this worker might use less of the machine."""
+        words = (
+            f"asks for {row['cpus']} CPUs and {row['gpus']} GPUs, and the command that began to work on the queue may "
+            f"use {self.cpus} and {len(self.gpus)}: look again, with all of them, once its other jobs have ended"
+        )
+        queue.execute("UPDATE queue SET reason = ? WHERE id = ? AND reason IS NOT ?", (words, row["id"], words))
 
     def _may_start(self, queue: sqlite3.Connection, row: sqlite3.Row) -> bool:
         """Whether all that it waits for has ended as it should; one of which that cannot be any more is cancelled."""
@@ -159,10 +172,12 @@ class Worker:
         """One running job: has it ended, must it end?"""
         number = row["id"]
         child = self.children.get(number)
-        ours = child is not None or (row["pid"] is not None and _start_mark(row["pid"]) == row["pid_started"])
-        alive = child.poll() is None if child else ours and not self._exit_file(number).is_file()
+        # A number is not given to another process while one is left of the group that it leads.
+        mark = _start_mark(row["pid"]) if row["pid"] is not None else None
+        ours = child is not None or (row["pid"] is not None and mark in (None, row["pid_started"]))
+        alive = child.poll() is None if child else mark and ours and not self._exit_file(number).is_file()
         why = self._must_end(row)
-        if number in self.asked:
+        if number in self.asked or (why is State.CANCELLED and not alive):
             # The script dies of the signal at once; what it started may still be writing a checkpoint.
             alive = ours and group_alive(row["pid"])
         if alive:
@@ -183,7 +198,7 @@ class Worker:
         if why is State.CANCELLED:
             self._say(row, f"CANCELLED AT {_clock()} ***")
             self._end(queue, row, State.CANCELLED, "cancelled by the user", code)
-        elif number in self.asked and why is State.TIMEOUT:
+        elif why is State.TIMEOUT and (number in self.asked or code is None):
             self._say(row, f"CANCELLED AT {_clock()} DUE TO TIME LIMIT ***")
             self._end(queue, row, State.TIMEOUT, f"over its time limit of {row['time_limit_s']} s", code)
         elif code is None:

@@ -75,7 +75,9 @@ class SlurmEngine:
 
     def held(self, tag: str) -> list[str]:
         """The jobs of that tag that are still held, by the user and nobody else."""
-        rows = self._squeue("--me")
+        rows = [
+            row for row in self._squeue("--me") if not _state(row["State"]).ended
+        ]  # one that was cancelled keeps it
         return [row["JobArrayID"] for row in rows if row["Comment"] == _comment(tag) and row["Reason"] == "JobHeldUser"]
 
     def queue(self) -> Queue:
