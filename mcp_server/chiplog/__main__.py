@@ -1,5 +1,18 @@
-"""`python -m chiplog` is the command `chiplog`."""
+"""`python -m chiplog` is the command `chiplog`. Its imports take most of a second, in which Ctrl-C may come too."""
 
-from chiplog.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        from chiplog.cli import main as run
+
+        run()
+    except KeyboardInterrupt:  # within a command it is the command's own
+        print("interrupted: nothing was done", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

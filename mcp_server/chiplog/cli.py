@@ -44,6 +44,12 @@ app = typer.Typer(
 out, err = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
 
 
+INTERRUPTED: dict[Callable[..., Any], str] = {
+    submit_experiment: ": all of it was submitted or nothing; experiment-status says which",
+    experiment_status: ": jobs that were submitted go on",
+}
+
+
 def main() -> None:
     """Runs the command line; a ChiplogError is its words and exit code 2."""
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -265,8 +271,7 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any], reports: bool
             raise
         raise ChiplogError(f"wrong arguments:\n{plain_errors(error)}\nMend these; --help explains them.") from error
     except (KeyboardInterrupt, typer.Abort) as key:
-        jobs = ": jobs that were submitted go on" if function in (submit_experiment, experiment_status) else ""
-        err.print(f"interrupted{jobs}", style="red")
+        err.print(f"interrupted{INTERRUPTED.get(function, '')}", style="red")
         raise typer.Exit(130) from key
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from chiplog.deviation import read_deviation
 from chiplog.engines import Job, engine_for, followed, withdrawn
-from chiplog.errors import RecordError
+from chiplog.errors import ChiplogError, RecordError
 from chiplog.folder import ExperimentFolder, Submission
 from chiplog.ledger import Ledger
 from chiplog.ledger.metrics import (
@@ -100,21 +100,43 @@ def jobs_of(folder: ExperimentFolder, submissions: Sequence[Submission]) -> dict
         jobs = {job.id: job for job in engine_for(name).jobs([number for one in own for number in one.job_ids])}
         for one in own:
             first, then = jobs.get(one.job_id), jobs.get(one.eval_job_id or "")
-            if one.cancelled and _is_gone(first):
+            if one.cancelled and is_gone(first):
                 first = withdrawn(one.job_id, one.run)
-            if one.cancelled and one.eval_job_id and _is_gone(then):
+            if one.cancelled and one.eval_job_id and is_gone(then):
                 then = withdrawn(one.eval_job_id, one.run)
-            if then and _is_gone(first) and then.state in (State.PENDING, State.RUNNING, State.COMPLETED):
+            if then and is_gone(first) and then.state in (State.PENDING, State.RUNNING, State.COMPLETED):
                 # Forgotten, and the job that waits for its good end lives, or has ended well.
                 first = then.model_copy(update={"id": one.job_id, "state": State.COMPLETED, "ran_s": None})
             if first:
                 job = followed(first, then)
-                # Slurm's logs are named as the scripts say, in the run's folder.
-                found[one.key] = job.model_copy(update={"log": folder.path / "runs" / one.run / job.log})
+                # Slurm's logs are named as the scripts say, in the run's folder, which may have been moved since.
+                home = folder.path / "runs" / one.run
+                log = home / (job.log if job.log.is_file() else job.log.name if job.log.is_absolute() else job.log)
+                found[one.key] = job.model_copy(update={"log": log})
     return found
 
 
-def _is_gone(job: Job | None) -> bool:
+def remembered(folder: ExperimentFolder, submission: Submission) -> Job | None:
+    """A job that its engine has forgotten, as it was recorded when it had ended, or by the result that it left."""
+    home = folder.path / "runs" / submission.run
+    logs = sorted(home.glob("slurm-*.out"), key=lambda log: log.stat().st_mtime)
+    known = {
+        "id": submission.job_id,
+        "name": submission.run,
+        "submitted": None,
+        "log": logs[-1] if logs else home / f"slurm-{submission.job_id}.out",
+    }
+    with suppress(ChiplogError):  # records, plan or code that cannot be read say nothing
+        for record in read_records(folder.path / "records.jsonl"):
+            if record.key == submission.key and record.state.ended and record.state is not State.UNKNOWN:
+                said = {"state": record.state, "reason": record.reason, "exit_code": record.exit_code}
+                return Job(**known, **said, started=record.started, ended=record.ended)
+        if any(run.name == submission.run and is_done(folder, run) for run in folder.runs()):
+            return Job(**known, state=State.COMPLETED, reason="its engine has forgotten it; its result is there")
+    return None
+
+
+def is_gone(job: Job | None) -> bool:
     """Whether its engine has forgotten it."""
     return job is None or job.state is State.UNKNOWN
 

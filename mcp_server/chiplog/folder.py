@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -19,14 +19,16 @@ from chiplog.schema import Frozen
 from chiplog.settings import Settings
 
 CLOSING = "closing.json"
+JOB_ID = r"^[0-9]{1,18}(_[0-9]{1,9})?$"
 
 
 class Closing(Frozen):
     """How the last submission ends: its last job submits the runs that found no room, and summarises."""
 
     engine: str = Field(description="Engine that has the job.")
-    job_id: str = Field(description="Its id.")
+    job_id: str = Field(pattern=JOB_ID, description="Its id.")
     runs: list[str] = Field(description="Runs that wait for room in the queue.")
+    folder: str | None = Field(default=None, description="The experiment's folder; null: of before this was noted.")
 
 
 class Submission(Frozen):
@@ -34,10 +36,13 @@ class Submission(Frozen):
 
     run: str = Field(pattern=f"^{NAME.pattern}$", description="Name of the run.")
     engine: str = Field(description="Engine that has the job.")
-    job_id: str = Field(description="Id that the engine gave it.")
+    job_id: str = Field(pattern=JOB_ID, description="Id that the engine gave it.")
     eval_job_id: str | None = Field(
-        default=None, description="Id of the job that evaluates what it trained; null: there is none beside it."
+        default=None,
+        pattern=JOB_ID,
+        description="Id of the job that evaluates what it trained; null: there is none beside it.",
     )
+    folder: str | None = Field(default=None, description="The experiment's folder; null: of before this was noted.")
     attempt: int = Field(ge=1, description="Which attempt at the run, from 1.")
     predicted: Prediction | None = Field(default=None, description="What was foretold at submission.")
     cancelled: bool = Field(default=False, description="Whether its jobs were asked to end.")
@@ -89,8 +94,10 @@ class ExperimentFolder:
         return [_with_what_is_named(run, plan) for run in expand(plan, manual)]
 
     def submissions(self) -> list[Submission]:
-        """Every job that was submitted, oldest first, as `read_lines` reads them."""
-        return read_lines(self.path / "jobs.jsonl", Submission)
+        """Every job that was submitted, oldest first, as `read_lines` reads them; in a copy, none of the original."""
+        there = read_lines(self.path / "jobs.jsonl", Submission)
+        others = {one.folder for one in there if one.folder and self._is_copy_of(Path(one.folder))}
+        return [one for one in there if one.folder not in others]
 
     def cancelled(self, keys: Collection[str]) -> None:
         """Notes that what was submitted under these keys was asked to end."""
@@ -104,7 +111,8 @@ class ExperimentFolder:
     def closing(self) -> Closing | None:
         """How the last submission ends; null for one that has no last job."""
         try:
-            return Closing.model_validate_json((self.path / CLOSING).read_bytes())
+            closing = Closing.model_validate_json((self.path / CLOSING).read_bytes())
+            return None if closing.folder and self._is_copy_of(Path(closing.folder)) else closing
         except FileNotFoundError:
             return None
         except (OSError, ValidationError) as error:
@@ -128,11 +136,19 @@ class ExperimentFolder:
                 "plan it under another name"
             )
 
+    def _is_copy_of(self, other: Path) -> bool:
+        """Whether the folder that submitted is another one, which still stands: the jobs are its own."""
+        return (other / "jobs.jsonl").is_file() and not other.samefile(self.path)
+
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps two commands from submitting the same runs at once."""
-        with (self.path / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    def locked(self, *, needed: bool = True) -> Iterator[None]:
+        """Keeps two commands from submitting the same runs at once. If it is not `needed`, a full disk does no harm."""
+        with ExitStack() as held:
+            try:
+                fcntl.flock(held.enter_context((self.path / ".lock").open("a")), fcntl.LOCK_EX)
+            except OSError:
+                if needed:
+                    raise
             yield
 
 

@@ -39,11 +39,14 @@ def submit_experiment(
     folder = find_experiment(experiment, settings)
     engine = engine or ("slurm" if settings.slurm else "local")
     with folder.locked():
-        submitting.settle(folder, engine)
+        released = submitting.settle(folder, engine)
         chosen = submitting.to_submit(folder, running.pick_runs(folder, runs), waiting)
         if not chosen:
             what = "no run waits for room" if waiting else "every run has a job that waits, runs or completed"
-            return SubmitAnswer(summary=f"Nothing to submit: {what}.", jobs={})
+            words = f"Nothing to submit: {what}."
+            if released:
+                words = f"{released} jobs that an interrupted submission had left held may run now. {words}"
+            return SubmitAnswer(summary=words, jobs={})
         submitting.check_data_unchanged(folder)
         rows = estimated(chosen, settings)
         where = "this machine" if engine == "local" else "Slurm"
@@ -98,6 +101,8 @@ def experiment_status(
     done = all(row.state and row.state.ended for row in rows)
     name = folder.path.name
     then = f"summarize_experiment(experiment={name!r})" if done else f"experiment_status(experiment={name!r}) later"
+    if not any(row.state for row in rows):
+        then = f"submit_experiment(experiment={name!r})"
     return StatusAnswer(
         summary="\n".join(
             line for line in [f"{name}: {words}.", *shown, cut_note(len(rows), limit), unwritten, *tail] if line
@@ -114,7 +119,7 @@ def cancel_experiment(experiment: Name, runs: Runs = None, confirm: Confirm = Fa
     folder = find_experiment(experiment, load_settings())
     if not confirm:
         raise ConfirmationNeeded(f"Cancel the jobs of {listed(runs or [folder.path.name])} that wait or run?")
-    with folder.locked():  # a job that submits others meanwhile is waited for
+    with folder.locked(needed=False):  # a job that submits others meanwhile is waited for
         ended = running.cancel(folder, runs)
     return CancelAnswer(summary=f"Cancelled {listed(ended)}.", cancelled=ended)
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from chiplog.collect import jobs_of
+from chiplog.collect import is_gone, jobs_of, remembered
 from chiplog.engines import Job, engine_for
-from chiplog.errors import ChiplogError, EngineError, NotFoundError
+from chiplog.errors import ChiplogError, EngineError, NotFoundError, in_words
 from chiplog.folder import ExperimentFolder, Submission
 from chiplog.ledger.metrics import of_job, read_events
 from chiplog.progress import RunStatus, describe
@@ -40,6 +40,9 @@ def latest_jobs(folder: ExperimentFolder) -> dict[str, tuple[Submission, Job | N
     """The last submission of each run, and its job as the engine sees it."""
     newest = {submission.run: submission for submission in folder.submissions()}
     jobs = jobs_of(folder, list(newest.values()))
+    for submission in newest.values():
+        if is_gone(jobs.get(submission.key)) and (job := remembered(folder, submission)):
+            jobs[submission.key] = job
     return {run: (submission, jobs.get(submission.key)) for run, submission in newest.items()}
 
 
@@ -155,14 +158,23 @@ def cancel(folder: ExperimentFolder, names: Sequence[str] | None) -> list[str]:
     if not chosen and not dropped:
         raise EngineError("no job of these runs waits or runs: there is nothing to cancel")
     closing = folder.closing()
-    if closing and dropped:  # first: a job that ends meanwhile would submit them
-        folder.close(closing.model_copy(update={"runs": [name for name in waiting if name not in dropped]}))
+    unwritten: OSError | None = None
+    try:
+        if closing and dropped:  # first: a job that ends meanwhile would submit them
+            folder.close(closing.model_copy(update={"runs": [name for name in waiting if name not in dropped]}))
+        folder.cancelled({submission.key for submission in chosen})
+    except OSError as error:  # what fills the disk must be possible to end
+        unwritten = error
     if closing and not names:
         engine_for(closing.engine).cancel([closing.job_id])
-    folder.cancelled({submission.key for submission in chosen})
     for name in sorted({submission.engine for submission in chosen}):
         engine_for(name).cancel(
             [job for submission in chosen if submission.engine == name for job in submission.job_ids]
+        )
+    if unwritten:
+        raise EngineError(
+            f"the jobs were cancelled, which could not be noted ({in_words(unwritten)}): mend that, and cancel again, "
+            "or runs that waited for room may still be submitted"
         )
     return [*(submission.run for submission in chosen), *dropped]
 
@@ -172,6 +184,8 @@ def prunable(folder: ExperimentFolder, names: Sequence[str]) -> dict[str, int]:
     found = {}
     for name in names:
         run = folder.path / "runs" / name
+        if run.is_symlink():  # somebody else's files
+            continue
         if (run / "DONE").is_file() and (run / "checkpoints").is_dir() and not (run / "checkpoints").is_symlink():
             files = [file for file in (run / "checkpoints").rglob("*") if file.is_file() and not file.is_symlink()]
             found[name] = sum(file.stat().st_size for file in files)

@@ -112,18 +112,18 @@ def submit(
                 done.append(
                     Submission(
                         run=run, engine=engine_name, job_id=first, eval_job_id=then[0] if then else None,
-                        attempt=attempts.get(run, 0) + 1, predicted=said,
+                        attempt=attempts.get(run, 0) + 1, predicted=said, folder=tag,
                     )
                 )  # fmt: skip
-            folder.add(done)
             asked = [row.run.name for row in rows]
             later = [name for name in asked if name not in predictions]
             later += [name for name in (earlier.runs if earlier else []) if name not in asked]
             if engine.closes:
-                folder.close(Closing(engine=engine_name, job_id=jobs[-1][0], runs=later))
+                folder.close(Closing(engine=engine_name, job_id=jobs[-1][0], runs=later, folder=tag))
             elif earlier:  # of another engine, whose last job submits the others
                 left = [name for name in earlier.runs if name not in predictions]
                 folder.close(earlier.model_copy(update={"runs": left}))
+            folder.add(done)  # from here on the next submission lets them run, should this one be killed
             engine.release([number for batch in jobs for number in batch])
         except BaseException:
             if jobs:
@@ -145,16 +145,26 @@ def soonest(folder: ExperimentFolder, run: Run, engine_name: str, settings: Sett
     return engine_for(engine_name).soonest(script, partitions)
 
 
-def settle(folder: ExperimentFolder, engine_name: str) -> None:
-    """Ends the jobs that a submission left held when it was killed, but for those on record, which it lets run."""
+def settle(folder: ExperimentFolder, engine_name: str) -> int:
+    """Ends the jobs that a submission left held when it was killed, but for those on record, which it lets run.
+
+    How many it let run.
+    """
     engine, closing = engine_for(engine_name), folder.closing()
     known = {number for submission in folder.submissions() for number in submission.job_ids}
-    known |= {closing.job_id} if closing else set()
     held = engine.held(_tag(folder))
-    if left := [number for number in held if number not in known]:
+    last = [number for number in held if closing and number == closing.job_id]
+    kept = [number for number in held if number in known]
+    left = [number for number in held if number not in known and number not in last]
+    if kept or not left:  # else it closes what never got onto the record
+        kept += last
+    else:
+        left += last
+    if left:
         engine.cancel(left)
-    if kept := [number for number in held if number in known]:
+    if kept:
         engine.release(kept)
+    return len(kept)
 
 
 def _tag(folder: ExperimentFolder) -> str:

@@ -93,8 +93,26 @@ def test_a_submission_that_is_killed_before_its_jobs_are_released_goes_on_at_the
         with pytest.raises(KeyboardInterrupt):
             tools.submit_experiment("e", confirm=True)
     assert folder.submissions() and queued() == {State.PENDING}
-    assert tools.submit_experiment("e", confirm=True).jobs == {}
+    said = tools.experiment_status("e").runs[0].reason
+    assert said and said.startswith("held: ") and said.endswith("then submit the experiment again")
+    again = tools.submit_experiment("e", confirm=True)
+    assert again.jobs == {} and again.summary.startswith("3 jobs that an interrupted submission had left held may run")
     assert all(row.state is State.COMPLETED for row in tools.experiment_status("e", wait_s=60).runs)
+
+
+def test_ctrl_c_while_the_command_still_loads_is_an_interruption():
+    code = (
+        "import sys\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer': print('loads', flush=True); import time; time.sleep(60)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "from chiplog.__main__ import main; main()"
+    )
+    loading = subprocess.Popen([sys.executable, "-c", code, "--help"], stdout=-1, stderr=-1, text=True)
+    assert loading.stdout and loading.stdout.readline() == "loads\n"
+    loading.send_signal(signal.SIGINT)
+    assert loading.communicate(timeout=60)[1] == "interrupted: nothing was done\n" and loading.returncode == 130
 
 
 def test_an_engine_that_refuses_leaves_no_prediction(lab: Path):

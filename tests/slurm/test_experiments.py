@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from chiplog import tools
+from chiplog import submitting, tools
 from chiplog.answers import StatusAnswer
 from chiplog.engines import SlurmEngine
 from chiplog.errors import ConfirmationNeeded, EngineError
@@ -178,6 +178,26 @@ def test_a_submission_that_was_killed_leaves_nothing_that_runs(on_slurm: Path, m
     assert not set(jobs.values()) & set(left)
     assert Counter(row.state for row in ended("killed").runs) == {State.COMPLETED: 3}
     assert {job.state for job in SlurmEngine().jobs(left)} <= {State.CANCELLED, State.UNKNOWN}
+
+
+def test_what_was_cancelled_while_it_was_held_blocks_no_submission(on_slurm: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = set_up(on_slurm, "held")
+
+    def dies(*_: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlurmEngine, "release", dies)
+        patch.setattr(SlurmEngine, "cancel", lambda *_: None)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # kill -9 restores nothing
+        patch.setattr(submitting, "write_atomic", lambda *_: None)
+        with pytest.raises(SystemExit):
+            tools.submit_experiment("held", confirm=True)
+    assert str(tools.experiment_status("held").runs[0].reason).startswith("held: ")
+    tools.cancel_experiment("held", confirm=True)
+    assert SlurmEngine().held(str(folder)) == []
+    assert len(tools.submit_experiment("held", confirm=True).jobs) == 3
+    assert Counter(row.state for row in ended("held").runs) == {State.COMPLETED: 3}
 
 
 def test_a_refusal_is_in_slurms_words_and_nothing_is_left(on_slurm: Path):

@@ -14,6 +14,8 @@ from chiplog.errors import EngineError
 from chiplog.record import State
 from chiplog.schema import Frozen
 
+HELD = "held: a submission goes on, or was interrupted; then submit the experiment again"
+
 
 class Job(Frozen):
     """One job as its engine sees it."""

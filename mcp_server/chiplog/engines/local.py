@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from chiplog.engines.job import After, Batch, Job, Options, Queue, read_options
+from chiplog.engines.job import HELD, After, Batch, Job, Options, Queue, read_options
 from chiplog.errors import EngineError
 from chiplog.home import home
 from chiplog.machine import available_cpus
@@ -280,7 +280,10 @@ def _job(row: sqlite3.Row) -> Job:
         attempt_s = (ended - datetime.fromisoformat(row["started"])).total_seconds()
     ran_s = row["ran_s"] + (attempt_s or 0.0) if row["started"] or row["ran_s"] else None
     times = {"ran_s": ran_s, "attempt_s": attempt_s}
-    return Job(id=_name(row), state=State(row["state"]), log=log, **times, **{f: row[f] for f in fields})
+    values = {field: row[field] for field in fields}
+    if row["held"] and row["state"] == State.PENDING:
+        values["reason"] = HELD
+    return Job(id=_name(row), state=State(row["state"]), log=log, **times, **values)
 
 
 def available_gpus() -> list[str]:

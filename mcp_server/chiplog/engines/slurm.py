@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from chiplog.engines.job import Batch, Job, Queue
+from chiplog.engines.job import HELD, Batch, Job, Queue
 from chiplog.engines.slots import turns
 from chiplog.errors import EngineError
 from chiplog.record import State
@@ -363,6 +363,8 @@ def _reason(go: Attempt) -> str | None:
         return None
     if go.state is State.UNKNOWN:
         return go.reason
+    if not go.state.ended and go.reason == "JobHeldUser":
+        return HELD
     if not go.state.ended:
         return f"waits: {go.reason}" if go.reason not in ("", "None") else None
     if go.reason == "Dependency":
