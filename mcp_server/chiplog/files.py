@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_atomic(file: Path, content: bytes) -> None:
-    """Writes beside, then renames. Makes the folder if need be. Raises OSError, and then leaves nothing behind."""
+    """Writes beside, then renames. Makes the folder if need be. Raises OSError of `file`, and then leaves nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -19,6 +19,8 @@ def write_atomic(file: Path, content: bytes) -> None:
         if file.exists():
             beside.chmod(file.stat().st_mode & 0o777)
         beside.replace(file)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:  # a full disk says so without a name
+            error.filename = str(file)
         raise

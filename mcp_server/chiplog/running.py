@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,9 @@ from chiplog.progress import RunStatus, describe
 from chiplog.record import State
 
 TAIL_BYTES = 64_000
+LINE = 1000  # characters of a line of a log that are shown
+# What would do something to the terminal that it is shown on.
+FOR_TERMINALS = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def pick_runs(folder: ExperimentFolder, names: Sequence[str] | None) -> list[str]:
@@ -134,9 +138,8 @@ def log_tail(status_row: RunStatus, lines: int) -> list[str]:
     with Path(status_row.log).open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
         text = file.read().decode(errors="replace")
-    return [
-        line.rpartition("\r")[2] if not line.endswith("\r") else line for line in text.split("\n")[-lines - 1 :] if line
-    ]
+    last = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")[-lines - 1 :]]
+    return [FOR_TERMINALS.sub("", line)[:LINE] for line in last if line]
 
 
 def cancel(folder: ExperimentFolder, names: Sequence[str] | None) -> list[str]:

@@ -451,7 +451,11 @@ def test_a_log_that_is_gone_or_no_text_stops_nothing(folder: ExperimentFolder):
         running.log_tail(running.status(folder, ["rank4"])[0], 5)
     log.rmdir()
     log.write_bytes(b"\0\0\xff\nValueError: \0\xff\n")
-    assert running.log_tail(running.status(folder, ["rank4"])[0], 5) == ["\0\0\ufffd", "ValueError: \0\ufffd"]
+    assert running.log_tail(running.status(folder, ["rank4"])[0], 5) == ["\ufffd", "ValueError: \ufffd"]
+    log = running.status(folder, ["rank4"])[0].log
+    assert log
+    Path(log).write_text("\x1b]0;title\x07\x1b[2J\x1b[31mred\x1b[0m\n 5%\r10%\rdone\r\n" + "x" * 5000 + "\n")
+    assert running.log_tail(running.status(folder, ["rank4"])[0], 5) == ["red", "done", "x" * 1000]
 
 
 def test_results_that_are_folders_or_lead_in_circles_are_not_there(folder: ExperimentFolder):

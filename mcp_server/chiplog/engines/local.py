@@ -148,8 +148,8 @@ class LocalEngine:
                 connection.close()
         except (sqlite3.Error, OSError) as error:
             raise EngineError(
-                f"the local queue {file} cannot be used: {error}. Mend its permissions or free disk space; or set "
-                "CHIPLOG_HOME to another folder"
+                f"the local queue {file} cannot be used: {error}. Mend its permissions or free disk space; or, once no "
+                "job of it runs any more, set CHIPLOG_HOME to another folder"
             ) from error
 
     def _worker_lives(self) -> bool:
