@@ -17,3 +17,12 @@ def test_the_best_learning_rate_stays_under_mup_alone_and_wider_is_never_worse(t
     assert all(abs(drift) <= 0.5 for drift in mup.drifts), mup
     assert all(abs(drift) > 0.5 for drift in standard.drifts), standard  # the negative control
     assert mup.worse < 0.0, mup
+
+
+def test_under_sgd_it_stays_on_the_mean_over_four_seeds(tmp_path: Path):
+    """One seed alone says little of SGD's best: its own moves by an octave."""
+    losses = swept("transformer-sgd", tmp_path)
+    mup, standard = judged(losses, "mup"), judged(losses, "standard")
+    assert abs(mup.drift) <= 0.5, mup
+    assert abs(standard.drift) > 0.5, standard
+    assert mup.worse < 0.0, mup
