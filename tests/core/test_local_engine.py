@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -138,6 +139,24 @@ def test_a_job_that_does_not_listen_is_cancelled_though_the_worker_was_killed(en
     kill_worker(engine)
     assert ended(engine, jobs)["job"].state is State.CANCELLED
     assert not lives(pid)
+
+
+def test_a_queue_on_a_full_disk_is_named_and_its_jobs_are_not_said_to_run(engine: LocalEngine, tmp_path: Path):
+    file = script(tmp_path, "job", "true")
+    ((number,),) = engine.submit([Batch(script=file, folder=file.parent)], "test")
+    with engine.open() as queue:
+        queue.execute("UPDATE queue SET held = 0, state = 'RUNNING'")
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+    code = (
+        "import sys; from pathlib import Path; from chiplog.engines import LocalEngine\n"
+        "print(LocalEngine(Path(sys.argv[1])).jobs([sys.argv[2]]))"
+    )
+    command = [sys.executable, "-c", code, str(engine.folder), number]
+    asked = subprocess.run(command, capture_output=True, text=True, preexec_fn=full, check=False)
+    assert asked.returncode == 1 and "cannot be used" in asked.stderr and "free disk space" in asked.stderr
 
 
 def test_what_is_dead_and_was_not_reaped_holds_no_job_up():

@@ -111,11 +111,16 @@ class LocalEngine:
         self._start_worker()
 
     def jobs(self, ids: Sequence[str]) -> list[Job]:
-        """How these jobs stand; if some wait and nobody works on the queue, somebody does again."""
+        """How these jobs stand; if some wait and nobody works on the queue, somebody does again.
+
+        Raises EngineError if nobody can.
+        """
         with self.open() as queue:
             found = _found(queue, ids)
         live = [row for row in found.values() if not State(row["state"]).ended and not row["held"]]
         if live and not self._worker_lives():
+            with self.open() as queue:  # a full disk is named here: a worker would only leave
+                queue.execute(f"PRAGMA user_version = {VERSION}")  # which it has: a write that changes nothing
             self._start_worker()
         return [_job(found[number]) for number in ids if number in found]
 
