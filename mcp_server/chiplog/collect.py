@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -116,24 +117,27 @@ def jobs_of(folder: ExperimentFolder, submissions: Sequence[Submission]) -> dict
     return found
 
 
-def remembered(folder: ExperimentFolder, submission: Submission) -> Job | None:
-    """A job that its engine has forgotten, as it was recorded when it had ended, or by the result that it left."""
-    home = folder.path / "runs" / submission.run
-    logs = sorted(home.glob("slurm-*.out"), key=lambda log: log.stat().st_mtime)
-    known = {
-        "id": submission.job_id,
-        "name": submission.run,
-        "submitted": None,
-        "log": logs[-1] if logs else home / f"slurm-{submission.job_id}.out",
-    }
+def remembered(folder: ExperimentFolder, submissions: Sequence[Submission]) -> dict[str, Job]:
+    """Jobs that their engine has forgotten, by key: as they were recorded, or by the result that they left."""
+    found: dict[str, Job] = {}
+    if not submissions:
+        return found
     with suppress(ChiplogError):  # records, plan or code that cannot be read say nothing
-        for record in read_records(folder.path / "records.jsonl"):
-            if record.key == submission.key and record.state.ended and record.state is not State.UNKNOWN:
-                said = {"state": record.state, "reason": record.reason, "exit_code": record.exit_code}
-                return Job(**known, **said, started=record.started, ended=record.ended)
-        if any(run.name == submission.run and is_done(folder, run) for run in folder.runs()):
-            return Job(**known, state=State.COMPLETED, reason="its engine has forgotten it; its result is there")
-    return None
+        records = {record.key: record for record in read_records(folder.path / "records.jsonl")}
+        done = {run.name for run in folder.runs() if is_done(folder, run)}
+        for one in submissions:
+            home, record = folder.path / "runs" / one.run, records.get(one.key)
+            logs = sorted(home.glob("slurm-*.out"), key=lambda log: log.stat().st_mtime)
+            job = withdrawn(one.job_id, one.run)
+            known: dict[str, Any] = {"log": logs[-1] if logs else home / job.log}
+            if record and record.state.ended and record.state is not State.UNKNOWN:
+                known |= {key: getattr(record, key) for key in ("state", "reason", "exit_code", "started", "ended")}
+            elif one.run in done:
+                known |= {"state": State.COMPLETED, "reason": "its engine has forgotten it; its result is there"}
+            else:
+                continue
+            found[one.key] = job.model_copy(update=known)
+    return found
 
 
 def is_gone(job: Job | None) -> bool:

@@ -96,7 +96,7 @@ class ExperimentFolder:
     def submissions(self) -> list[Submission]:
         """Every job that was submitted, oldest first, as `read_lines` reads them; in a copy, none of the original."""
         there = read_lines(self.path / "jobs.jsonl", Submission)
-        others = {one.folder for one in there if one.folder and self._is_copy_of(Path(one.folder))}
+        others = {name for name in {one.folder for one in there} if name and self._is_copy_of(Path(name))}
         return [one for one in there if one.folder not in others]
 
     def cancelled(self, keys: Collection[str]) -> None:

@@ -44,9 +44,7 @@ def latest_jobs(folder: ExperimentFolder) -> dict[str, tuple[Submission, Job | N
     """The last submission of each run, and its job as the engine sees it."""
     newest = {submission.run: submission for submission in folder.submissions()}
     jobs = jobs_of(folder, list(newest.values()))
-    for submission in newest.values():
-        if is_gone(jobs.get(submission.key)) and (job := remembered(folder, submission)):
-            jobs[submission.key] = job
+    jobs |= remembered(folder, [one for one in newest.values() if is_gone(jobs.get(one.key))])
     return {run: (submission, jobs.get(submission.key)) for run, submission in newest.items()}
 
 
