@@ -75,10 +75,9 @@ class SlurmEngine:
 
     def held(self, tag: str) -> list[str]:
         """The jobs of that tag that are still held, by the user and nobody else."""
-        rows = [
-            row for row in self._squeue("--me") if not _state(row["State"]).ended
-        ]  # one that was cancelled keeps it
-        return [row["JobArrayID"] for row in rows if row["Comment"] == _comment(tag) and row["Reason"] == "JobHeldUser"]
+        own = [row for row in self._squeue("--me") if row["Comment"] == _comment(tag)]
+        # One that was cancelled keeps its reason.
+        return [row["JobArrayID"] for row in own if row["Reason"] == "JobHeldUser" and not _state(row["State"]).ended]
 
     def queue(self) -> Queue:
         """Counts all jobs of the user, whatever submitted them, against the limits of Slurm and of chiplog.toml."""
