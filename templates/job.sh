@@ -71,6 +71,8 @@ tell() { # PID...: each once it listens, and once only, since a second signal wo
 }
 listens() { # PID: whether it catches SIGUSR1, the tenth bit of what the kernel tells; srun blocks it and waits for it
   local mask
+  # Just forked, it is this script still, with its traps.
+  if [ "$(tr -d '\0' <"/proc/$1/cmdline")" = "$(tr -d '\0' <"/proc/$$/cmdline")" ]; then return 1; fi
   for mask in $(sed -n 's/^Sig\(Cgt\|Blk\):\t//p' "/proc/$1/status"); do
     if ((0x$mask & 0x200)); then return 0; fi
   done

@@ -91,6 +91,17 @@ def test_a_process_that_srun_starts_is_told_what_came_before(tmp_path: Path):
     assert done.returncode == 3 and (tmp_path / "heard5").read_text() == f"{signal.SIGUSR1.value} "
 
 
+def test_what_is_only_forked_does_not_listen_though_it_has_the_traps_of_its_parent(tmp_path: Path):
+    (tmp_path / "listens.py").write_text(
+        "import signal, time; signal.signal(10, print); print(flush=True); time.sleep(9)"
+    )
+    body = (
+        "trap : USR1; if listens $$; then echo the script does; fi\n"
+        "exec {up}< <(exec python listens.py); read -ru $up; if listens $!; then echo the command does; kill $!; fi"
+    )
+    assert ended(job(tmp_path, body)) == (0, ["the command does"])
+
+
 def test_a_job_that_is_ended_from_outside_ends_its_processes_and_is_not_put_back(tmp_path: Path):
     process = job(tmp_path, "requeue() { echo put back; }\nwork_together python slow.py", tasks=2)
     wait_for(tmp_path / "listens0")
