@@ -144,11 +144,12 @@ def judged(losses: Losses, kind: str) -> Found:
     lrs, seeds = sorted({cell.lr for cell in losses}), sorted({cell.seed for cell in losses})
     best = {width: found_best(losses, kind, width, seeds) for width in WIDTHS}
     drifts = [octaves(*(found_best(losses, kind, width, [seed]) for width in WIDTHS)) for seed in seeds]
+    up_to = max(found_best(losses, kind, WIDTHS[0], [seed]).lr for seed in seeds)
     rises = [
         mean(losses, kind, wide, lr, seeds) - mean(losses, kind, narrow, lr, seeds)
         for narrow, wide in itertools.pairwise(WIDTHS)
         for lr in lrs
-        if lr <= best[WIDTHS[0]].lr
+        if lr <= up_to
     ]
     worse = max(rise if math.isfinite(rise) else math.inf for rise in rises)
     return Found(best, octaves(*best.values()), drifts, worse)

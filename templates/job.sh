@@ -83,7 +83,7 @@ leave() { # as the processes did
   if [ "$code" != 0 ]; then exit "$code"; fi
 }
 left() {
-  if [ ! -s "$1" ]; then
+  if [ ! -f "$1" ]; then
     echo "error: it ended with exit status 0 and left no $1" >&2
     exit 1
   fi

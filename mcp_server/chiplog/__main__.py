@@ -9,8 +9,8 @@ def main() -> None:
         from chiplog.cli import main as run
 
         run()
-    except KeyboardInterrupt:  # within a command it is the command's own
-        print("interrupted: nothing was done", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 

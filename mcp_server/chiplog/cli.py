@@ -24,6 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.core import TyperGroup
 
 from chiplog.answers import Answer, LawAnswer
 from chiplog.errors import ChiplogError, ConfirmationNeeded, in_words
@@ -31,9 +32,27 @@ from chiplog.estimate.case import Case
 from chiplog.schema import plain_errors
 from chiplog.studies import run_command
 from chiplog.tables import law_words
-from chiplog.tools import TOOLS, calibration_report, estimate_resources, experiment_status, submit_experiment
+from chiplog.tools import TOOLS, calibration_report, estimate_resources
+
+INTERRUPTED = {
+    "submit-experiment": ": all of it was submitted or nothing; experiment-status says which",
+    "experiment-status": ": jobs that were submitted go on",
+}
+
+
+class Commands(TyperGroup):
+    """Ctrl-C ends each with exit code 130, and so does the end of the input at a question."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, typer.Abort) as key:
+            err.print(f"interrupted{INTERRUPTED.get(str(ctx.invoked_subcommand), '')}", style="red")
+            raise typer.Exit(130) from key
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,12 +61,6 @@ app = typer.Typer(
 )
 # What is not read on a terminal is not cut to the width of one.
 out, err = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
-
-
-INTERRUPTED: dict[Callable[..., Any], str] = {
-    submit_experiment: ": all of it was submitted or nothing; experiment-status says which",
-    experiment_status: ": jobs that were submitted go on",
-}
 
 
 def main() -> None:
@@ -270,9 +283,6 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any], reports: bool
         if error.title != function.__name__:  # not of the call: a fault of ours
             raise
         raise ChiplogError(f"wrong arguments:\n{plain_errors(error)}\nMend these; --help explains them.") from error
-    except (KeyboardInterrupt, typer.Abort) as key:
-        err.print(f"interrupted{INTERRUPTED.get(function, '')}", style="red")
-        raise typer.Exit(130) from key
 
 
 def _with_progress(function: Callable[..., Any], **arguments: Any) -> Any:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -112,8 +111,8 @@ def jobs_of(folder: ExperimentFolder, submissions: Sequence[Submission]) -> dict
                 job = followed(first, then)
                 # Slurm's logs are named as the scripts say, in the run's folder, which may have been moved since.
                 home = folder.path / "runs" / one.run
-                log = home / (job.log if job.log.is_file() else job.log.name if job.log.is_absolute() else job.log)
-                found[one.key] = job.model_copy(update={"log": log})
+                log = home / job.log
+                found[one.key] = job.model_copy(update={"log": log if log.is_file() else home / job.log.name})
     return found
 
 
@@ -127,16 +126,14 @@ def remembered(folder: ExperimentFolder, submissions: Sequence[Submission]) -> d
         done = {run.name for run in folder.runs() if is_done(folder, run)}
         for one in submissions:
             home, record = folder.path / "runs" / one.run, records.get(one.key)
-            logs = sorted(home.glob("slurm-*.out"), key=lambda log: log.stat().st_mtime)
-            job = withdrawn(one.job_id, one.run)
-            known: dict[str, Any] = {"log": logs[-1] if logs else home / job.log}
             if record and record.state.ended and record.state is not State.UNKNOWN:
-                known |= {key: getattr(record, key) for key in ("state", "reason", "exit_code", "started", "ended")}
+                known = {key: getattr(record, key) for key in ("state", "reason", "exit_code", "started", "ended")}
             elif one.run in done:
-                known |= {"state": State.COMPLETED, "reason": "its engine has forgotten it; its result is there"}
+                known = {"state": State.COMPLETED, "reason": "its engine has forgotten it; its result is there"}
             else:
                 continue
-            found[one.key] = job.model_copy(update=known)
+            log = max(home.glob("slurm-*.out"), key=lambda log: log.stat().st_mtime, default=home / "slurm.out")
+            found[one.key] = Job(id=one.job_id, name=one.run, submitted=None, log=log, **known)
     return found
 
 

@@ -10,12 +10,11 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pytest
 
 from chiplog import running, submitting, tools
-from chiplog.collect import collect
 from chiplog.engines import Batch, LocalEngine, engine_for
 from chiplog.errors import ChiplogError, EngineError, NotFoundError, RecordError, RenderError
 from chiplog.folder import ExperimentFolder, Submission, find_experiment
@@ -23,78 +22,9 @@ from chiplog.ledger import Ledger
 from chiplog.ledger.metrics import read_events, read_scores, train_usage
 from chiplog.record import Record, Score, State, Usage, read_records, write_records
 from chiplog.settings import load_settings
+from tests.core.ended_experiment import SCORES, START, STEP, collected, end_job, folder, states, write_lines
 
-START = {
-    "event": "start",
-    "started": "2026-01-01T00:00:01+00:00",
-    "device": "cpu",
-    "n_params": 1000,
-    "total_steps": 4,
-    "setup_s": 0.5,
-    "packages": {"torch": "2"},
-}
-STEP = {
-    "event": "step",
-    "step": 1,
-    "loss": 2.5,
-    "tokens": 80,
-    "seconds": 0.25,
-    "peak_mem_bytes": 1000,
-    "mem_kind": "host_rss",
-}
-SCORES = {
-    "n": 10,
-    "scores": {"exact_match": {"count": 7, "n": 10}},
-    "ended": "2026-01-01T00:00:08+00:00",
-    "setup_s": 0.1,
-    "seconds": 0.2,
-    "peak_mem_bytes": 2000,
-    "mem_kind": "host_rss",
-    "device": "cpu",
-}
-
-
-@pytest.fixture
-def folder(lab: Path) -> ExperimentFolder:
-    """An experiment of one run and its control, whose jobs have ended; no process was started for it."""
-    asked = {"question": "Which?", "name": "e", "models": {"S": "small"}, "dataset": "words"}
-    tools.plan_experiment(**asked, variables={"lora_rank": [4]})
-    tools.setup_experiment_dirs("e")
-    made = ExperimentFolder(lab / "experiments" / "e")
-    made.add([Submission(run=run, engine="local", job_id=end_job(made, run), attempt=1) for run in ("rank4", "S_base")])
-    for run in ("rank4", "S_base"):
-        (made.path / "runs" / run / "eval").mkdir()
-        (made.path / "runs" / run / "eval" / "scores.json").write_text(json.dumps(SCORES))
-    lines = [START, *({**STEP, "step": number} for number in (1, 2, 3, 4))]
-    write_lines(made.path / "runs" / "rank4" / "metrics.jsonl", lines)
-    (made.path / "runs" / "rank4" / "DONE").write_text("{}")
-    return made
-
-
-def end_job(folder: ExperimentFolder, run: str, state: State = State.COMPLETED) -> str:
-    """The id of a job for that run, in the queue as if it had ended."""
-    path = folder.path / "runs" / run
-    times = ("2026-01-01T00:00:00+00:00", "2026-01-01T00:00:00.500+00:00", "2026-01-01T00:00:09+00:00")
-    with LocalEngine().open() as queue:
-        cursor = queue.execute(
-            "INSERT INTO queue (name, script, log, cpus, gpus, bin, state, exit_code, submitted, started, ended) "
-            "VALUES (?, ?, ?, 1, 0, '', ?, 0, ?, ?, ?)",
-            (run, str(path / "run.sbatch"), str(path / "slurm-1.out"), state, *times),
-        )
-    return str(cursor.lastrowid)
-
-
-def write_lines(file: Path, values: list[Any]) -> None:
-    file.write_text("".join(json.dumps(value) + "\n" for value in values))
-
-
-def collected(folder: ExperimentFolder) -> dict[str, Record]:
-    return {str(record.run): record for record in collect(folder, Ledger())}
-
-
-def states(folder: ExperimentFolder) -> dict[str, State | None]:
-    return {row.run: row.state for row in running.status(folder, running.pick_runs(folder, None))}
-
+__all__ = ["folder"]
 
 BOTH = {"rank4": State.COMPLETED, "S_base": State.COMPLETED}
 
@@ -180,77 +110,6 @@ def test_records_outlive_the_list_of_jobs_and_the_queue(folder: ExperimentFolder
     assert collected(folder) == before  # as after the folder was copied to another machine
     (folder.path / "jobs.jsonl").unlink()
     assert collected(folder) == before
-
-
-@pytest.mark.parametrize("recorded", [True, False])
-def test_a_queue_that_forgets_takes_nothing_from_what_is_done(folder: ExperimentFolder, recorded: bool):
-    if recorded:
-        collect(folder, Ledger())
-    (folder.path / "runs" / "rank4" / "slurm-1.out").write_text("the last words\n")
-    with LocalEngine().open() as queue:
-        queue.execute("DELETE FROM queue")
-    said = tools.experiment_status("e", log_of="rank4")
-    assert [row.state for row in said.runs] == 2 * [State.COMPLETED] and said.log_tail == ["the last words"]
-    assert tools.submit_experiment("e", confirm=True).jobs == {}
-    (folder.path / "records.jsonl").unlink(missing_ok=True)
-    (folder.path / "runs" / "rank4" / "eval" / "scores.json").unlink()
-    assert [row.state for row in tools.experiment_status("e").runs] == [State.UNKNOWN, State.COMPLETED]
-
-
-def test_a_copy_has_no_jobs_and_a_folder_that_was_moved_keeps_its_own(folder: ExperimentFolder):
-    noted = [one.model_copy(update={"folder": str(folder.path)}) for one in folder.submissions()]
-    write_lines(folder.path / "jobs.jsonl", [one.model_dump(mode="json") for one in noted])
-    (folder.path / "runs" / "rank4" / "slurm-1.out").write_text("the last words\n")
-    with LocalEngine().open() as queue:
-        queue.execute("UPDATE queue SET log = ?", (str(folder.path / "runs" / "rank4" / "slurm-1.out"),))
-    copy = folder.path.with_name("copy")
-    shutil.copytree(folder.path, copy)
-    assert ExperimentFolder(copy).submissions() == []
-    with pytest.raises(EngineError, match="nothing to cancel"):
-        tools.cancel_experiment("copy", confirm=True)
-    shutil.rmtree(copy)
-    folder.path.rename(copy)
-    said = tools.experiment_status("copy", log_of="rank4")
-    assert [row.state for row in said.runs] == 2 * [State.COMPLETED] and said.log_tail == ["the last words"]
-
-
-@pytest.mark.parametrize("number", ["x_1", "_", "²_0", "9" * 23])
-def test_a_job_id_that_is_none_is_named_with_its_line(folder: ExperimentFolder, number: str):
-    file = folder.path / "jobs.jsonl"
-    first, *lines = file.read_text().splitlines()
-    file.write_text("\n".join([json.dumps({**json.loads(first), "job_id": number}), *lines]) + "\n")
-    with pytest.raises(RecordError, match=r"jobs\.jsonl"):
-        tools.experiment_status("e")
-
-
-@pytest.mark.parametrize("file", [".lock", "jobs.jsonl"])
-def test_what_fills_the_disk_can_be_cancelled(folder: ExperimentFolder, monkeypatch: pytest.MonkeyPatch, file: str):
-    (folder.path / "runs" / "rank4" / "DONE").unlink()
-    with LocalEngine().open() as queue:
-        queue.execute("UPDATE queue SET state = 'PENDING', held = 1")
-
-    def full(*_: object, **__: object) -> NoReturn:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    if file == ".lock":
-        (folder.path / ".lock").unlink(missing_ok=True)
-        (folder.path / ".lock").mkdir()
-        tools.cancel_experiment("e", confirm=True)
-    else:
-        monkeypatch.setattr(ExperimentFolder, "cancelled", full)
-        with pytest.raises(EngineError, match=r"were cancelled, which could not be noted .*No space left"):
-            tools.cancel_experiment("e", confirm=True)
-    with LocalEngine().open() as queue:
-        assert {row["state"] for row in queue.execute("SELECT state FROM queue")} == {"CANCELLED"}
-
-
-def test_checkpoints_outside_of_the_experiment_are_not_pruned(folder: ExperimentFolder, tmp_path: Path):
-    run = folder.path / "runs" / "rank4"
-    (run / "checkpoints" / "step_4").mkdir(parents=True)
-    run.rename(tmp_path / "outside")
-    run.symlink_to(tmp_path / "outside")
-    assert tools.prune_checkpoints("e", confirm=True).pruned == []
-    assert (tmp_path / "outside" / "checkpoints" / "step_4").is_dir()
 
 
 def test_an_engine_that_is_not_there_is_named(folder: ExperimentFolder):

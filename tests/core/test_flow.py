@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 from mcp import Client
 
 from chiplog.server import build_server
+from tests.killed import kill_workers
 
 ASK: dict[str, Any] = {
     "question": "Which rank?",
@@ -241,32 +240,18 @@ def test_jobs_go_on_when_the_command_and_the_queue_worker_are_killed(lab: Path):
         await answer(client, "plan_experiment", **ask)
         await answer(client, "setup_experiment_dirs", experiment="ranks")
         await answer(client, "submit_experiment", experiment="ranks", confirm=True)
-        log = lab.parent / "home" / "local" / "queue.lock"
         for _ in range(100):
             status = await answer(client, "experiment_status", experiment="ranks")
             if status["runs"][0]["step"]:
                 break
             await anyio.sleep(0.1)
-        os.kill(worker_of(log), signal.SIGKILL)
+        kill_workers(lab.parent / "home" / "local")
         status = await answer(client, "experiment_status", experiment="ranks", wait_s=60)
         assert {run["state"] for run in status["runs"]} == {"COMPLETED"}
         records = (await answer(client, "collect_records", experiment="ranks"))["records"]
         assert [record["attempt"] for record in records] == [1, 1]
 
     calls(steps)
-
-
-def worker_of(lock: Path) -> int:
-    """The process that works on the queue of this folder."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_text().split("\0")
-            except OSError:
-                continue
-            if "chiplog.engines.local_queue" in words and str(lock.parent) in words:
-                return int(entry.name)
-    raise AssertionError("nobody works on the queue")
 
 
 def test_one_gpu_is_the_default_where_there_are_any(lab: Path):

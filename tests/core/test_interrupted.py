@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from typing import Any, NoReturn
 
 import pytest
 
-from chiplog import submitting, tools
+from chiplog import tools
 from chiplog.engines import LocalEngine
 from chiplog.errors import ChiplogError, EngineError, RenderError
 from chiplog.folder import ExperimentFolder
 from chiplog.record import State
+from tests.killed import killed_at
 
 # A child that is sent a signal while it moves its first, or its last, file into the folder.
 SIGNALLED = """
@@ -82,16 +84,9 @@ def test_a_submission_that_is_interrupted_leaves_no_job_and_no_prediction(
     assert queued() == {State.CANCELLED} and contents(folder.path) == before
 
 
-def test_a_submission_that_is_killed_before_its_jobs_are_released_goes_on_at_the_next(
-    folder: ExperimentFolder, monkeypatch: pytest.MonkeyPatch
-):
-    with monkeypatch.context() as patch:
-        patch.setattr(LocalEngine, "release", fail)
-        patch.setattr(LocalEngine, "cancel", lambda *_: None)
-        patch.setattr(submitting, "write_atomic", lambda *_: None)  # kill -9 restores nothing
-        patch.setattr(Path, "unlink", lambda *_, **__: None)
-        with pytest.raises(KeyboardInterrupt):
-            tools.submit_experiment("e", confirm=True)
+def test_a_submission_that_is_killed_before_its_jobs_are_released_goes_on_at_the_next(folder: ExperimentFolder):
+    with killed_at("release", LocalEngine, LocalEngine):
+        tools.submit_experiment("e", confirm=True)
     assert folder.submissions() and queued() == {State.PENDING}
     said = tools.experiment_status("e").runs[0].reason
     assert said and said.startswith("held: ") and said.endswith("then submit the experiment again")
@@ -109,10 +104,23 @@ def test_ctrl_c_while_the_command_still_loads_is_an_interruption():
         "sys.meta_path.insert(0, Slow())\n"
         "from chiplog.__main__ import main; main()"
     )
-    loading = subprocess.Popen([sys.executable, "-c", code, "--help"], stdout=-1, stderr=-1, text=True)
+    loading = subprocess.Popen(
+        [sys.executable, "-c", code, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert loading.stdout and loading.stdout.readline() == "loads\n"
     loading.send_signal(signal.SIGINT)
-    assert loading.communicate(timeout=60)[1] == "interrupted: nothing was done\n" and loading.returncode == 130
+    assert loading.communicate(timeout=60)[1] == "interrupted\n" and loading.returncode == 130
+
+
+def test_ctrl_c_ends_every_command_with_the_same_code(tmp_path: Path):
+    os.mkfifo(tmp_path / "endless.log")
+    reading = subprocess.Popen(
+        [sys.executable, "-c", CLI, "parse-log", str(tmp_path / "endless.log")], stderr=subprocess.PIPE, text=True
+    )
+    written = os.open(tmp_path / "endless.log", os.O_WRONLY)  # waits until it is read
+    reading.send_signal(signal.SIGINT)
+    assert reading.communicate(timeout=60)[1] == "interrupted\n" and reading.returncode == 130
+    os.close(written)
 
 
 def test_an_engine_that_refuses_leaves_no_prediction(lab: Path):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import resource
 import sqlite3
 import subprocess
 import sys
@@ -16,8 +14,7 @@ import pytest
 
 from chiplog.engines import After, Batch, Job, LocalEngine, local_queue
 from chiplog.engines.job import read_options, seconds
-from chiplog.engines.local import VERSION, group_alive, utc_now
-from chiplog.engines.local_queue import Worker
+from chiplog.engines.local import VERSION, utc_now
 from chiplog.errors import EngineError
 from chiplog.machine import available_cpus
 from chiplog.record import State
@@ -94,95 +91,6 @@ def test_a_job_that_is_told_to_end_may_finish_its_checkpoint(engine: LocalEngine
     engine.cancel([jobs[0].id])
     assert ended(engine, jobs)["job"].state is State.CANCELLED
     assert (tmp_path / "job" / "saved").exists()
-
-
-DEAF = "trap '' TERM; echo $$ > pid; while :; do sleep 0.2; done"
-
-
-def started(file: Path) -> int:
-    """The pid that a script wrote."""
-    give_up = time.monotonic() + 30
-    while not (file.is_file() and file.read_text().strip()):
-        assert time.monotonic() < give_up, file
-        time.sleep(0.1)
-    return int(file.read_text())
-
-
-def kill_worker(engine: LocalEngine) -> None:
-    subprocess.run(["pkill", "-KILL", "-f", f"local_queue {engine.folder}"], check=True)
-
-
-def lives(pid: int) -> bool:
-    """Whether a process does more than wait to be reaped."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def test_what_a_job_started_ends_with_it_though_worker_and_wrapper_were_killed(engine: LocalEngine, tmp_path: Path):
-    jobs = queued(engine, script(tmp_path, "job", DEAF))
-    pid = started(tmp_path / "job" / "pid")
-    kill_worker(engine)
-    with engine.open() as queue:
-        (wrapper,) = queue.execute("SELECT pid FROM queue").fetchone()
-    os.kill(wrapper, 9)
-    assert ended(engine, jobs)["job"].state is State.NODE_FAIL
-    assert not lives(pid)
-
-
-def test_a_job_that_does_not_listen_is_cancelled_though_the_worker_was_killed(engine: LocalEngine, tmp_path: Path):
-    jobs = queued(engine, script(tmp_path, "job", DEAF))
-    pid = started(tmp_path / "job" / "pid")
-    engine.cancel([jobs[0].id])
-    time.sleep(1)  # by now it was asked to end
-    kill_worker(engine)
-    assert ended(engine, jobs)["job"].state is State.CANCELLED
-    assert not lives(pid)
-
-
-def test_a_queue_on_a_full_disk_is_named_and_its_jobs_are_not_said_to_run(engine: LocalEngine, tmp_path: Path):
-    file = script(tmp_path, "job", "true")
-    ((number,),) = engine.submit([Batch(script=file, folder=file.parent)], "test")
-    with engine.open() as queue:
-        queue.execute("UPDATE queue SET held = 0, state = 'RUNNING'")
-
-    def full() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-
-    code = (
-        "import sys; from pathlib import Path; from chiplog.engines import LocalEngine\n"
-        "print(LocalEngine(Path(sys.argv[1])).jobs([sys.argv[2]]))"
-    )
-    command = [sys.executable, "-c", code, str(engine.folder), number]
-    asked = subprocess.run(command, capture_output=True, text=True, preexec_fn=full, check=False)
-    assert asked.returncode == 1 and "cannot be used" in asked.stderr and "free disk space" in asked.stderr
-
-
-def test_what_is_dead_and_was_not_reaped_holds_no_job_up():
-    child = subprocess.Popen(["sleep", "60"], start_new_session=True)
-    assert group_alive(child.pid)
-    child.kill()
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert not group_alive(child.pid)
-    child.wait()
-
-
-def test_a_job_that_this_worker_cannot_start_holds_no_other_up_and_says_why(engine: LocalEngine, tmp_path: Path):
-    batches = [
-        Batch(script=file, folder=file.parent) for file in (script(tmp_path, n, "true") for n in ("big", "small"))
-    ]
-    (big,), (small,) = engine.submit(batches, "test")
-    with engine.open() as queue:
-        queue.execute("UPDATE queue SET held = 0")
-        queue.execute("UPDATE queue SET cpus = 1000000 WHERE id = ?", (big,))
-    worker = Worker(engine)
-    while worker.turn():
-        time.sleep(0.1)
-    with engine.open() as queue:
-        found = {str(row["id"]): row for row in queue.execute("SELECT * FROM queue")}
-    assert found[small]["state"] == "COMPLETED" and found[big]["state"] == "PENDING"
-    assert "asks for 1000000 CPUs and 0 GPUs, and the command that began" in found[big]["reason"]
 
 
 def test_a_job_that_waits_never_starts_once_it_is_cancelled(engine: LocalEngine, tmp_path: Path):

@@ -14,7 +14,7 @@ from chiplog.errors import RecordError
 from chiplog.folder import ExperimentFolder, Submission
 from chiplog.ledger import Ledger, scan
 from chiplog.record import State
-from tests.core.test_broken_folders import collected, end_job, folder
+from tests.core.ended_experiment import collected, end_job, folder
 from tests.core.test_parsers import GPU_OOM, TRAINER
 
 __all__ = ["folder"]

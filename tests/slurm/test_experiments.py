@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from chiplog import submitting, tools
+from chiplog import tools
 from chiplog.answers import StatusAnswer
 from chiplog.engines import SlurmEngine
 from chiplog.errors import ConfirmationNeeded, EngineError
 from chiplog.folder import ExperimentFolder
 from chiplog.record import State
+from tests.killed import killed_at
 from tests.slurm.cluster import Cluster
 
 
@@ -160,18 +161,11 @@ def test_the_question_says_when_the_first_may_start(on_slurm: Path):
     assert not (on_slurm / "experiments" / "asks" / "jobs.jsonl").exists()
 
 
-def test_a_submission_that_was_killed_leaves_nothing_that_runs(on_slurm: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_submission_that_was_killed_leaves_nothing_that_runs(on_slurm: Path):
     """Its jobs are held; the next submission ends them and submits its own."""
     folder = set_up(on_slurm, "killed")
-
-    def dies(*_: object) -> None:
-        raise SystemExit
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ExperimentFolder, "add", dies)
-        patch.setattr(SlurmEngine, "cancel", lambda *_: None)  # kill -9 ends nothing
-        with pytest.raises(SystemExit):
-            tools.submit_experiment("killed", confirm=True)
+    with killed_at("add", ExperimentFolder, SlurmEngine):
+        tools.submit_experiment("killed", confirm=True)
     left = SlurmEngine().held(str(folder))
     assert len(left) == 6 and not (folder / "jobs.jsonl").exists()  # two of each kind, a control, the one that closes
     jobs = tools.submit_experiment("killed", confirm=True).jobs
@@ -180,19 +174,10 @@ def test_a_submission_that_was_killed_leaves_nothing_that_runs(on_slurm: Path, m
     assert {job.state for job in SlurmEngine().jobs(left)} <= {State.CANCELLED, State.UNKNOWN}
 
 
-def test_what_was_cancelled_while_it_was_held_blocks_no_submission(on_slurm: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_was_cancelled_while_it_was_held_blocks_no_submission(on_slurm: Path):
     folder = set_up(on_slurm, "held")
-
-    def dies(*_: object) -> None:
-        raise SystemExit
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SlurmEngine, "release", dies)
-        patch.setattr(SlurmEngine, "cancel", lambda *_: None)
-        patch.setattr(Path, "unlink", lambda *_, **__: None)  # kill -9 restores nothing
-        patch.setattr(submitting, "write_atomic", lambda *_: None)
-        with pytest.raises(SystemExit):
-            tools.submit_experiment("held", confirm=True)
+    with killed_at("release", SlurmEngine, SlurmEngine):
+        tools.submit_experiment("held", confirm=True)
     assert str(tools.experiment_status("held").runs[0].reason).startswith("held: ")
     tools.cancel_experiment("held", confirm=True)
     assert SlurmEngine().held(str(folder)) == []

@@ -110,8 +110,9 @@ class Worker:
     def _leave_to_another(self, queue: sqlite3.Connection, row: sqlite3.Row) -> None:
         """Says why a job waits: the command that started this worker might use less of the machine."""
         words = (
-            f"asks for {row['cpus']} CPUs and {row['gpus']} GPUs, and the command that began to work on the queue may "
-            f"use {self.cpus} and {len(self.gpus)}: look again, with all of them, once its other jobs have ended"
+            f"it asks for {row['cpus']} CPUs and {row['gpus']} GPUs, and the command that began to work on the queue "
+            f"may use {self.cpus} and {len(self.gpus)}: once the other jobs have ended, look again from where more may "
+            "be used"
         )
         queue.execute("UPDATE queue SET reason = ? WHERE id = ? AND reason IS NOT ?", (words, row["id"], words))
 
