@@ -20,13 +20,18 @@ from tests.killed import kill_workers
 __all__ = ["engine"]
 
 
+def wait_for(file: Path) -> None:
+    """Until a job has made it."""
+    give_up = time.monotonic() + 30
+    while not file.exists():
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+
+
 def deaf_job(engine: LocalEngine, tmp_path: Path) -> tuple[list[Job], int]:
     """A job that runs and does not end when it is asked to, and the process that leads its group."""
     jobs = queued(engine, script(tmp_path, "job", "trap '' TERM; touch deaf; while :; do sleep 0.2; done"))
-    give_up = time.monotonic() + 30
-    while not (tmp_path / "job" / "deaf").exists():
-        assert time.monotonic() < give_up
-        time.sleep(0.1)
+    wait_for(tmp_path / "job" / "deaf")
     with engine.open() as queue:
         (wrapper,) = queue.execute("SELECT pid FROM queue").fetchone()
     return jobs, wrapper
@@ -47,6 +52,17 @@ def test_a_job_that_does_not_listen_is_cancelled_though_the_worker_was_killed(en
     kill_workers(engine.folder)
     assert ended(engine, jobs)["job"].state is State.CANCELLED
     assert not group_alive(wrapper)
+
+
+def test_a_cancelled_job_has_its_time_to_save_though_the_worker_was_killed(engine: LocalEngine, tmp_path: Path):
+    saves = "trap 'sleep 4; touch saved; exit' TERM; touch ready; while :; do sleep 0.2; done"
+    jobs = queued(engine, script(tmp_path, "job", saves))
+    wait_for(tmp_path / "job" / "ready")
+    engine.cancel([jobs[0].id])
+    time.sleep(1)  # by now it was asked to end
+    kill_workers(engine.folder)
+    assert ended(engine, jobs)["job"].state is State.CANCELLED
+    assert (tmp_path / "job" / "saved").exists()
 
 
 def test_a_queue_on_a_full_disk_is_named_and_its_jobs_are_not_said_to_run(engine: LocalEngine, tmp_path: Path):
