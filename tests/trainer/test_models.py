@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -65,22 +66,35 @@ def test_loss_and_gradients_are_those_of_plain_cross_entropy(changes: dict):
         torch.testing.assert_close(model.loss(model(tokens[:, :-1])[0], tokens[:, 1:]), plain.detach())
 
 
-def test_a_loss_in_blocks_is_the_loss_in_one(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("autocast", "within"), [(False, 1e-6), (True, 1e-2)], ids=["float32", "bfloat16"])
+def test_a_loss_in_blocks_is_the_loss_in_one(autocast: bool, within: float, monkeypatch: pytest.MonkeyPatch):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(20, 6, generator=generator), torch.randn(11, 6, generator=generator)
     targets = torch.randint(0, 11, (20,), generator=generator)
 
-    def values() -> list[torch.Tensor]:
+    def values(loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = readout_loss(h, w, targets, 0.5)
-        loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = loss_of(h, w)
+        (2 * loss).backward()
         assert h.grad is not None and w.grad is not None
         return [loss.detach(), h.grad, w.grad]
 
-    whole = values()
+    whole = values(lambda h, w: readout_loss(h, w, targets, 0.5))
+    plain = values(lambda h, w: F.cross_entropy((0.5 * h @ w.T).float(), targets, reduction="sum"))
     monkeypatch.setattr("trainer.loss.BLOCK", 33)  # three tokens at once
-    for one, other in zip(whole, values(), strict=True):
-        torch.testing.assert_close(one, other)
+    blocks = values(lambda h, w: readout_loss(h, w, targets, 0.5))
+    for one, other, by_torch in zip(whole, blocks, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=within, rtol=within)
+        torch.testing.assert_close(one, by_torch, atol=3 * within, rtol=3 * within)
+
+
+def test_a_second_backward_pass_through_the_loss_is_an_error():
+    hidden, weight = torch.randn(4, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
+    loss = readout_loss(hidden, weight, torch.zeros(4, dtype=torch.int64))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError):
+        loss.backward()
 
 
 @pytest.mark.parametrize("changes", [{"activation": "gelu"}, {"activation": "swiglu", "tied": False}], ids=str)
