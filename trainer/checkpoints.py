@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +12,21 @@ import torch
 
 from trainer import job
 from trainer.job import UserError
+from trainer.settings import check_same
 
 
 def save_checkpoint(checkpoints: Path, state: dict[str, Any], keep: int = 1) -> None:
     """Writes `step_N/state.pt`, whole or not at all, then removes all but the last `keep`."""
+    for leftover in checkpoints.glob(".step_*"):  # of one that was cut off
+        shutil.rmtree(leftover, ignore_errors=True)
     folder = checkpoints / f"step_{state['step']}"
-    with job.whole_folder(folder) as beside:
-        torch.save(state, beside / "state.pt")
+    try:
+        with job.whole_folder(folder) as beside:
+            torch.save(state, beside / "state.pt")
+    except (OSError, RuntimeError) as error:  # torch's writer has an error of its own for a full disk
+        if job.is_out_of_memory(error):
+            raise
+        raise UserError(f"{folder} could not be written ({error}): free disk space and start again") from error
     for older in sorted(checkpoints.glob("step_*"), key=_step)[:-keep]:
         shutil.rmtree(older)
 
@@ -27,18 +34,18 @@ def save_checkpoint(checkpoints: Path, state: dict[str, Any], keep: int = 1) -> 
 def load_checkpoint(checkpoints: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The state of the last checkpoint; None where there is none.
 
-    Raises UserError for one that cannot be read, or that a run of another `identity` saved.
+    Raises UserError for one that cannot be read or written, or that a run of another `identity` saved.
     """
-    last = max(checkpoints.glob("step_*"), key=_step, default=None)
+    *before, last = [None, *sorted(checkpoints.glob("step_*"), key=_step)]
     if last is None:
         return None
     try:
         state = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
-        changed = [key for key, value in identity.items() if state["identity"].get(key) != value]
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{last} cannot be read ({error}): remove {checkpoints} to start anew") from error
-    if changed:
-        raise UserError(f"{last} was made with another {', '.join(changed)}: put it back, or remove {checkpoints}")
+        made = dict(state["identity"])
+    except Exception as error:  # a file with a wrong byte raises whatever that byte leads to
+        then = f"go on from {before[-1].name}" if before[-1] else "start anew"
+        raise UserError(f"{last} cannot be read ({str(error) or type(error).__name__}): remove it to {then}") from error
+    check_same(identity, made, last, f"remove {checkpoints}")
     return state
 
 
@@ -53,11 +60,14 @@ def restore(state: dict[str, Any], adapter: Mapping[str, torch.Tensor], optimize
 def append_event(file: Path, event: str, **values: Any) -> None:
     """Adds a line to metrics.jsonl; one that a kill cut off before it stays a line of its own."""
     line = json.dumps({"event": event, **values}) + "\n"
-    with file.open("ab+") as events:
-        if events.tell():
-            events.seek(-1, 2)
-            line = line if events.read(1) == b"\n" else "\n" + line
-        events.write(line.encode())
+    try:
+        with file.open("ab+") as events:
+            if events.tell():
+                events.seek(-1, 2)
+                line = line if events.read(1) == b"\n" else "\n" + line
+            events.write(line.encode())
+    except OSError as error:
+        raise UserError(f"{file} could not be written ({error.strerror}): free disk space and start again") from error
 
 
 def last_step(file: Path) -> int:

@@ -68,7 +68,7 @@ class _listening:
 
             return hook
 
-        named = [(name, module) for name, module in self.model.named_modules() if name and "." not in name[-1:]]
+        named = [(name, module) for name, module in self.model.named_modules() if name]
         self.handles = [module.register_forward_hook(note(name)) for name, module in named]
 
     def __exit__(self, *_: object) -> None:

@@ -5,6 +5,7 @@ Import it before torch: its clock starts here, and imports are part of what a jo
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -121,7 +122,10 @@ def folder_of(config: SimpleNamespace, key: str) -> Path:
 def write_text(file: Path, text: str) -> None:
     """Writes beside, then renames: the file is whole or as it was."""
     beside = file.with_name(f".{file.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
+    with beside.open("w", encoding="utf-8") as written:
+        written.write(text)
+        written.flush()
+        os.fsync(written.fileno())  # before the name: a machine that dies must leave no empty file
     beside.replace(file)
 
 
@@ -137,15 +141,30 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     for leftover in (beside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
-    yield beside
-    for file in beside.rglob("*"):  # onto the disk before the name: a machine that dies must leave no empty file
-        if file.is_file():
-            with file.open("rb") as data:
-                os.fsync(data.fileno())
+    try:
+        yield beside
+        for file in beside.rglob("*"):  # onto the disk before the name, as above
+            if file.is_file():
+                with file.open("rb") as data:
+                    os.fsync(data.fileno())
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)  # it may be what fills the disk
+        raise
     if folder.exists():
         folder.rename(old)
     beside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes from working in a folder while the block runs. Raises UserError where one does."""
+    with (folder / ".working").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process works in {folder}: wait for it, or stop it") from error
+        yield
 
 
 def pick_device(name: str | None) -> torch.device:

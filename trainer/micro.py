@@ -41,7 +41,8 @@ class MicroBatch(NamedTuple):
         if self.smaller is None:
             raise UserError(f"{reason}, the smallest: {advice}")
         if ranks.writes:
-            values = {"micro_batch_size": self.smaller, "asked": self.asked or self.size, "reason": reason}
+            asked = self.asked or (self.deviation or {}).get("asked") or self.size
+            values = {"micro_batch_size": self.smaller, "asked": asked, "reason": reason}
             job.write_json(out / DEVIATION, values)
         ranks.wait()
         return f"{reason}: start again to go on with {self.smaller}"
@@ -94,10 +95,13 @@ def divisors(batch_size: int, world_size: int) -> list[int]:
     return [n for n in range(1, each + 1) if each % n == 0]
 
 
-def fitted(config: SimpleNamespace, ranks: Ranks, out: Path, attempt: Callable[[int], None]) -> MicroBatch:
+def fitted(
+    config: SimpleNamespace, ranks: Ranks, out: Path, before: int | None, attempt: Callable[[int], None]
+) -> MicroBatch:
     """The micro batch of a run; the batch stays whatever it is.
 
-    Where neither settings nor `deviation.json` say it, the largest divisor that an estimate lets fit is tried by
+    Where neither settings nor `deviation.json` say it, it is the one from `before` the run was interrupted, so that it
+    goes on to the same bits, else the largest divisor that an estimate lets fit is tried by
     `attempt(size)`, a forward and a backward pass on the device, and the next smaller one until one fits.
     Raises UserError as `given` does, and where not even one fits.
     """
@@ -105,6 +109,8 @@ def fitted(config: SimpleNamespace, ranks: Ranks, out: Path, attempt: Callable[[
     if known:
         return known
     choices = divisors(config.batch_size, ranks.world_size)
+    if before in choices:
+        return MicroBatch(before, None, None, choices)
     for size in reversed([n for n in choices if n == 1 or n <= _most(config, ranks.device)]):
         if _fits(size, ranks, attempt):
             return MicroBatch(size, None, None, choices)

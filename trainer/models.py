@@ -11,7 +11,7 @@ from trainer.language import LanguageModel
 from trainer.layers import initialize
 from trainer.lstm import LSTM
 from trainer.parametrization import Parametrization
-from trainer.shape import ShapeError, make_shape
+from trainer.shape import ShapeError, default_heads, make_shape
 from trainer.transformer import Transformer
 
 
@@ -38,4 +38,5 @@ def build(config: SimpleNamespace, vocab_size: int) -> LanguageModel:
     )  # fmt: skip
     if shape.architecture == "lstm":
         return LSTM(shape, rules, forget_bias=config.forget_bias, dropout=config.dropout)
-    return Transformer(shape, rules, base_heads=config.base_heads, dropout=config.dropout)
+    own = None if config.heads else default_heads(rules.base_width)  # which need not be of the same size
+    return Transformer(shape, rules, base_heads=config.base_heads or own, dropout=config.dropout)

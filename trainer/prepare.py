@@ -43,8 +43,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the order of the documents")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to; must not be there")
     arguments = parser.parse_args()
-    documents = from_dataset(arguments.dataset, arguments.column) if arguments.dataset else None
-    documents = documents or from_files(arguments.text, arguments.suffix)
+    if bool(arguments.text) == bool(arguments.dataset):
+        raise UserError("give --text or --dataset, one of them")
+    if arguments.dataset:
+        documents = from_dataset(arguments.dataset, arguments.column)
+    else:
+        documents = from_files(arguments.text, arguments.suffix)
     about = prepare(documents, arguments.out, arguments.tokenizer, arguments.validation, arguments.seed)
     print(json.dumps({"path": str(arguments.out), "rows": about["tokens"], "sha256": about["sha256"]["train"]}))
     return 0
@@ -102,6 +106,8 @@ def make_tokenizer(kind: str, texts: list[str]) -> Tokenizer:
             raise UserError(f"--tokenizer {kind} is no file: give bytes, bpe:N or the path of a tokenizer.json")
         encoder = Tokenizer.from_file(kind)
         encoder.add_special_tokens([END])
+        encoder.no_truncation()  # such a file may ask for either, and text would be lost without a word
+        encoder.no_padding()
         return encoder
     size = 257 if kind == "bytes" else int(kind.removeprefix("bpe:")) if kind[4:].isdecimal() else 0
     if size < 257:

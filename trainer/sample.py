@@ -18,6 +18,7 @@ from trainer import job
 
 # isort: split
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -55,7 +56,10 @@ def load_run(folder: Path) -> tuple[LanguageModel, SimpleNamespace]:
     settings = json.loads(file.read_text(encoding="utf-8"))
     config = SimpleNamespace(**settings)
     model = build(config, settings["shape"]["vocab_size"])
-    model.load_state_dict(load_file(folder / "model" / "model.safetensors"), strict=False)
+    try:
+        model.load_state_dict(load_file(folder / "model" / "model.safetensors"))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder / 'model'} is not whole ({error}): train again") from error
     return model.eval(), config
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
 from trainer import job
 from trainer.conflicts import conflict
 from trainer.job import UserError
 
-# What a run that goes on may change: it does not reach the weights but by rounding, or is what going on changes.
+# What a run that goes on may change: it reaches the weights by rounding and the masks of dropout alone, or it is what
+# going on changes.
 FREE = {
     "dataset", "device", "compile", "keep_checkpoints", "log_every_n_steps", "max_steps", "micro_batch_size",
-    "run_val_every_n_steps", "save_every_n_steps", "val_tokens", "guard_steps", "overfit_steps", "max_epochs",
+    "run_val_every_n_steps", "save_every_n_steps", "guard_steps", "overfit_steps", "max_epochs",
 }  # fmt: skip
+WITHOUT_END = ("constant", "inverse_sqrt")  # schedules that do not depend on max_steps
 
 
 def checked(config: SimpleNamespace) -> SimpleNamespace:
@@ -32,5 +37,21 @@ def checked(config: SimpleNamespace) -> SimpleNamespace:
         job.check_choice(config, key, choices)
     if wrong := conflict(vars(config)):
         raise UserError(wrong)
+    if config.lr == math.inf:
+        raise UserError("lr is infinite: give a number")
     std = {"lstm": 0.2}.get(config.architecture, 0.02) if config.init_std is None else config.init_std
     return SimpleNamespace(**vars(config) | {"init_std": std})
+
+
+def identity(config: SimpleNamespace) -> dict[str, Any]:
+    """The settings that a run which goes on must have in common with what it goes on from."""
+    free = FREE if config.lr_schedule in WITHOUT_END else FREE - {"max_steps"}
+    return {key: value for key, value in vars(config).items() if key not in free}
+
+
+def check_same(identity: Mapping[str, Any], made: Mapping[str, Any], what: object, instead: str) -> None:
+    """Raises UserError, which ends with `instead`, where `what` was `made` with other settings."""
+    changed = [key for key, value in identity.items() if made.get(key) != value]
+    if changed:
+        to_the_end = " (its lr_schedule falls to max_steps, so it cannot be extended)" if "max_steps" in changed else ""
+        raise UserError(f"{what} was made with another {', '.join(changed)}{to_the_end}: put it back, or {instead}")

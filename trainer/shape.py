@@ -99,7 +99,7 @@ def make_shape(settings: Any, vocab_size: int) -> Shape:
         if getattr(settings, name) not in choices:
             raise ShapeError(f"{name} is {getattr(settings, name)!r}: choose {' or '.join(choices)}")
     width, transformer = settings.width, settings.architecture == "transformer"
-    heads = (settings.heads or _heads(width)) if transformer else 1
+    heads = (settings.heads or default_heads(width)) if transformer else 1
     if width % heads:
         raise ShapeError(f"width {width} cannot be divided by {heads} heads: take {_near_divisors(width, heads)}")
     if transformer and settings.position == "rotary" and (width // heads) % 2:
@@ -108,13 +108,16 @@ def make_shape(settings: Any, vocab_size: int) -> Shape:
         )
     if transformer and settings.position == "sinusoidal" and width % 2:
         raise ShapeError(f"width {width} is odd, and sinusoidal positions come in pairs: take an even width")
+    ffn_width = round(settings.ffn_ratio * width) if transformer else 0
+    if transformer and ffn_width < 1:
+        raise ShapeError(f"ffn_ratio {settings.ffn_ratio} of width {width} leaves no inner width: take a larger one")
     return Shape(
         architecture=settings.architecture,
         vocab_size=vocab_size,
         width=width,
         depth=settings.depth,
         heads=heads,
-        ffn_width=round(settings.ffn_ratio * width) if transformer else 0,
+        ffn_width=ffn_width,
         activation=settings.activation,
         norm=settings.norm,
         norm_position=settings.norm_position,
@@ -125,7 +128,7 @@ def make_shape(settings: Any, vocab_size: int) -> Shape:
     )
 
 
-def _heads(width: int) -> int:
+def default_heads(width: int) -> int:
     """As many heads as keep their size at 64 or the next divisor below it, which must be even."""
     sizes = [size for size in range(2, min(width, 64) + 1, 2) if width % size == 0]
     return width // max(sizes, default=width)

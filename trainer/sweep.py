@@ -16,7 +16,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ import yaml
 from tqdm import tqdm
 
 from trainer.job import REQUEUE, Stop, UserError
+from trainer.settings import FREE, check_same
 
 RESTARTS = 10  # of a run that asks to be started again, as after running out of memory
 POLL_S = 0.05
@@ -53,17 +56,29 @@ def make_runs(config: Path, out: Path, vary: list[str]) -> list[Path]:
     values: dict[str, list[Any]] = {}
     for text in vary:
         key, _, listed = text.partition("=")
+        if key in values:
+            raise UserError(f"--vary {key} is given twice: list all its values in one")
         if key not in base:
             raise UserError(f"--vary {text}: there is no setting {key!r}; train.yaml explains those there are")
         values[key] = [_value(word) for word in listed.split(",")]
+        if len(set(map(repr, values[key]))) < len(values[key]):
+            raise UserError(f"--vary {text}: a value is there twice, and its runs would share a folder")
     runs = []
     for chosen in itertools.product(*values.values()):
         settings = dict(zip(values, chosen, strict=True))
         folder = out / "_".join(f"{key}{value}" for key, value in settings.items())
         folder.mkdir(parents=True, exist_ok=True)
-        job.write_text(folder / "config.yaml", yaml.safe_dump({**base, **settings}, sort_keys=False))
+        _write_config(folder / "config.yaml", {**base, **settings})
         runs.append(folder)
     return runs
+
+
+def _write_config(file: Path, settings: dict[str, Any]) -> None:
+    """Writes a run's settings. Raises UserError where a run with others has begun there."""
+    if (file.parent / "metrics.jsonl").is_file() and file.is_file():
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        check_same({key: settings[key] for key in settings.keys() - FREE}, before, file.parent, "take another --out")
+    job.write_text(file, yaml.safe_dump(settings, sort_keys=False))
 
 
 def sweep(runs: list[Path], at_once: int, stop: Stop) -> int:
@@ -112,7 +127,17 @@ def _train(folder: str) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = ["train", "--config", f"{folder}/config.yaml", "--out", folder]
-    job.run(train.main)
+    stop = Stop()
+    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+    job.run(lambda: train.main(stop))
+
+
+def _end_with_the_sweep() -> None:
+    """Asks this run to stop, as a signal does, when the process that began it is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _hand_on(running: dict[Path, BaseProcess]) -> None:

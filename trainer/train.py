@@ -11,7 +11,8 @@ train.yaml explains the settings; config.yaml gives all of them. Into --out go
     DONE                 {"step": N}, last; a run that finds it does nothing, unless max_steps is more by now
 
 Exit code 75 asks to be started again: after SIGUSR1 or SIGTERM, which let the step end and save, and out of memory,
-with half the micro batch noted in deviation.json. 1: starting again would not help; the last line says why.
+with half the micro batch noted in deviation.json. 1: starting again would not help; the last line says why. torchrun
+makes a 1 of every code; srun and chiplog's jobs do not.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +31,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from trainer import job
+
+if __name__ == "__main__":
+    STOP = job.Stop()
 
 # isort: split
 import torch
@@ -45,27 +50,33 @@ from trainer.micro import fitted
 from trainer.models import make
 from trainer.optimizer import make_optimizer, schedule
 from trainer.ranks import Ranks, join
-from trainer.settings import FREE, checked
+from trainer.settings import check_same, checked, identity
 from trainer.tokens import Streams, Windows, open_tokens, validation_of
 
 VALIDATED_AT_ONCE = 8  # sequences; the same for every model, so that an LSTM's streams are
+STATES = {"adamw": 2, "adam": 2, "sgd": 1}  # tensors of a parameter's size that the optimizer keeps
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def main() -> int:
+def main(stop: Stop) -> int:
     """Exit code: 0 when the model is there, 75 when the run is to be started again."""
     parser = argparse.ArgumentParser(description="Trains a language model. train.yaml explains the settings.")
     parser.add_argument("--config", type=Path, required=True, help="YAML file with every setting")
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write to")
     arguments = parser.parse_args()
     config = checked(job.read_config(arguments.config, Path(__file__).with_suffix(".yaml")))
-    if done_steps(arguments.out) >= config.max_steps:
-        print(f"{arguments.out / 'DONE'} is there: nothing to do")
+    out = arguments.out
+    if done_steps(out) >= config.max_steps:
+        file = out / "model" / "config.json"
+        made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else identity(config)
+        check_same(identity(config), made, file, "take another --out")
+        print(f"{out / 'DONE'} is there: nothing to do")
         return 0
-    stop, ranks = Stop(), join(config.device)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    ranks = join(config.device)
+    out.mkdir(parents=True, exist_ok=True)
     try:
-        return 0 if Training(config, arguments.out, ranks).train(stop) else REQUEUE
+        with job.alone(out) if ranks.writes else nullcontext():
+            return 0 if Training(config, out, ranks).train(stop) else REQUEUE
     finally:
         ranks.leave()
 
@@ -93,17 +104,19 @@ class Training:
         read = Streams if config.architecture == "lstm" else Windows
         self.data = read(folder.split("train"), config.seq_len, config.batch_size, config.seed)
         self.validation = validation_of(folder.split("validation"), config.val_tokens)
-        identity = {key: value for key, value in vars(config).items() if key not in FREE}
-        self.identity = identity | {"dataset": folder.sha256["train"]}
+        hashes = {"dataset": folder.sha256["train"], "validation": self.validation.sha256}
+        self.identity = identity(config) | hashes
+        saved = load_checkpoint(out / "checkpoints", self.identity)
 
         self.model = make(config, folder.vocab_size).to(self.device)  # the same first values in every process
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "fp16")
-        self.micro = fitted(config, ranks, out, self._try)
-        self.step, self.validated, self.state = 0, -1, None
+        self.micro = fitted(config, ranks, out, saved["micro_batch_size"] if saved else None, self._try)
+        self.step, self.tokens, self.validated, self.state = 0, 0, -1, None
         self.train_s = self.checkpoint_s = 0.0  # of this start
-        self._resume()
+        if saved:
+            self._resume(saved)
         self.began_at, self.recorded = self.step, last_step(out / "metrics.jsonl")
         if self.step == 0 and config.overfit_steps and ranks.writes:
             write(out, [one_batch_overfit(self.model, self._first_loss, steps=config.overfit_steps)])
@@ -154,6 +167,8 @@ class Training:
             total=config.max_steps, initial=self.step, disable=not self.ranks.writes,
             mininterval=0.1 if sys.stderr.isatty() else 10.0,
         ) as bar:  # fmt: skip
+            if self._validation_is_due() and self.validated < self.step:
+                self.validate()  # a signal came before it
             while self.step < config.max_steps:
                 began = time.perf_counter()
                 done, stopped = self._optimizer_step(stop)
@@ -167,12 +182,14 @@ class Training:
                 if self.step % config.log_every_n_steps == 0 or self.step == config.max_steps:
                     done |= {"tokens_per_s": self.tokens_per_step / seconds, "seconds": seconds}
                     self._record("step", step=self.step, **done, **job.peak_memory(self.device))
-                if self.step % (config.run_val_every_n_steps or config.max_steps) == 0 or self.step == config.max_steps:
+                if self._validation_is_due() and not stopped:
                     self.validate()
                 if stopped or self._checkpoint_is_due():
                     self.checkpoint_s += self._save_checkpoint()
                 if stopped and self.step < config.max_steps:
                     return False
+        if self.validated < self.step:
+            self.validate()
         self._finish(self.train_s, self.checkpoint_s)
         return True
 
@@ -180,14 +197,17 @@ class Training:
         """One step on a batch, null if memory ran out in a process, and whether a signal came to any."""
         config = self.config
         loss, failed = job.within_memory(self._gradients)
-        loss, stops, failures = self.ranks.total(loss, stop.asked, failed)
+        loss, seen, stops, failures = self.ranks.total(loss, 0 if failed else self.seen, stop.asked, failed)
         if failures:
             return None, False
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {self.step + 1}")
+        self.state, self.tokens = self.next_state, self.tokens + round(seen)
         self.ranks.add_up(self.model.parameters())
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm or math.inf).item()
+        if not math.isfinite(norm) and not self.scaler.is_enabled():  # the scaler leaves such a step out
+            raise Diverged(f"the gradient's norm is {norm} at step {self.step + 1}")
         factor = schedule(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -195,31 +215,37 @@ class Training:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        n = self.tokens_per_step
+        n = round(seen)
         counts = {"tokens": n, "padded_tokens": n, "label_tokens": n, "samples": config.batch_size}
-        done = {"loss": loss, "lr": config.lr * factor, "grad_norm": norm, "flops": self.flops, **counts}
+        shown = norm if math.isfinite(norm) else None
+        done = {"loss": loss, "lr": config.lr * factor, "grad_norm": shown, "flops": self.flops, **counts}
         return done | {"longest_pass_tokens": self.micro.size * config.seq_len}, stops > 0
 
     def _gradients(self) -> float:
-        """Forward and backward passes over this process's rows; its part of the batch's mean loss, in nats a token."""
+        """Forward and backward passes over this process's rows; its part of the batch's mean loss, in nats a token.
+
+        Beside the gradients it leaves `seen`, targets of this process, and `next_state`, which counts once no process
+        has run out of memory.
+        """
         torch.manual_seed(seed_of(self.config.seed, self.step, self.ranks.rank, 1))  # dropout's, so none need be kept
         batch, carried, total = self.data.batch(self.step, self.rows), [], 0.0
         state = None if self.data.begins(self.step) else self.state
+        self.seen, self.next_state = 0, self.state
         for first in range(0, len(self.rows), self.micro.size):
             part = slice(first, first + self.micro.size)
             before = None if state is None else tuple(each[:, part] for each in state)
             loss, after = self._pass(batch[part].to(self.device), before)
             self.scaler.scale(loss).backward()
             total += loss.item()
+            self.seen += batch[part, 1:].numel()
             carried.append(after)
         if carried[0] is not None:
-            self.state = tuple(torch.cat([each[i] for each in carried], 1) for i in (0, 1))
+            self.next_state = tuple(torch.cat([each[i] for each in carried], 1) for i in (0, 1))
         return total
 
     def _pass(self, lines: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The loss of "row seq+1" lines as their part of the batch's mean, and the state after them."""
-        dtype = DTYPES[self.config.dtype]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
+        with self._autocast():
             hidden, after = self.forward(lines[:, :-1], state)
             return self.model.loss(hidden, lines[:, 1:]) / self.tokens_per_step, after
 
@@ -237,6 +263,8 @@ class Training:
             total += loss.item() * self.tokens_per_step
         self.model.train()
         loss, self.validated = total / self.validation.n_targets, self.step
+        if not math.isfinite(loss):
+            raise Diverged(f"the validation loss is {loss} after step {self.step}")
         self._record(
             "validation", step=self.step, loss=loss, label_tokens=self.validation.n_targets, samples=1,
             seconds=time.perf_counter() - began,
@@ -244,16 +272,27 @@ class Training:
         return loss
 
     def _first_loss(self, model: LanguageModel) -> Tensor:
-        """The mean loss of a model on the first micro batch."""
-        lines = self.data.batch(0, self.rows[: self.micro.size]).to(self.device)
-        hidden, _ = model(lines[:, :-1])
-        return model.loss(hidden, lines[:, 1:]) / lines[:, 1:].numel()
+        """The mean loss of a model on half of the first micro batch: a copy of the model needs memory too."""
+        lines = self.data.batch(0, self.rows[: max(1, self.micro.size // 2)]).to(self.device)
+        with self._autocast():
+            hidden, _ = model(lines[:, :-1])
+            return model.loss(hidden, lines[:, 1:]) / lines[:, 1:].numel()
 
     def _try(self, size: int) -> None:
-        """A forward and a backward pass of `size` sequences, without a trace."""
+        """A forward and a backward pass of `size` sequences beside what the optimizer will keep, without a trace."""
         zeros = torch.zeros(size, self.config.seq_len + 1, dtype=torch.int64, device=self.device)
+        kept = [torch.empty_like(p) for p in self.model.parameters() for _ in range(STATES[self.config.optimizer])]
         self.scaler.scale(self._pass(zeros, None)[0]).backward()
         self.optimizer.zero_grad(set_to_none=True)
+        del kept
+
+    def _autocast(self) -> torch.autocast:
+        dtype = DTYPES[self.config.dtype]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32)
+
+    def _validation_is_due(self) -> bool:
+        every = self.config.run_val_every_n_steps
+        return self.step == self.config.max_steps or bool(every and self.step and self.step % every == 0)
 
     def _take_less_memory(self) -> bool:
         """Saves what was done and notes a smaller micro batch for the next start; UserError where there is none."""
@@ -276,7 +315,9 @@ class Training:
         if self.ranks.writes:
             state = {
                 "step": self.step,
+                "tokens": self.tokens,
                 "validated": self.validated,
+                "micro_batch_size": self.micro.size,
                 "model": {name: p.detach().cpu() for name, p in self.model.named_parameters()},
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -289,16 +330,13 @@ class Training:
         self._record("checkpoint", step=self.step, seconds=seconds)
         return seconds
 
-    def _resume(self) -> None:
-        state = load_checkpoint(self.out / "checkpoints", self.identity)
-        if state is None:
-            return
+    def _resume(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(state["model"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.validated = state["step"], state["validated"]
+        self.step, self.tokens, self.validated = state["step"], state["tokens"], state["validated"]
         if state["carried"] is not None:
             rows = slice(self.rows.start, self.rows.stop)
             self.state = tuple(each[:, rows].to(self.device) for each in state["carried"])
@@ -311,9 +349,7 @@ class Training:
                 save_file(weights, folder / "model.safetensors")
                 job.write_json(folder / "config.json", vars(self.config) | {"shape": self.model.shape.as_dict()})
             planned = self.config.max_steps * self.tokens_per_step
-            seen = budget_met(
-                self.step * self.tokens_per_step, planned, self.data.epochs(self.step), self.config.max_epochs
-            )
+            seen = budget_met(self.tokens, planned, self.data.epochs(self.step), self.config.max_epochs)
             finite = outcome(
                 "finite loss", self.step + 1, [str(diverged)] if diverged else [], "at every step", "diverged"
             )
@@ -332,4 +368,4 @@ class Training:
 
 
 if __name__ == "__main__":
-    job.run(main)
+    job.run(lambda: main(STOP))

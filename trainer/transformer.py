@@ -22,7 +22,7 @@ class Transformer(LanguageModel):
     angles: Tensor  # of each position; no parameter
 
     def __init__(self, shape: Shape, rules: Parametrization, *, base_heads: int | None = None, dropout: float = 0.0):
-        """`base_heads`: heads of the model of the base shape; null: heads of the same size."""
+        """`base_heads`: heads of the model of the base shape; null: as many as keep their size."""
         super().__init__(shape, rules, dropout)
         width, seq_len = shape.width, shape.seq_len
         self.positions = Table(seq_len, width, "vector") if shape.position == "learned" else None
@@ -31,7 +31,7 @@ class Transformer(LanguageModel):
         self.blocks = nn.ModuleList(Block(shape, rules, scale, dropout) for _ in range(shape.depth))
         pre = shape.norm_position == "pre"
         self.norm = Norm(shape.norm, width, shape.bias, in_block=False) if pre else nn.Identity()
-        self.register_buffer("angles", _angles(shape), persistent=False)
+        self.register_buffer("angles", _angles(shape, rules.base_width), persistent=False)
 
     def forward(self, tokens: Tensor, state: None = None) -> tuple[Tensor, None]:
         """The hidden states of "batch seq" tokens, "batch seq width". A Transformer carries no state on."""
@@ -122,7 +122,7 @@ def _activated(x: Tensor, kind: str) -> Tensor:
             return F.silu(gate) * value
 
 
-def _angles(shape: Shape) -> Tensor:
+def _angles(shape: Shape, base_width: int) -> Tensor:
     """Of "seq ..." positions: cosines then sines for pairs of a head (rotary), or what is added to the embedding."""
     size = shape.head_dim if shape.position == "rotary" else shape.width
     if shape.position == "learned":
@@ -130,8 +130,8 @@ def _angles(shape: Shape) -> Tensor:
     steps = ROTARY_BASE ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     angles = torch.arange(shape.seq_len, dtype=torch.float64)[:, None] * steps
     parts = (angles.cos(), angles.sin())
-    if shape.position == "sinusoidal":  # arXiv:1706.03762, section 3.5, to the length that the embedding begins with
-        return torch.cat(parts[::-1], 1).float() / math.sqrt(size / 2)
+    if shape.position == "sinusoidal":  # arXiv:1706.03762, section 3.5, of length 1 at the base width; then of its size
+        return torch.cat(parts[::-1], 1).float() / math.sqrt(base_width / 2)
     return torch.cat(parts, 1).float()
 
 

@@ -69,8 +69,8 @@ def ended(*jobs: subprocess.Popen[str]) -> list[int]:
 
 
 def events(out: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind in metrics.jsonl."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """The lines of one kind in metrics.jsonl, but for one that is just being written."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()]
     return [line for line in lines if line["event"] == kind]
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from tests.trainer.helpers import ROOT, ended, events, same, start, weights, write_tokens
 from trainer.job import UserError
+from trainer.prepare import make_tokenizer, prepare
 from trainer.sample import generate, load_run
 from trainer.tokens import Streams, Windows, open_tokens, validation_of
 
@@ -66,12 +67,25 @@ def test_token_files_hold_the_text_and_are_the_same_twice(tokenizer: str, texts:
         (["--text", "TEXTS/a.txt"], "1 documents are too few"),
         (["--text", "TEXTS", "--tokenizer", "bpe:10"], "give bpe:N with N of at least 257"),
         (["--text", "TEXTS", "--tokenizer", "none.json"], "is no file: give bytes, bpe:N or the path"),
+        (["--text", "TEXTS", "--dataset", "some"], "give --text or --dataset, one of them"),
+        ([], "give --text or --dataset, one of them"),
     ],
 )
 def test_what_cannot_be_prepared_is_said_and_leaves_nothing(arguments: list, words: str, texts: Path, tmp_path: Path):
     given = [str(one).replace("TEXTS", str(texts)) for one in arguments]
     assert words in run("prepare", *given, "--out", tmp_path / "out", code=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_text_is_lost_to_a_tokenizer_that_cuts_or_fills_up(texts: Path, tmp_path: Path):
+    encoder = make_tokenizer("bytes", [])
+    encoder.enable_truncation(5)
+    encoder.enable_padding(length=9)
+    encoder.save(str(tmp_path / "cuts.json"))
+    for out, tokenizer in (("whole", "bytes"), ("cut", str(tmp_path / "cuts.json"))):
+        prepare(list(TEXTS.values()), tmp_path / out, tokenizer, 0.3, seed=0)
+    whole, cut = (open_tokens(tmp_path / out).split("train") for out in ("whole", "cut"))
+    assert np.array_equal(whole, cut)
 
 
 def test_a_folder_that_was_cut_off_is_refused(tokens: Path, tmp_path: Path):

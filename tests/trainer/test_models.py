@@ -154,6 +154,13 @@ def test_an_lstm_carries_its_state_on_as_if_the_text_were_one():
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"width": 0}, "width is 0: give a whole number of at least 1"),
         ({"base_heads": 3, "base_width": 16}, "base_heads 3 does not divide base_width 16"),
+        (
+            {"zero_query": True, "guard_steps": 2},
+            "behind what begins at 0 the first gradients are 0: give 0 or at least 3",
+        ),
+        ({"architecture": "lstm", "dtype": "fp16", "device": "cpu"}, "an LSTM cannot be trained in fp16 on a CPU"),
+        ({"ffn_ratio": 0.0}, "ffn_ratio 0.0 of width 128 leaves no inner width: take a larger one"),
+        ({"lr": float("inf")}, "lr is infinite"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused_with_words(changes: dict, words: str):

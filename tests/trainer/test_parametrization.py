@@ -142,3 +142,37 @@ def test_completep_keeps_the_stream_of_a_deep_model_as_it_is():
     ).param_groups
     assert {group["lr"] for group in groups} == {0.01}
     assert {round(group["eps"] / 1e-8, 6) for group in groups} == {1.0, 0.125}
+
+
+def test_sinusoidal_positions_grow_with_the_width_as_the_embedding_does():
+    sizes_ = [
+        made(position="sinusoidal", width=width, base_width=64, parametrization="mup").angles.abs().mean().item()  # pyright: ignore
+        for width in (64, 1024)
+    ]
+    assert sizes_[1] == pytest.approx(sizes_[0], rel=0.02)
+
+
+@pytest.mark.parametrize(("heads", "base"), [(None, 32), (1, 64), (2, 32)])
+def test_attention_under_mup_scales_from_the_head_size_at_the_base_width(heads: int | None, base: int):
+    """With heads left open the base model of width 32 has one of 32; with heads given, heads of the same size."""
+    model = made(width=64, base_width=32, parametrization="mup", heads=heads)
+    head = 64 // (heads or 1)
+    assert model.blocks[0].attention.scale == pytest.approx(base**0.5 / head)  # pyright: ignore
+
+
+def test_a_first_step_that_overflows_leaves_no_momentum_behind():
+    chosen = checked(config(optimizer="sgd", momentum=0.9, dtype="fp16", width=64, depth=1, seq_len=8))
+    model = made(width=64, depth=1, seq_len=8)
+    optimizer, scaler = make_optimizer(model, chosen), torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    del [[torch.full_like(p, torch.nan) for p in model.parameters()] for _ in range(3)][:]  # what new memory may hold
+    for value in (torch.inf, 1.0):
+        before = [p.detach().clone() for p in model.parameters()]
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        scaler.step(optimizer)
+        scaler.update()
+    for p, kept in zip(model.parameters(), before, strict=True):
+        moved = (kept - p.detach()) / chosen.lr
+        torch.testing.assert_close(moved, moved.flatten()[0].expand_as(moved), atol=1e-3, rtol=1e-3)
+        assert moved.abs().sum() > 0

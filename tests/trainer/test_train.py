@@ -44,7 +44,7 @@ def test_a_training_lowers_the_loss_and_leaves_what_it_says(settings: dict, tmp_
     assert ended(start(settings | {"run_val_every_n_steps": 10}, tmp_path / "run")) == [0]
     out = tmp_path / "run"
     assert {path.name for path in out.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "guards.json", "checkpoints", "model", "DONE",
+        "config.yaml", "metrics.jsonl", "guards.json", "checkpoints", "model", "DONE", ".working",
     }  # fmt: skip
     steps, (begun,), (end,) = (events(out, kind) for kind in ("step", "start", "end"))
     assert [e["step"] for e in steps] == list(range(1, 31)) and end["step"] == 30
@@ -167,4 +167,7 @@ def test_a_training_that_diverges_ends_as_a_result_and_the_guards_say_so(setting
 def test_a_checkpoint_of_other_settings_is_refused_by_name(settings: dict, tmp_path: Path):
     assert ended(start(settings, tmp_path / "run")) == [0]
     job = start(settings | {"lr": 0.02, "max_steps": 40}, tmp_path / "run")
-    assert "was made with another lr" in job.communicate(timeout=100)[1] and job.returncode == 1
+    assert (
+        "was made with another max_steps, lr (its lr_schedule falls to max_steps" in job.communicate(timeout=100)[1]
+        and job.returncode == 1
+    )

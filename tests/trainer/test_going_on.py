@@ -1,0 +1,235 @@
+"""What a training goes on from: settings that must be the same, folders that are its alone, files that broke."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.trainer.helpers import ROOT, ended, events, same, start, weights
+from trainer import checkpoints, job
+from trainer.job import Stop, UserError
+from trainer.micro import fitted
+from trainer.ranks import Ranks
+from trainer.sample import load_run
+from trainer.settings import checked
+from trainer.sweep import make_runs
+from trainer.train import Training
+
+CPU = Ranks(torch.device("cpu"))
+
+
+@pytest.fixture
+def settings(settings: dict[str, Any]) -> dict[str, Any]:
+    return settings | {"overfit_steps": 0, "max_epochs": 9.0, "lr_schedule": "constant"}
+
+
+def made(settings: dict[str, Any], out: Path) -> Training:
+    """A training in this process."""
+    out.mkdir(exist_ok=True)
+    return Training(checked(SimpleNamespace(**settings)), out, CPU)
+
+
+def asked() -> Stop:
+    """A signal that came before the first step."""
+    stop = Stop.__new__(Stop)
+    stop.asked = True
+    return stop
+
+
+def quiet() -> Stop:
+    """No signal."""
+    stop = asked()
+    stop.asked = False
+    return stop
+
+
+def guards(out: Path) -> dict[str, bool]:
+    return {one["guard"]: one["ok"] for one in json.loads((out / "guards.json").read_text())}
+
+
+def test_what_falls_to_the_last_step_is_not_extended(settings: dict, tmp_path: Path):
+    assert made(settings | {"lr_schedule": "cosine"}, tmp_path).train(quiet())
+    with pytest.raises(UserError, match=r"another max_steps \(its lr_schedule falls to max_steps, so it cannot be ext"):
+        made(settings | {"lr_schedule": "cosine", "max_steps": 40}, tmp_path)
+
+
+def test_other_validation_data_are_not_mixed_into_a_run(settings: dict, tmp_path: Path):
+    assert made(settings, tmp_path).train(quiet())
+    with pytest.raises(UserError, match="another val_tokens, validation"):
+        made(settings | {"max_steps": 40, "val_tokens": 100}, tmp_path)
+
+
+def test_a_finished_training_of_other_settings_is_not_taken_for_this_one(settings: dict, tmp_path: Path):
+    assert ended(start(settings, tmp_path)) == [0]
+    again = start(settings | {"width": 64}, tmp_path)
+    assert "was made with another width: put it back, or take another --out" in again.communicate(timeout=100)[1]
+    assert again.returncode == 1
+
+
+def test_a_sweep_overwrites_no_run_of_other_settings(settings: dict, tmp_path: Path):
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump(settings))
+    (run,) = make_runs(base, tmp_path / "out", ["seed=0"])
+    (run / "metrics.jsonl").write_text("")
+    assert make_runs(base, tmp_path / "out", ["seed=0"]) == [run]
+    base.write_text(yaml.safe_dump(settings | {"width": 64}))
+    with pytest.raises(UserError, match="another width: put it back, or take another --out"):
+        make_runs(base, tmp_path / "out", ["seed=0"])
+    assert yaml.safe_load((run / "config.yaml").read_text())["width"] == 32
+    with pytest.raises(UserError, match="a value is there twice"):
+        make_runs(base, tmp_path / "out", ["lr=0.1,1e-1"])
+    with pytest.raises(UserError, match="seed is given twice"):
+        make_runs(base, tmp_path / "out", ["seed=0", "seed=1"])
+
+
+def test_two_processes_do_not_train_in_one_folder(settings: dict, tmp_path: Path):
+    with job.alone(tmp_path):
+        second = start(settings, tmp_path)
+        assert "another process works in" in second.communicate(timeout=100)[1] and second.returncode == 1
+    assert ended(start(settings, tmp_path)) == [0]
+
+
+def test_what_a_killed_sweep_began_saves_and_ends(settings: dict, tmp_path: Path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(settings | {"max_steps": 100_000, "max_epochs": 1e9}))
+    command = [sys.executable, "-m", "trainer.sweep", "--config", str(tmp_path / "base.yaml"), "--vary", "seed=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    sweep = subprocess.Popen([*command, "--out", str(tmp_path / "out")], cwd=ROOT, env=environment)
+    run = tmp_path / "out" / "seed0"
+    give_up = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or not events(run, "step"):
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+    sweep.kill()
+    sweep.wait()
+    while not (run / "checkpoints").exists():
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+    time.sleep(0.5)
+    with job.alone(run):
+        assert events(run, "checkpoint")
+
+
+def test_memory_that_ran_out_in_another_process_leaves_the_carried_state(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    training = made(settings | {"architecture": "lstm"}, tmp_path)
+    training._optimizer_step(quiet())
+    training.step += 1
+    before, tokens = training.state, training.tokens
+    monkeypatch.setattr(Ranks, "total", lambda self, *values: [*values[:-1], 1.0])
+    assert training._optimizer_step(quiet()) == (None, False)
+    assert training.state is before and training.tokens == tokens == 8 * 16
+
+
+def test_a_last_step_that_ruins_the_weights_is_no_success(settings: dict, tmp_path: Path):
+    assert made(settings | {"lr": 1e9, "optimizer": "sgd", "clip_grad_norm": 0.0, "max_steps": 2}, tmp_path).train(
+        quiet()
+    )
+    assert json.loads((tmp_path / "DONE").read_text()) == {"step": 2, "diverged": True}
+    assert not guards(tmp_path)["finite loss"] and not events(tmp_path, "validation")
+
+
+def test_a_signal_saves_before_it_validates_and_what_was_due_follows(settings: dict, tmp_path: Path):
+    settings = settings | {"run_val_every_n_steps": 1, "max_steps": 3}
+    assert not made(settings, tmp_path).train(asked())
+    assert events(tmp_path, "checkpoint") and not events(tmp_path, "validation")
+    assert made(settings, tmp_path).train(quiet())
+    assert [event["step"] for event in events(tmp_path, "validation")] == [1, 2, 3]
+
+
+def test_a_run_that_has_more_steps_than_it_needs_is_validated_all_the_same(settings: dict, tmp_path: Path):
+    settings = settings | {"warmup_steps": 0}
+    training = made(settings, tmp_path)
+    training.config.max_steps = 7
+    training.config.save_every_n_steps = 5
+    assert training.train(quiet())
+    (tmp_path / "metrics.jsonl").unlink()
+    saved = torch.load(tmp_path / "checkpoints" / "step_7" / "state.pt", weights_only=True)
+    torch.save(saved | {"validated": -1}, tmp_path / "checkpoints" / "step_7" / "state.pt")
+    assert made(settings | {"max_steps": 6}, tmp_path).train(quiet())
+    assert [event["step"] for event in events(tmp_path, "validation")] == [7]
+    assert not guards(tmp_path)["budget met"]
+
+
+def test_text_that_was_not_trained_on_is_not_in_the_budget(settings: dict, tmp_path: Path):
+    training = made(settings, tmp_path)
+    whole = training.data.batch
+    training.data.batch = lambda step, rows: whole(step, range(rows.start, rows.stop // 2))
+    assert training.train(quiet())
+    assert not guards(tmp_path)["budget met"]
+
+
+def test_an_interrupted_run_goes_on_with_the_micro_batch_it_had(settings: dict, tmp_path: Path):
+    training = made(settings | {"micro_batch_size": None}, tmp_path)
+    training.micro = training.micro._replace(size=2)
+    assert not training.train(asked())
+    assert made(settings | {"micro_batch_size": None}, tmp_path).micro.size == 2
+    config = checked(SimpleNamespace(**settings | {"micro_batch_size": None}))
+    assert fitted(config, CPU, tmp_path, 3, lambda size: None).size == 8  # 3 is no part of the batch any more
+
+
+def test_a_checkpoint_that_broke_names_the_one_before_it(settings: dict, tmp_path: Path):
+    settings = settings | {"save_every_n_steps": 10, "keep_checkpoints": 2, "max_steps": 20}
+    assert made(settings, tmp_path).train(quiet())
+    last = tmp_path / "checkpoints" / "step_20"
+    for broken in (b"", (last / "state.pt").read_bytes()[:500], b"\x80\x02\xff" * 40):
+        (last / "state.pt").write_bytes(broken)
+        with pytest.raises(UserError, match=r"step_20 cannot be read \(.+\): remove it to go on from step_10"):
+            made(settings, tmp_path)
+
+
+def test_a_disk_that_fills_leaves_no_part_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / ".step_3.tmp").mkdir()
+
+    def full(_state: dict, file: Path) -> None:
+        file.write_bytes(b"a part")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"step_5 could not be written \(.+\): free disk space and start again"):
+        checkpoints.save_checkpoint(tmp_path, {"step": 5})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_during_the_imports_is_remembered(settings: dict, tmp_path: Path):
+    early = start(settings, tmp_path)
+    give_up = time.monotonic() + 30
+    while not listens(early.pid):
+        assert time.monotonic() < give_up and early.poll() is None
+        time.sleep(0.005)
+    assert "libtorch" not in Path(f"/proc/{early.pid}/maps").read_text()
+    early.send_signal(signal.SIGUSR1)
+    assert ended(early) == [75]
+    assert ended(start(settings, tmp_path)) == [0]
+    assert ended(start(settings, tmp_path / "whole")) == [0]
+    assert same(weights(tmp_path), weights(tmp_path / "whole"))
+
+
+def listens(pid: int) -> bool:
+    """Whether a process catches SIGUSR1."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
+def test_a_model_that_lost_a_matrix_is_refused(settings: dict, tmp_path: Path):
+    from safetensors.torch import save_file
+
+    assert made(settings, tmp_path).train(quiet())
+    load_run(tmp_path)
+    kept = weights(tmp_path)
+    kept.pop("blocks.0.attention.out.weight")
+    save_file(kept, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UserError, match=r"model is not whole \((.|\n)*attention.out(.|\n)*\): train again"):
+        load_run(tmp_path)
