@@ -43,8 +43,9 @@ def load_checkpoint(checkpoints: Path, identity: dict[str, Any]) -> dict[str, An
         state = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
         made = dict(state["identity"])
     except Exception as error:  # a file with a wrong byte raises whatever that byte leads to
+        said = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         then = f"go on from {before[-1].name}" if before[-1] else "start anew"
-        raise UserError(f"{last} cannot be read ({str(error) or type(error).__name__}): remove it to {then}") from error
+        raise UserError(f"{last} cannot be read ({said}): remove it to {then}") from error
     check_same(identity, made, last, f"remove {checkpoints}")
     return state
 

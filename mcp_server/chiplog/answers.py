@@ -70,7 +70,9 @@ class LawAnswer(Answer):
     standard_errors: dict[str, float | None] = Field(description="Spread of each over the draws; null: without bound.")
     identifiable: bool = Field(description="Whether these runs can tell the law's parts.")
     why: str = Field(description="Why, or what is missing.")
-    optimal_n_exponent: float = Field(description="The best N for compute C = 6ND grows as C to this power.")
+    optimal_n_exponent: float | None = Field(
+        description="The best N for compute C = 6ND grows as C to this power; null where a term does not fall."
+    )
     optimal_n_exponent_ci: list[float] | None = Field(description="Its interval; null without draws.")
     profile_of_E: dict[str, list[float]] = Field(description="Values of E, and the least objective at each.")
     n: int = Field(description="Points that were fitted.")

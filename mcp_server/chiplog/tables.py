@@ -272,11 +272,15 @@ def law_words(found: Mapping[str, Any]) -> str:
             "| --- | --- | --- |",
             *rows,
             "",
-            f"Objective {found['objective']:.6e}. Best N grows as C^{found['optimal_n_exponent']:.3f} "
+            f"Objective {found['objective']:.6e}. Best N grows as C^{_exponent(found['optimal_n_exponent'])} "
             f"({_between(found['optimal_n_exponent_ci'])}).",
             f"{told}: {found['why']}",
         ]
     )
+
+
+def _exponent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _between(interval: Sequence[float] | None) -> str:

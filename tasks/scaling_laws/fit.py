@@ -2,19 +2,18 @@
 
     python fit.py FILE.csv [--all] [--drop-largest K] [--bootstrap 4000] [--seed 0]
 
-Columns by name: N (parameters), D (tokens) or C_flops (then D = C / 6N), loss. Where they are there, rows with
-used_in_fit = 0 are left out and counted unless --all, rows of the same `run` are drawn together in the bootstrap, and
-`decayed` = 0 marks points taken before the learning rate had decayed. Prints one JSON object.
+table.py says how the table is read: N (parameters), D (tokens) or C_flops (then D = C / 6N), loss. Where they are
+there, rows with used_in_fit = 0 are left out and counted unless --all, rows of the same `run` are drawn together in the
+bootstrap, and `decayed` = 0 marks points taken before the learning rate had decayed. Prints one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,16 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tasks.scaling_laws import law
 from tasks.scaling_laws.law import Array, Fit
+from tasks.scaling_laws.table import NEEDED, Points, read_points
 from trainer import job
-from trainer.job import UserError
 
-NEEDED = 6  # points: one more than parameters
-SAME_RATIO = 1.1  # tokens per parameter that differ by less are one ratio
+__all__ = ["NEEDED", "Points", "read_points"]
+TESTED = 200  # draws that decide whether the points identify the law, where fewer are asked for
+ONE_LINE = 0.15  # spread of log D about a line in log N; less is one line, on which the terms cannot be told apart
+STRAY = 0.1  # share of the points that may lie off a line and leave it one
+VAGUE = 4.0  # an exponent whose interval is wider than by this factor is open
 LEVEL = 0.95  # of the intervals
 WIDE = 0.25  # an interval of E wider than this share of the lowest loss leaves it open
-LARGEST = 700.0  # of a logarithm that is drawn: more is no number
 AT_ONCE = 500  # weightings fitted at once, which bounds memory
 
 
@@ -48,76 +49,29 @@ def main() -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Points:
-    """What is fitted, "point" each, and what was left out."""
-
-    n: Array
-    d: Array
-    loss: Array
-    run: list[str]
-    undecayed: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)
-
-
-def read_points(file: Path, *, use_all: bool = False, drop_largest: int = 0) -> Points:
-    """The rows of a table. Raises UserError for one that is no table, lacks a column or has a wrong number."""
-    rows = _rows(file)
-    has = set(rows[0])
-    if missing := [name for name in ("N", "loss") if name not in has] or ["D"] * (not has & {"D", "C_flops"}):
-        raise UserError(
-            f"{file} has the columns {', '.join(rows[0])}: it needs N, loss, and D or C_flops; {missing[0]} is missing"
-        )
-    left_out = {"used_in_fit is 0": 0, "no loss": 0, "the largest losses": 0}
-    kept: list[tuple[float, float, float, str, bool]] = []
-    for number, row in enumerate(rows, 2):
-        if row.get("used_in_fit") == "0" and not use_all:
-            left_out["used_in_fit is 0"] += 1
-            continue
-        loss = _number(row, "loss", file, number, may_fail=True)
-        if loss is None:  # diverged, or never validated
-            left_out["no loss"] += 1
-            continue
-        n = _number(row, "N", file, number)
-        d = _number(row, "D", file, number) if row.get("D") else _number(row, "C_flops", file, number) / (6 * n)
-        kept.append((n, d, loss, row.get("run") or str(number), row.get("decayed") == "0"))
-    if drop_largest:
-        kept = sorted(kept, key=lambda point: point[2])[: max(0, len(kept) - drop_largest)]
-        left_out["the largest losses"] = drop_largest
-    if len(kept) < NEEDED:
-        raise UserError(f"{file} leaves {len(kept)} points, and a law of 5 parameters needs {NEEDED}: add runs")
-    n, d, loss = (np.array([point[i] for point in kept], dtype=float) for i in range(3))
-    undecayed = sum(point[4] for point in kept)
-    return Points(n, d, loss, [point[3] for point in kept], undecayed, {k: v for k, v in left_out.items() if v})
-
-
 def fit_law(points: Points, bootstrap: int, seed: int) -> dict[str, Any]:
     """What is printed: law, objective (a sum), intervals, whether the points identify the law, and why or why not."""
     found = law.fit(points.n, points.d, points.loss)
-    draws = _bootstrap(points, found, bootstrap, seed)
-    laws = (
-        np.column_stack([np.exp(np.minimum(draws[:, :3], LARGEST)), draws[:, 3:]]) if len(draws) else np.empty((0, 5))
-    )
-    ci = {name: _interval(laws[:, i]) for i, name in enumerate(law.NAMES)} if len(laws) else {}
-    errors = {name: _spread(laws[:, i]) for i, name in enumerate(law.NAMES)} if len(laws) > 1 else {}
-    open_because = why_open(points, found, ci.get("E"))
+    tested = law.laws(_bootstrap(points, found, max(bootstrap, TESTED), seed))
+    laws = tested[:bootstrap]
+    open_because = why_open(points, found, tested)
     alpha, beta = found.law["alpha"], found.law["beta"]
-    share = laws[:, 4] / (laws[:, 3] + laws[:, 4]) if len(laws) else laws[:, 0]
+    falls = alpha > 0 and beta > 0 and bool((laws[:, 3:] > 0).all())
     return {
         **found.law,
         "objective": found.objective,
-        "ci": ci,
+        "ci": {name: _interval(laws[:, i]) for i, name in enumerate(law.NAMES)} if len(laws) else {},
         "ci_level": LEVEL,
-        "standard_errors": errors,
+        "standard_errors": {name: _spread(laws[:, i]) for i, name in enumerate(law.NAMES)} if len(laws) > 1 else {},
         "identifiable": not open_because,
-        "why": " ".join(open_because) or _why_known(points, ci.get("E")),
-        # Of a compute budget C = 6ND the best N grows as C^a, the best D as C^(1-a).
-        "optimal_n_exponent": beta / (alpha + beta),
-        "optimal_n_exponent_ci": _interval(share) if len(share) else None,
+        "why": " ".join([*(open_because or [_why_known(points, _interval(tested[:, 0]))]), *points.notes]),
+        # Of a compute budget C = 6ND the best N grows as C^a, the best D as C^(1-a); null where a term does not fall.
+        "optimal_n_exponent": beta / (alpha + beta) if falls else None,
+        "optimal_n_exponent_ci": _interval(laws[:, 4] / laws[:, 3:].sum(1)) if falls and len(laws) else None,
         "profile_of_E": profile(points, found),
         "n": len(points.loss),
         "n_runs": len(set(points.run)),
-        "bootstrap": len(draws),
+        "bootstrap": len(laws),
         "left_out": points.left_out,
     }
 
@@ -130,39 +84,66 @@ def profile(points: Points, found: Fit, steps: int = 21) -> dict[str, list[float
     return {"E": floor.tolist(), "objective": values.tolist()}
 
 
-def why_open(points: Points, found: Fit, interval: list[float] | None) -> list[str]:
-    """Why these points do not identify the law, a sentence each; none where they do."""
-    wrong = []
-    ratios = np.log(points.d / points.n)
-    if math.exp(np.ptp(ratios)) < SAME_RATIO:
+def why_open(points: Points, found: Fit, laws: Array) -> list[str]:
+    """Why these points do not identify the law, a sentence each; none where they do. `laws` "draw 5": the bootstrap."""
+    wrong = [*_too_few(points)]
+    if _on_one_line(points):
+        ratios = points.d / points.n
         wrong.append(
-            f"All {len(ratios)} points have {math.exp(np.median(ratios)):.3g} tokens per parameter, so N and D grow "
-            "together and their terms cannot be told apart: it needs at least two token ratios."
+            f"The {len(ratios)} points have {ratios.min():.3g} to {ratios.max():.3g} tokens per parameter and lie on "
+            "one line, where N and D grow together and their terms cannot be told apart: it needs at least two token "
+            "ratios."
         )
-    for values, what in ((points.n, "numbers of parameters"), (points.d, "numbers of tokens")):
-        if (n := len(np.unique(np.round(np.log(values), 2)))) < 3:
-            wrong.append(f"There are only {n} {what}, and the bend of a power law with a floor shows from 3 on.")
     if points.undecayed:
         wrong.append(
             f"{points.undecayed} points were taken before the learning rate had decayed; they lie above the loss that "
             "a run of that length would reach: fit the ends of runs."
         )
     lowest = float(points.loss.min())
-    if interval and interval[1] - interval[0] > WIDE * lowest:
-        least = round(interval[0], 6)  # a fit goes towards 0 without end
+    low, high = _interval(laws[:, 0])
+    if high - low > WIDE * lowest:
+        least = round(low, 6)  # a fit goes towards 0 without end
         wrong.append(
-            f"The draws leave E anywhere between {least:.3g} and {interval[1]:.3g}, the lowest loss being "
-            f"{lowest:.3g}: it needs larger runs, or more of them."
+            f"The draws leave E anywhere between {least:.3g} and {high:.3g}, the lowest loss being {lowest:.3g}: it "
+            "needs larger runs, or more of them."
         )
-    if found.law["E"] < 1e-3 * lowest:
-        wrong.append("The best E is 0: the points show no floor, and the exponents are those of a law without one.")
+    for place, (name, what) in enumerate({"alpha": "sizes", "beta": "lengths"}.items(), 3):
+        low, high = _interval(laws[:, place])
+        if min(low, found.law[name]) <= 0 or high > VAGUE * low:
+            wrong.append(f"The draws leave {name} anywhere between {low:.3g} and {high:.3g}: it needs more {what}.")
     return wrong
 
 
-def _why_known(points: Points, interval: list[float] | None) -> str:
+def _too_few(points: Points) -> Iterator[str]:
+    """What the points lack before they are looked at closer."""
+    if np.ptp(points.loss) <= 1e-9 * points.loss.max():
+        yield "All losses are the same, and a law says how they fall."
+    least = len(law.NAMES) + 2
+    if (n := len({(n, d) for n, d in zip(points.n, points.d, strict=True)})) < least:
+        yield f"There are {n} different points; {least} are needed to tell how well a law of 5 parameters is known."
+    elif (n := len(set(points.run))) < least:
+        yield f"The points are of {n} runs, which vary as one each; {least} are needed to tell how well it is known."
+    for values, what in ((points.n, "numbers of parameters"), (points.d, "numbers of tokens")):
+        if (n := len(np.unique(np.round(np.log(values), 2)))) < 3:
+            yield f"There are only {n} {what}, and the bend of a power law with a floor shows from 3 on."
+
+
+def _on_one_line(points: Points) -> bool:
+    """Whether all points but a few strays have D as one power of N."""
+    x, y = np.log(points.n), np.log(points.d)
+    if np.ptp(x) < ONE_LINE or np.ptp(y) < ONE_LINE:
+        return False  # one size or one length, which is said otherwise
+    off = np.abs(y - np.polyval(np.polyfit(x, y, 1), x))
+    near = np.argsort(off)[: len(off) - math.ceil(STRAY * len(off))]
+    if np.ptp(x[near]) < ONE_LINE:
+        return False
+    return float(np.std(y[near] - np.polyval(np.polyfit(x[near], y[near], 1), x[near]))) < ONE_LINE
+
+
+def _why_known(points: Points, interval: list[float]) -> str:
     ratios = points.d / points.n
     words = f"{len(ratios)} points with {ratios.min():.3g} to {ratios.max():.3g} tokens per parameter"
-    return f"{words} hold E within {interval[0]:.4g} to {interval[1]:.4g}." if interval else f"{words}."
+    return f"{words} hold E within {interval[0]:.4g} to {interval[1]:.4g}."
 
 
 def _bootstrap(points: Points, found: Fit, n: int, seed: int) -> Array:
@@ -186,35 +167,6 @@ def _spread(values: Array) -> float | None:
     with np.errstate(over="ignore", invalid="ignore"):
         spread = float(values.std(ddof=1))
     return spread if math.isfinite(spread) else None
-
-
-def _rows(file: Path) -> list[dict[str, str]]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    if "\0" in text:
-        raise UserError(f"{file} holds NUL bytes, as a file does that was cut off as it was written: make it again")
-    rows = list(csv.DictReader(text.splitlines(), strict=True))
-    if not rows:
-        raise UserError(f"{file} has no rows below its header: there is nothing to fit")
-    return rows
-
-
-def _number(row: dict[str, str], name: str, file: Path, line: int, may_fail: bool = False) -> Any:
-    """A positive number; null for a loss that is none, which a run that diverged leaves."""
-    text = (row.get(name) or "").strip()
-    try:
-        value = float(text)
-    except ValueError:
-        if may_fail and text.lower() in ("", "none", "null"):
-            return None
-        raise UserError(f"{file} line {line}: {name} is {text!r}; give a number above 0") from None
-    if math.isfinite(value) and value > 0:
-        return value
-    if may_fail and not math.isfinite(value):
-        return None
-    raise UserError(f"{file} line {line}: {name} is {text}; give a number above 0")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ NAMES = ("E", "A", "B", "alpha", "beta")
 GRID = {"e": (-1.0, -0.2, 0.6), "a": (2.0, 6.0, 10.0, 16.0), "b": (2.0, 6.0, 10.0, 16.0), "alpha": (0.2, 0.5, 0.9),
         "beta": (0.2, 0.5, 0.9)}  # fmt: skip
 MOST_STEPS = 400
+LARGEST = 700.0  # of a logarithm: more is no number
 SMOOTH = (1.0, 1e-1, 1e-2)  # deltas that the first steps of a start take, so that few points do not hold it
 
 
@@ -33,7 +34,12 @@ class Fit(NamedTuple):
     @property
     def law(self) -> dict[str, float]:
         """E, A, B, alpha, beta."""
-        return dict(zip(NAMES, (*np.exp(self.theta[:3]).tolist(), *self.theta[3:].tolist()), strict=True))
+        return dict(zip(NAMES, laws(self.theta).tolist(), strict=True))
+
+
+def laws(theta: Array) -> Array:
+    """E, A, B, alpha, beta of "... 5" minima. What is beyond all numbers, as of a term too steep to tell, is 1e304."""
+    return np.concatenate([np.exp(np.minimum(theta[..., :3], LARGEST)), theta[..., 3:]], -1)
 
 
 def predicted(theta: Array, n: Array, d: Array) -> Array:

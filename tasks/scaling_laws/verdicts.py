@@ -138,7 +138,8 @@ def _isoflop_verdict(analysis: Analysis) -> str:
     words = f"isoFLOP: {len(known)} of {len(analysis.isoflop)} budgets have a best size between those trained"
     if grown is None:
         return f"Not shown: {words}, and an exponent needs three."
-    other = f"; the law says {law['optimal_n_exponent']:.2f}" if isinstance(law, dict) else ""
+    exponent = law["optimal_n_exponent"] if isinstance(law, dict) else None
+    other = "" if exponent is None else f"; the law says {exponent:.2f}"
     return f"{words}; it grows as C^{grown:.2f}{other}. The budgets share runs, so this has no interval."
 
 

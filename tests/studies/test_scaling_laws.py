@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -132,8 +133,8 @@ def test_compute_may_stand_for_tokens(tmp_path: Path):
         ("N,D,loss\n1,2,3\n\0\0\0", "holds NUL bytes"),
         ("N,loss\n1,2\n", "D is missing"),
         ("D,loss\n1,2\n", "N is missing"),
-        ("N,D,loss\n1,2,3\n1,2,-3\n", "line 3: loss is -3; give a number above 0"),
-        ("N,D,loss\n1,0,3\n", "line 2: D is 0; give a number above 0"),
+        ("N,D,loss\n1,2,3\n1,2,-3\n", "line 3: loss is '-3'; give a number above 0"),
+        ("N,D,loss\n1,0,3\n", "line 2: D is '0'; give a number above 0"),
         ("N,D,loss\nmany,2,3\n", "line 2: N is 'many'; give a number above 0"),
         ("N,D,loss\n" + "1,2,3\n" * 5, "leaves 5 points"),
         ("N,D,loss\n" + "1,2,nan\n" * 9, "leaves 0 points"),
@@ -143,6 +144,89 @@ def test_a_table_that_cannot_be_fitted_is_an_error_in_words(text: str, words: st
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(UserError, match=words):
         fit.read_points(tmp_path / "t.csv")
+
+
+def line_of(ratio: np.ndarray, noise: float = 0.01, seed: int = 0) -> fit.Points:
+    """The law TRUE at 30 sizes with these tokens per parameter."""
+    n = np.geomspace(1e6, 1e9, 30)
+    d = n * ratio
+    loss = TRUE["E"] + TRUE["A"] / n ** TRUE["alpha"] + TRUE["B"] / d ** TRUE["beta"]
+    loss = loss * np.exp(noise * np.random.default_rng(seed).standard_normal(30))
+    return fit.Points(n, d, loss, [str(i) for i in range(30)])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_line_with_jitter_or_a_stray_point_is_still_one_line(seed: int):
+    jitter = 20 * np.exp(0.05 * np.random.default_rng(seed).standard_normal(30))
+    stray = np.where(np.arange(30) == 7 * seed, 100, 20)
+    for ratio in (jitter, stray):
+        found = fit.fit_law(line_of(ratio, seed=seed), 0, 0)
+        assert not found["identifiable"] and "needs at least two token ratios" in found["why"]
+    two = fit.fit_law(line_of(np.where(np.arange(30) % 2, 100.0, 5.0), 0.001, seed), 0, 0)
+    assert "token ratios" not in two["why"]
+
+
+def test_what_rests_on_nothing_is_not_identified():
+    points = made()
+    few = np.array([0, 15, 40, 70, 100, 127])
+    cut = fit.Points(points.n[few], points.d[few], points.loss[few], list("abcdef"))
+    again = fit.Points(*(np.tile(each, 8) for each in (cut.n, cut.d, cut.loss)), [str(i) for i in range(48)])  # pyright: ignore
+    for case, words in (
+        (cut, "There are 6 different points; 7 are needed"),
+        (again, "There are 6 different points; 7 are needed"),
+        (dataclasses.replace(points, run=["one"] * 128), "The points are of 1 runs"),
+        (dataclasses.replace(points, loss=np.full(128, 2.0)), "All losses are the same"),
+    ):
+        found = fit.fit_law(case, 0, 0)
+        assert not found["identifiable"] and words in found["why"], found["why"]
+        json.dumps(found, allow_nan=False)
+    noise = np.random.default_rng(0).uniform(2, 3, 128)
+    assert not fit.fit_law(dataclasses.replace(points, loss=noise), 0, 0)["identifiable"]
+
+
+def test_a_law_without_a_floor_is_known_to_have_none():
+    points = made()
+    loss = points.loss - TRUE["E"]
+    found = fit.fit_law(dataclasses.replace(points, loss=loss), 0, 0)
+    assert found["E"] == pytest.approx(0, abs=1e-6) and found["identifiable"], found["why"]
+
+
+HEADER, ROWS = "N,D,loss,used_in_fit,run,decayed", [f"{10**k},{10 ** (9 - k)},{2 + k / 9}" for k in range(1, 9)]
+
+
+@pytest.mark.parametrize("no", ["0", "0.0", "False", "false", " 0", "no", "F"])
+@pytest.mark.parametrize("header", [HEADER, "n , d , Loss , Used_In_Fit , RUN , Decayed", HEADER.replace(",", ", ")])
+def test_flags_and_names_are_read_as_people_write_them(no: str, header: str, tmp_path: Path):
+    rows = [f"{row},{no if i == 3 else ''},,{no if i == 5 else 'True'}" for i, row in enumerate(ROWS)]
+    text = "\ufeff# a remark, with commas\n\n" + "\n".join([header, *rows]) + "\n"
+    for separator in ",;\t":
+        (tmp_path / "t.csv").write_text(text.replace(",", separator))
+        points = fit.read_points(tmp_path / "t.csv")
+        assert (len(points.loss), points.left_out, points.undecayed) == (7, {"used_in_fit is 0": 1}, 1)
+        assert points.run[0] == "4"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("N,D,loss\n\n\n1,2,3\n1,0,3\n", r"line 5: D is '0'"),
+        ("N,D,loss,used_in_fit\n1,2,3,perhaps\n", r"line 2: used_in_fit is 'perhaps'; give 1 or 0"),
+        ('N,D,loss\n1,2,"3\n', r"line 2 is not CSV: unexpected end of data"),
+        ("N,D,loss\n1,2,3,4\n", r"line 2 has 4 cells, and the header 3"),
+        ("N,D,loss,loss\n1,2,3,4\n", r"has two columns loss: remove one"),
+        ("n,N,Loss,LOSS,D\n1,2,3,4,5\n", r"has two columns loss: remove one"),
+    ],
+)
+def test_a_table_that_is_ambiguous_or_broken_is_an_error_in_words(text: str, words: str, tmp_path: Path):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=words):
+        fit.read_points(tmp_path / "t.csv")
+
+
+def test_compute_that_contradicts_the_tokens_is_said(tmp_path: Path):
+    rows = [row | {"C_flops": (9 if i < 5 else 6.1) * row["N"] * row["D"]} for i, row in enumerate(rows_of(made()))]
+    found = fit.fit_law(fit.read_points(table(tmp_path / "t.csv", rows)), 0, 0)
+    assert found["why"].endswith("In 5 rows C_flops is not 6ND; D was used there.")
 
 
 @pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published points are not beside the checkout")
