@@ -366,6 +366,7 @@ def _reason(go: Attempt) -> str | None:
         return HELD
     if not go.state.ended:
         return f"waits: {go.reason}" if go.reason not in ("", "None") else None
-    if go.reason == "Dependency":
+    # Accounting keeps the reason for which a job waited, whatever came of it. This one never ran, and nobody ended it.
+    if go.reason == "Dependency" and not go.elapsed_s and go.words == "CANCELLED":
         return "Dependency: the job that it waits for did not end well"
     return f"exit status {go.exit_code}" if go.state is State.FAILED else f"Slurm says {go.words}"
