@@ -17,6 +17,7 @@ from scipy.optimize import minimize
 
 from tasks.scaling_laws import fit, law
 from tasks.scaling_laws.law import DELTA, Array
+from tasks.scaling_laws.table import Points, read_points
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=4000)
     parser.add_argument("--scipy", type=int, default=40, help="draws that scipy fits")
     arguments = parser.parse_args()
-    points = fit.read_points(arguments.file) if arguments.file else made()
+    points = read_points(arguments.file) if arguments.file else made()
     start = law.fit(points.n, points.d, points.loss).theta
     n = len(points.loss)
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), arguments.draws).astype(float)
@@ -50,7 +51,7 @@ def main() -> None:
     )
 
 
-def scipy_fit(start: Array, points: fit.Points, weights: Array) -> Array:
+def scipy_fit(start: Array, points: Points, weights: Array) -> Array:
     """One fit, as tight as L-BFGS-B gets."""
     log_n, log_d, log_loss = np.log(points.n), np.log(points.d), np.log(points.loss)
 
@@ -71,12 +72,12 @@ def scipy_fit(start: Array, points: fit.Points, weights: Array) -> Array:
     return minimize(value, start, jac=True, method="L-BFGS-B", options=options).x
 
 
-def made() -> fit.Points:
+def made() -> Points:
     """Points of the law of arXiv:2203.15556 with noise of a hundredth."""
     rng = np.random.default_rng(0)
     n, d = np.exp(rng.uniform(np.log(5e7), np.log(1e10), 240)), np.exp(rng.uniform(np.log(5e8), np.log(3e11), 240))
     loss = (1.69 + 406.4 / n**0.34 + 410.7 / d**0.28) * np.exp(0.01 * rng.standard_normal(240))
-    return fit.Points(n, d, loss, [str(i) for i in range(240)])
+    return Points(n, d, loss, [str(i) for i in range(240)])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -101,7 +102,7 @@ def check_numbers(config: SimpleNamespace, keys: list[str], kind: type[int] | ty
     for key in keys:
         value = getattr(config, key)
         fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-        if value is not None and not (fits and value >= low):
+        if value is not None and not (fits and low <= value < math.inf):
             raise UserError(f"{key} is {value!r}: give {'a whole' if kind is int else 'a'} number of at least {low}")
 
 

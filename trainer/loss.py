@@ -41,8 +41,7 @@ def _by_blocks(
 ) -> Tensor:
     """The loss; into `gradients` those by `hidden` and `weight`, which need hold nothing yet.
 
-    The logits of all blocks take the same memory: on a CPU memory that is new costs a page fault every 4 KiB, which
-    was a fifth of a step.
+    The logits of all blocks take the same memory: on a CPU memory that is new costs a page fault every 4 KiB.
     """
     kind = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
     used, n = weight.to(kind or weight.dtype), len(hidden)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -37,8 +36,6 @@ def checked(config: SimpleNamespace) -> SimpleNamespace:
         job.check_choice(config, key, choices)
     if wrong := conflict(vars(config)):
         raise UserError(wrong)
-    if config.lr == math.inf:
-        raise UserError("lr is infinite: give a number")
     std = {"lstm": 0.2}.get(config.architecture, 0.02) if config.init_std is None else config.init_std
     return SimpleNamespace(**vars(config) | {"init_std": std})
 
@@ -53,5 +50,5 @@ def check_same(identity: Mapping[str, Any], made: Mapping[str, Any], what: objec
     """Raises UserError, which ends with `instead`, where `what` was `made` with other settings."""
     changed = [key for key, value in identity.items() if made.get(key) != value]
     if changed:
-        to_the_end = " (its lr_schedule falls to max_steps, so it cannot be extended)" if "max_steps" in changed else ""
-        raise UserError(f"{what} was made with another {', '.join(changed)}{to_the_end}: put it back, or {instead}")
+        why = " (a learning rate that falls towards max_steps cannot be extended)" if "max_steps" in changed else ""
+        raise UserError(f"{what} was made with another {', '.join(changed)}{why}: put it back, or {instead}")

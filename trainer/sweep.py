@@ -76,7 +76,7 @@ def make_runs(config: Path, out: Path, vary: list[str]) -> list[Path]:
 def _write_config(file: Path, settings: dict[str, Any]) -> None:
     """Writes a run's settings. Raises UserError where a run with others has begun there."""
     if (file.parent / "metrics.jsonl").is_file() and file.is_file():
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         check_same({key: settings[key] for key in settings.keys() - FREE}, before, file.parent, "take another --out")
     job.write_text(file, yaml.safe_dump(settings, sort_keys=False))
 

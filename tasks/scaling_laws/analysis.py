@@ -11,6 +11,7 @@ import numpy as np
 
 from tasks.scaling_laws import fit, isoflop, ladder, learning_rates, power
 from tasks.scaling_laws.runs import Found, Run, arm_names, arm_of, usual
+from tasks.scaling_laws.table import NEEDED, Points
 
 Arm = tuple[tuple[str, Any], ...]
 LEAST_LRS = 3  # learning rates of the same run that make a sweep
@@ -103,10 +104,10 @@ def split_sweeps(found: Found) -> tuple[list[tuple[Any, float]], list[Run]]:
 
 def law_of(runs: Sequence[Run], bootstrap: int, seed: int) -> dict[str, Any] | str:
     """The law of one arm as fit.py prints it; in words why there is none."""
-    if len(runs) < fit.NEEDED:
-        return f"{len(runs)} runs are too few for a law of 5 parameters, which needs {fit.NEEDED}"
+    if len(runs) < NEEDED:
+        return f"{len(runs)} runs are too few for a law of 5 parameters, which needs {NEEDED}"
     n, d, loss = (np.array([getattr(run, key) for run in runs], dtype=float) for key in ("n", "d", "loss"))
-    return fit.fit_law(fit.Points(n, d, loss, [run.name for run in runs]), bootstrap, seed)
+    return fit.fit_law(Points(n, d, loss, [run.name for run in runs]), bootstrap, seed)
 
 
 def floor_of(law: dict[str, Any] | str | None) -> float | None:

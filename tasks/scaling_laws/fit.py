@@ -22,10 +22,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tasks.scaling_laws import law
 from tasks.scaling_laws.law import Array, Fit
-from tasks.scaling_laws.table import NEEDED, Points, read_points
+from tasks.scaling_laws.table import Points, read_points
 from trainer import job
 
-__all__ = ["NEEDED", "Points", "read_points"]
 TESTED = 200  # draws that decide whether the points identify the law, where fewer are asked for
 ONE_LINE = 0.15  # spread of log D about a line in log N; less is one line, on which the terms cannot be told apart
 STRAY = 0.1  # share of the points that may lie off a line and leave it one

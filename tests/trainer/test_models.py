@@ -160,7 +160,7 @@ def test_an_lstm_carries_its_state_on_as_if_the_text_were_one():
         ),
         ({"architecture": "lstm", "dtype": "fp16", "device": "cpu"}, "an LSTM cannot be trained in fp16 on a CPU"),
         ({"ffn_ratio": 0.0}, "ffn_ratio 0.0 of width 128 leaves no inner width: take a larger one"),
-        ({"lr": float("inf")}, "lr is infinite"),
+        ({"lr": float("inf")}, "lr is inf: give a number of at least 0"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused_with_words(changes: dict, words: str):
