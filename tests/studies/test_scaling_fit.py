@@ -146,7 +146,7 @@ def line_of(ratio: np.ndarray, noise: float = 0.01, seed: int = 0) -> Points:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_line_with_jitter_or_a_stray_point_is_still_one_line(seed: int):
-    jitter = 20 * np.exp(0.05 * np.random.default_rng(seed).standard_normal(30))
+    jitter = 20 * np.exp(0.05 * np.random.default_rng(100 + seed).standard_normal(30))
     stray = np.where(np.arange(30) == 7 * seed, 100, 20)
     for ratio in (jitter, stray):
         found = fit.fit_law(line_of(ratio, seed=seed), 0, 0)
@@ -171,6 +171,15 @@ def test_what_rests_on_nothing_is_not_identified():
         json.dumps(found, allow_nan=False)
     noise = np.random.default_rng(0).uniform(2, 3, 128)
     assert not fit.fit_law(dataclasses.replace(points, loss=noise), 0, 0)["identifiable"]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_lengths_that_hardly_matter_leave_their_exponent_open(seed: int):
+    n, d = (each.ravel() for each in np.meshgrid(np.geomspace(1e6, 1e9, 8), np.geomspace(1e11, 1e13, 5)))
+    loss = TRUE["E"] + TRUE["A"] / n ** TRUE["alpha"] + TRUE["B"] / d ** TRUE["beta"]
+    loss = loss * np.exp(0.01 * np.random.default_rng(seed).standard_normal(40))
+    found = fit.fit_law(Points(n, d, loss, [str(i) for i in range(40)]), 0, 0)
+    assert not found["identifiable"] and found["why"].startswith("The draws leave beta anywhere between 0.1")
 
 
 def test_a_law_without_a_floor_is_known_to_have_none():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -130,6 +131,7 @@ def test_memory_that_ran_out_in_another_process_leaves_the_carried_state(
     training._optimizer_step(quiet())
     training.step += 1
     before, tokens = training.state, training.tokens
+    assert before is not None
     monkeypatch.setattr(Ranks, "total", lambda self, *values: [*values[:-1], 1.0])
     assert training._optimizer_step(quiet()) == (None, False)
     assert training.state is before and training.tokens == tokens == 8 * 16
@@ -141,6 +143,14 @@ def test_a_last_step_that_ruins_the_weights_is_no_success(settings: dict, tmp_pa
     )
     assert json.loads((tmp_path / "DONE").read_text()) == {"step": 2, "diverged": True}
     assert not guards(tmp_path)["finite loss"] and not events(tmp_path, "validation")
+
+
+def test_gradients_that_are_no_numbers_end_a_training(settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *given: clip(*given) * math.nan)
+    assert made(settings, tmp_path).train(quiet())
+    assert json.loads((tmp_path / "DONE").read_text()) == {"step": 0, "diverged": True}
+    assert not guards(tmp_path)["finite loss"]
 
 
 def test_a_signal_saves_before_it_validates_and_what_was_due_follows(settings: dict, tmp_path: Path):
