@@ -1,6 +1,6 @@
 """Does the best learning rate stay as a model grows, and is wider never worse? muP against the standard rules.
 
-    python -m benchmarks.transfer [transformer-adamw ...]
+    python -m benchmarks.transfer [transformer-adamw ...] [--first-seed 4]
 
 Sweeps learning rates at three widths over a few seeds, on the sources of Python's standard library, and prints for each
 arm by how much the best moves over four times the width, and by how much a wider model was worse at any learning rate
@@ -40,7 +40,7 @@ OCTAVES = {
     "lstm-adamw": range(-8, -1),
     "lstm-sgd": range(-2, 4),
 }
-SEEDS = {"adamw": range(2), "sgd": range(4)}
+SEEDS = {"adamw": 2, "sgd": 4}  # how many
 ALL = {
     "depth": 2, "base_width": WIDTHS[0], "tied": False, "seq_len": 64, "batch_size": 16, "micro_batch_size": 16,
     "max_steps": 200, "warmup_steps": 20, "val_tokens": 32768, "log_every_n_steps": 50, "overfit_steps": 0,
@@ -79,9 +79,11 @@ def main() -> None:
     """Prints a table in Markdown."""
     parser = argparse.ArgumentParser()
     parser.add_argument("arms", nargs="*", default=list(OCTAVES), help="such as transformer-adamw")
-    for place, arm in enumerate(parser.parse_args().arms):
+    parser.add_argument("--first-seed", type=int, default=0, help="of each arm; 4: none that was looked at before")
+    arguments = parser.parse_args()
+    for place, arm in enumerate(arguments.arms):
         with tempfile.TemporaryDirectory() as folder:
-            losses = swept(arm, Path(folder))
+            losses = swept(arm, Path(folder), arguments.first_seed)
         if not place:
             widths = " | ".join(f"best lr at {width}" for width in WIDTHS)
             print(f"| arm | rules | {widths} | octaves over 4x width (seeds) | wider is worse by at most, nats |")
@@ -98,11 +100,11 @@ def shown(best: Best) -> str:
     return f"2^{math.log2(best.lr):.2f}{'' if best.how == 'vertex' else '*'}"
 
 
-def swept(arm: str, folder: Path) -> Losses:
+def swept(arm: str, folder: Path, first_seed: int = 0) -> Losses:
     """The losses of all trainings of an arm. At the base width both parametrisations are the same, and train once."""
     text = folder / "text"
     write(from_files(sources(None, 0), ".py"), text, "bytes", 0)
-    cells = [cell for cell in all_cells(arm) if cell.kind == "mup" or cell.width > WIDTHS[0]]
+    cells = [cell for cell in all_cells(arm, first_seed) if cell.kind == "mup" or cell.width > WIDTHS[0]]
     folders = {cell: folder / f"{number}" for number, cell in enumerate(cells)}
     for cell, run in folders.items():
         run.mkdir()
@@ -114,11 +116,11 @@ def swept(arm: str, folder: Path) -> Losses:
     return losses | {cell._replace(kind="standard"): losses[cell] for cell in cells if cell.width == WIDTHS[0]}
 
 
-def all_cells(arm: str) -> Iterator[Cell]:
+def all_cells(arm: str, first_seed: int) -> Iterator[Cell]:
     """Every training that is compared."""
     for kind in KINDS:
         for width in WIDTHS:
-            for seed in SEEDS[arm.split("-")[1]]:
+            for seed in range(first_seed, first_seed + SEEDS[arm.split("-")[1]]):
                 yield from (Cell(kind, width, seed, 2.0**octave) for octave in OCTAVES[arm])
 
 
