@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import minimize
 
-from tasks.scaling_laws import fit, law
+from tasks.scaling_laws import law
 from tasks.scaling_laws.law import DELTA, Array
 from tasks.scaling_laws.table import Points, read_points
 
@@ -37,8 +37,8 @@ def main() -> None:
     theirs = np.array([scipy_fit(start, points, row) for row in few])
     scipy_s = (time.perf_counter() - began) / len(few) * arguments.draws
     began = time.perf_counter()
-    parts = np.array_split(weights, max(1, len(weights) // fit.AT_ONCE))
-    ours = np.concatenate([law.refit(start, points.n, points.d, points.loss, part) for part in parts])
+    parts = np.array_split(weights, max(1, arguments.draws * n // law.AT_ONCE))
+    ours = np.concatenate([law.refit(start[None], points.n, points.d, points.loss, part)[0] for part in parts])
     ours_s = time.perf_counter() - began
 
     reached = [law.objective(found, points.n, points.d, points.loss, few) for found in (ours[: len(few)], theirs)]

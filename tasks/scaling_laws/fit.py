@@ -31,7 +31,8 @@ STRAY = 0.1  # share of the points that may lie off a line and leave it one
 VAGUE = 4.0  # an exponent whose interval is wider than by this factor is open
 LEVEL = 0.95  # of the intervals
 WIDE = 0.25  # an interval of E wider than this share of the lowest loss leaves it open
-AT_ONCE = 500  # weightings fitted at once, which bounds memory
+CORNERS = np.array([0.3, 0.6, 0.85, 0.97])  # of the lowest loss: where E is held before draws are fitted from there
+OFTEN = 0.01  # share of the draws that a corner must serve better for all to be fitted from there too
 
 
 def main() -> int:
@@ -146,15 +147,24 @@ def _why_known(points: Points, interval: list[float]) -> str:
 
 
 def _bootstrap(points: Points, found: Fit, n: int, seed: int) -> Array:
-    """Fits "draw 5" to draws of as many runs as there are, all points of a run together."""
+    """Fits "draw 5" to draws of as many runs as there are, all points of a run together.
+
+    A draw may have its minimum far from the fit's, such as where E is 0: the first ones are looked for from there too.
+    """
     names = sorted(set(points.run))
     place = {name: i for i, name in enumerate(names)}
     runs = np.array([place[name] for name in points.run])
-    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), n)
-    weights = counts[:, runs].astype(float)
-    parts = [weights[first : first + AT_ONCE] for first in range(0, n, AT_ONCE)]
-    fits = [law.refit(found.theta, points.n, points.d, points.loss, part) for part in parts]
-    return np.concatenate(fits) if fits else np.empty((0, 5))
+    rng, even = np.random.default_rng(seed), np.full(len(names), 1 / len(names))
+    corners = law.fit_given(CORNERS * points.loss.min(), found.theta, points.n, points.d, points.loss)
+    starts, fits, better = np.vstack([found.theta, corners]), np.empty((0, 5)), np.empty(0)
+    while len(fits) < n:
+        if len(fits) >= TESTED and (better > 0).mean() <= OFTEN:
+            starts = starts[:1]
+        at_once = min(max(1, law.AT_ONCE // len(runs)), n - len(fits), TESTED)
+        counts = rng.multinomial(len(names), even, at_once)
+        drawn, best = law.refit(starts, points.n, points.d, points.loss, counts[:, runs].astype(float))
+        fits, better = np.concatenate([fits, drawn]), np.concatenate([better, best])
+    return fits
 
 
 def _interval(values: Array) -> list[float]:

@@ -21,6 +21,9 @@ NAMES = ("E", "A", "B", "alpha", "beta")
 GRID = {"e": (-1.0, -0.2, 0.6), "a": (2.0, 6.0, 10.0, 16.0), "b": (2.0, 6.0, 10.0, 16.0), "alpha": (0.2, 0.5, 0.9),
         "beta": (0.2, 0.5, 0.9)}  # fmt: skip
 MOST_STEPS = 400
+FEW = 1000  # points that all starts are tried on; of more, on SOME of them, and the BEST of these on all
+SOME, BEST = 500, 10
+AT_ONCE = 120_000  # laws times points that are worked on at once, which bounds memory
 LARGEST = 700.0  # of a logarithm: more is no number
 SMOOTH = (1.0, 1e-1, 1e-2)  # deltas that the first steps of a start take, so that few points do not hold it
 
@@ -61,18 +64,27 @@ def fit(n: Array, d: Array, loss: Array, starts: Array | None = None) -> Fit:
     """The best minimum from many starts, polished. All inputs "point" and positive."""
     if starts is None:
         starts = np.array(list(itertools.product(*GRID.values())))
-    for delta in SMOOTH:
-        starts = _minimised(starts, np.log(n), np.log(d), np.log(loss), None, delta, 40)
-    found = _minimised(starts, np.log(n), np.log(d), np.log(loss), None, DELTA, MOST_STEPS)
+    if len(loss) > FEW:
+        spaced = np.lexsort((loss, d, n))[np.linspace(0, len(loss) - 1, SOME).astype(int)]
+        starts = _from_far(starts, n[spaced], d[spaced], loss[spaced])
+        starts = starts[np.argsort(objective(starts, n[spaced], d[spaced], loss[spaced]))[:BEST]]
+    found = _from_far(starts, n, d, loss)
     values = objective(found, n, d, loss)
     best = int(np.nanargmin(values))
     return Fit(found[best], float(values[best]))
 
 
-def refit(theta: Array, n: Array, d: Array, loss: Array, weights: Array) -> Array:
-    """The minima "row 5" near `theta` for each row of "row point" weights."""
-    starts = np.broadcast_to(theta, (len(weights), 5)).copy()
-    return _minimised(starts, np.log(n), np.log(d), np.log(loss), weights, DELTA, MOST_STEPS)
+def refit(starts: Array, n: Array, d: Array, loss: Array, weights: Array) -> tuple[Array, NDArray[np.int64]]:
+    """For each row of "row point" weights the lowest minimum "row 5" from some starts "start 5", and which it is from.
+
+    Of minima that are the same the first start's counts.
+    """
+    points = np.log(n), np.log(d), np.log(loss)
+    each = np.stack([_minimised(np.broadcast_to(start, (len(weights), 5)), *points, weights, DELTA, MOST_STEPS)
+                     for start in starts])  # fmt: skip
+    values = np.stack([objective(found, n, d, loss, weights) for found in each])
+    best = (values <= values.min(0) * (1 + 1e-6)).argmax(0)
+    return each[best, np.arange(len(weights))], best
 
 
 def fit_given(floor: Array, theta: Array, n: Array, d: Array, loss: Array) -> Array:
@@ -80,6 +92,14 @@ def fit_given(floor: Array, theta: Array, n: Array, d: Array, loss: Array) -> Ar
     starts = np.broadcast_to(theta, (len(floor), 5)).copy()
     starts[:, 0] = np.log(floor)
     return _minimised(starts, np.log(n), np.log(d), np.log(loss), None, DELTA, MOST_STEPS, held=1)
+
+
+def _from_far(starts: Array, n: Array, d: Array, loss: Array) -> Array:
+    """The minima "start 5", with larger deltas at first."""
+    points = np.log(n), np.log(d), np.log(loss)
+    for delta in SMOOTH:
+        starts = _minimised(starts, *points, None, delta, 40)
+    return _minimised(starts, *points, None, DELTA, MOST_STEPS)
 
 
 def _terms(theta: Array, log_n: Array, log_d: Array) -> Array:
@@ -102,6 +122,11 @@ def _minimised(
     held: int = 0,
 ) -> Array:  # fmt: skip
     """Newton's method with damping that each row adapts for itself; the first `held` parameters stay as they are."""
+    if len(theta) > (rows := max(1, AT_ONCE // len(log_n))):
+        parts = [slice(first, first + rows) for first in range(0, len(theta), rows)]
+        found = [_minimised(theta[part], log_n, log_d, log_loss, None if weights is None else weights[part], delta,
+                            steps, held) for part in parts]  # fmt: skip
+        return np.concatenate(found)
     theta, damping = theta.copy(), np.full(len(theta), 1e-2)
     active = np.arange(len(theta))
     value = np.full(len(theta), np.inf)
@@ -152,12 +177,17 @@ def _derivatives(
     pull, curve = np.clip(residual, -delta, delta), (np.abs(residual) <= delta).astype(float)
     if weights is not None:
         pull, curve = pull * weights, curve * weights
-    # The slope of each term's logarithm by its own parameters; the law's is their mean by share.
-    slopes = np.zeros((5, 3, len(log_n)))
-    slopes[0, 0] = slopes[1, 1] = slopes[2, 2] = 1.0
-    slopes[3, 1], slopes[4, 2] = -log_n, -log_d
-    jacobian = np.einsum("ktp,itp->kip", share, slopes)
-    gradient = np.einsum("kip,kp->ki", jacobian, pull)
-    second = np.einsum("ktp,itp,jtp,kp->kij", share, slopes, slopes, pull, optimize=True)
-    outer = np.einsum("kip,kjp,kp->kij", jacobian, jacobian, curve - pull, optimize=True)
+    # Terms are exp(floor), exp(a - alpha log n), exp(b - beta log d): by each parameter the slope of the law's
+    # logarithm is the share of its term, times -log n or -log d for the exponents; second slopes stay in one term.
+    powers_n, powers_d = (np.stack([np.ones_like(x), -x, x**2], -1) for x in (log_n, log_d))
+    by_term = share * pull[:, None, :]
+    floor, of_n, of_d = by_term[:, 0].sum(-1), by_term[:, 1] @ powers_n, by_term[:, 2] @ powers_d
+    gradient = np.stack([floor, of_n[:, 0], of_d[:, 0], of_n[:, 1], of_d[:, 1]], -1)
+    second = np.zeros((len(theta), 5, 5))
+    second[:, 0, 0] = floor
+    for i, j, moments in ((1, 3, of_n), (2, 4, of_d)):
+        second[:, i, i], second[:, j, j] = moments[:, 0], moments[:, 2]
+        second[:, i, j] = second[:, j, i] = moments[:, 1]
+    jacobian = np.concatenate([share, -share[:, 1:] * np.stack([log_n, log_d])], 1)
+    outer = (jacobian * (curve - pull)[:, None, :]) @ jacobian.transpose(0, 2, 1)
     return gradient, outer + second

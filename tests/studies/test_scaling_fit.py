@@ -182,6 +182,39 @@ def test_lengths_that_hardly_matter_leave_their_exponent_open(seed: int):
     assert not found["identifiable"] and found["why"].startswith("The draws leave beta anywhere between 0.1")
 
 
+def test_draws_whose_minimum_is_far_from_the_fits_are_found(monkeypatch: pytest.MonkeyPatch):
+    n, d = (each.ravel() for each in np.meshgrid(np.geomspace(1e5, 1e7, 5), np.geomspace(1e7, 1e9, 4)))
+    loss = TRUE["E"] + TRUE["A"] / n ** TRUE["alpha"] + TRUE["B"] / d ** TRUE["beta"]
+    loss = loss * np.exp(0.05 * np.random.default_rng(4).standard_normal(20))
+    points = Points(n, d, loss, [f"{i:02d}" for i in range(20)])
+    found = law.fit(n, d, loss)
+    assert found.law["E"] < 1e-3  # a corner, in which Newton's steps are short
+    everywhere = fit._bootstrap(points, found, 200, 0)
+    monkeypatch.setattr(fit, "CORNERS", np.array([]))
+    near = fit._bootstrap(points, found, 200, 0)
+    weights = np.random.default_rng(0).multinomial(20, np.full(20, 1 / 20), 200).astype(float)
+    gain = law.objective(near, n, d, loss, weights) / law.objective(everywhere, n, d, loss, weights) - 1
+    assert (gain > 1e-6).mean() > 0.1 and gain.min() > -1e-5
+
+
+def test_a_table_of_many_points_is_fitted_from_a_part_of_them_and_then_to_all(monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    n, d = (
+        np.exp(rng.uniform(np.log(5e7), np.log(1e10), 20_000)),
+        np.exp(rng.uniform(np.log(5e8), np.log(3e11), 20_000)),
+    )
+    loss = TRUE["E"] + TRUE["A"] / n ** TRUE["alpha"] + TRUE["B"] / d ** TRUE["beta"]
+    assert law.fit(n, d, loss).law == pytest.approx(TRUE, rel=1e-6)
+    loss = loss * np.exp(0.01 * rng.standard_normal(len(loss)))
+    found = law.fit(n, d, loss)
+    assert found.objective <= float(
+        law.objective(law.refit(found.theta[None] + 0.1, n, d, loss, np.ones((1, len(n))))[0][0], n, d, loss)
+    ) * (1 + 1e-9)
+    monkeypatch.setattr(fit, "TESTED", 10)
+    points = Points(n, d, loss, [str(i // 10) for i in range(len(n))])
+    assert fit.fit_law(points, 10, 0)["identifiable"]
+
+
 def test_a_law_without_a_floor_is_known_to_have_none():
     points = made()
     loss = points.loss - TRUE["E"]
