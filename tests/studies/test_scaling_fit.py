@@ -199,17 +199,13 @@ def test_draws_whose_minimum_is_far_from_the_fits_are_found(monkeypatch: pytest.
 
 def test_a_table_of_many_points_is_fitted_from_a_part_of_them_and_then_to_all(monkeypatch: pytest.MonkeyPatch):
     rng = np.random.default_rng(0)
-    n, d = (
-        np.exp(rng.uniform(np.log(5e7), np.log(1e10), 20_000)),
-        np.exp(rng.uniform(np.log(5e8), np.log(3e11), 20_000)),
-    )
+    n, d = np.exp(rng.uniform([[17], [20]], [[23], [26]], (2, 5000)))
     loss = TRUE["E"] + TRUE["A"] / n ** TRUE["alpha"] + TRUE["B"] / d ** TRUE["beta"]
     assert law.fit(n, d, loss).law == pytest.approx(TRUE, rel=1e-6)
-    loss = loss * np.exp(0.01 * rng.standard_normal(len(loss)))
+    loss = loss * np.exp(0.01 * rng.standard_normal(5000))
     found = law.fit(n, d, loss)
-    assert found.objective <= float(
-        law.objective(law.refit(found.theta[None] + 0.1, n, d, loss, np.ones((1, len(n))))[0][0], n, d, loss)
-    ) * (1 + 1e-9)
+    beside, _ = law.refit(found.theta[None] + 0.1, n, d, loss, np.ones((1, 5000)))
+    assert found.objective == pytest.approx(float(law.objective(beside, n, d, loss)[0]), rel=1e-9)
     monkeypatch.setattr(fit, "TESTED", 10)
     points = Points(n, d, loss, [str(i // 10) for i in range(len(n))])
     assert fit.fit_law(points, 10, 0)["identifiable"]
