@@ -57,10 +57,8 @@ def write(analysis: Analysis, folder: Path) -> dict[str, Any]:
         "json": str(folder / "analysis.json"),
         "figures": [str(file) for file in figures],
         "page": str(folder / "figures.html"),
-        "shown": [
-            line.removeprefix("Shown: ") for line in said if line.startswith("Shown: ") or line.endswith("; shown.")
-        ],
-        "not_shown": [line.removeprefix("Not shown: ") for line in said if "not shown" in line.lower()],
+        "shown": [line.removeprefix("Shown: ") for line in said if line.startswith("Shown: ")],
+        "not_shown": [line.removeprefix("Not shown: ") for line in said if line.startswith("Not shown: ")],
     }
 
 

@@ -16,6 +16,23 @@ Array = NDArray[np.float64]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 
 
+def titled(law: dict[str, Any] | None) -> str:
+    """The law in one line, and whether it is one; "no law" where there is none."""
+    if law is None:
+        return "no law"
+    return equation(law) + ("" if law["identifiable"] else " (not identified)")
+
+
+def equation(law: dict[str, Any]) -> str:
+    """The law in one line."""
+    return f"L = {floored(law['E'])} + {law['A']:.4g} / N^{law['alpha']:.3g} + {law['B']:.4g} / D^{law['beta']:.3g}"
+
+
+def floored(value: float) -> str:
+    """A number that is 0 where a fit went towards it without end."""
+    return f"{value:.3g}" if value > 1e-6 else "0"
+
+
 def predicted(law: dict[str, Any], n: Any, d: Any) -> Array:
     """The law's loss at N parameters and D tokens, in nats a token."""
     theta = np.array([np.log(law["E"]), np.log(law["A"]), np.log(law["B"]), law["alpha"], law["beta"]])
@@ -52,6 +69,12 @@ def parabola(coefficients: Sequence[float], x: Sequence[float]) -> tuple[Array, 
 def on_parabola(coefficients: Sequence[float], x: float) -> float:
     """Its value at `x`."""
     return float(parabola(coefficients, [x])[1][0])
+
+
+def of_width(sweep: dict[str, Any], width: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The points of one width of a sweep: those with a loss, and those that diverged."""
+    points = [point for point in sweep["points"] if point["width"] == width]
+    return [p for p in points if np.isfinite(p["loss"])], [p for p in points if not np.isfinite(p["loss"])]
 
 
 def by_size(runs: Sequence[Run]) -> list[tuple[int, list[Run]]]:

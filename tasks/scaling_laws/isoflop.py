@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from tasks.scaling_laws.runs import Run
 
 LEAST = 3  # sizes of a parabola
 BUDGETS = 5
+LEVEL = 0.95
 
 
 def isoflop(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -32,8 +34,25 @@ def isoflop(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return found
 
 
-def growth(curves: Sequence[dict[str, Any]]) -> float | None:
-    """The exponent of best N over compute; null from fewer than three budgets with a best size."""
+def growth(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """The exponent of best N over compute; null from fewer than LEAST budgets with a best size.
+
+    Budgets share runs, so the interval is of what the exponent is without each size in turn (jackknife); null where it
+    is open without one of them.
+    """
+    exponent = _exponent(isoflop(runs))
+    if exponent is None:
+        return None
+    sizes = {run.n for run in runs}
+    without = [_exponent(isoflop([run for run in runs if run.n != n])) for n in sizes]
+    known, n = [each for each in without if each is not None], len(sizes)
+    if len(known) < n:
+        return {"exponent": exponent, "ci": None}
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(known) * math.sqrt(n - 1))
+    return {"exponent": exponent, "ci": [exponent - reach, exponent + reach]}
+
+
+def _exponent(curves: Sequence[dict[str, Any]]) -> float | None:
     known = [(curve["flops"], curve["best_n"]) for curve in curves if curve["best_n"]]
     if len(known) < LEAST:
         return None

@@ -8,8 +8,9 @@ parameters.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ NEAR = 1.0  # nats above the lowest loss beyond which points say nothing of the 
 MARGIN = 0.1  # decades by which the vertex must lie inside the swept range
 STRAIGHT = 0.9  # least R^2
 LEVEL = 0.95
+STEADY = 0.5  # octaves by which the best learning rate of a good parametrisation may move over 4x width
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Best:
     at_edge: bool  # a grid minimum at an end of the swept range: the best may lie beyond
     parabola: tuple[float, float, float] | None  # of ln lr, highest power first
     r2: float | None
-    n: int  # points of the parabola
+    window: tuple[float, float]  # learning rates that the parabola was fitted to
+    n: int  # points of it
     n_diverged: int
     doubt_octaves: float  # of a grid minimum: how far the best may lie from it between those that were tried
 
@@ -56,11 +59,12 @@ def best_lr(lrs: ArrayLike, losses: ArrayLike) -> Best | None:
     at_edge = bool(why) and grid in (x.min(), x.max())
     how = "grid minimum" if why else "vertex"
     doubt = _half_step(np.unique(x), grid) if why else 0.0
-    return Best(math.exp(lr), how, why, at_edge, parabola, r2, int(near.sum()), int((~finite).sum()), doubt)
+    window = math.exp(x[near].min()), math.exp(x[near].max())
+    return Best(math.exp(lr), how, why, at_edge, parabola, r2, window, int(near.sum()), int((~finite).sum()), doubt)
 
 
 def lr_law(sizes: Sequence[float], best: Sequence[float]) -> dict[str, Any]:
-    """The exponent of best lr over size, with its interval from three sizes on, and the drift over the range."""
+    """The exponent of best lr over size, with its interval from three sizes on."""
     if len(sizes) < 2:
         return {"exponent": None, "ci": None, "constant": None, "n": len(sizes)}
     x, y = np.log(np.asarray(sizes, dtype=float)), np.log(np.asarray(best, dtype=float))
@@ -71,27 +75,43 @@ def lr_law(sizes: Sequence[float], best: Sequence[float]) -> dict[str, Any]:
         error = math.sqrt(squares / float(((x - x.mean()) ** 2).sum()))
         reach = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 2)) * error
         ci = [slope - reach, slope + reach]
-    last, first = int(np.argmax(x)), int(np.argmin(x))
-    return {
-        "exponent": slope,
-        "ci": ci,
-        "constant": math.exp(constant),
-        "drift_octaves": float((y[last] - y[first]) / math.log(2)),
-        "growth": math.exp(float(x[last] - x[first])),
-        "n": len(sizes),
-    }
+    return {"exponent": slope, "ci": ci, "constant": math.exp(constant), "n": len(sizes)}
 
 
-def sweep_law(widths: dict[int, Best], params: dict[int, int]) -> dict[str, Any]:
+def sweep_law(widths: Mapping[int, Best], params: Mapping[int, int]) -> dict[str, Any]:
     """Of one arm: the best of each width, and its law in width and in parameters."""
-    sizes = sorted(widths)
-    best = [widths[width].lr for width in sizes]
+    best = [one.lr for one in widths.values()]
     return {
-        "widths": {width: asdict(widths[width]) for width in sizes},
-        "in_width": lr_law(sizes, best),
-        "doubt_octaves": sum(widths[width].doubt_octaves for width in {sizes[0], sizes[-1]}),
-        "in_params": lr_law([params[width] for width in sizes], best),
+        "widths": {width: asdict(one) for width, one in widths.items()},
+        "in_width": lr_law(list(widths), best),
+        "in_params": lr_law([params[width] for width in widths], best),
     }
+
+
+def ends(widths: Mapping[int, Best]) -> dict[str, Any]:
+    """From the least width to the largest: octaves that the best moves, those it is unsure by, and edges it lies at."""
+    least, largest = min(widths, default=0), max(widths, default=0)
+    if least == largest:
+        return {"octaves": None, "doubt": 0.0, "at_edge": []}
+    edges = [width for width, one in widths.items() if one.at_edge]
+    return {**_moved(widths, least, largest), "at_edge": edges}
+
+
+def farthest(widths: Mapping[int, Best]) -> dict[str, Any] | None:
+    """Of all pairs of widths the one whose best learning rates lie farthest apart for what is allowed; null of one."""
+    pairs = [_moved(widths, *pair) for pair in itertools.combinations(sorted(widths), 2)]
+    return max(pairs, key=lambda one: abs(one["octaves"]) + one["doubt"] - one["allowed"], default=None)
+
+
+def allowed(growth: float) -> float:
+    """Octaves by which the best learning rate of a good parametrisation may move over `growth` times the width."""
+    return STEADY * max(1.0, math.log(growth, 4))
+
+
+def _moved(widths: Mapping[int, Best], low: int, high: int) -> dict[str, Any]:
+    one, other = widths[low], widths[high]
+    octaves, doubt = math.log2(other.lr / one.lr), one.doubt_octaves + other.doubt_octaves
+    return {"from": low, "to": high, "octaves": octaves, "doubt": doubt, "allowed": allowed(high / low)}
 
 
 def _half_step(tried: np.ndarray, at: float) -> float:

@@ -37,17 +37,18 @@ def loss_and_compute(analysis: Analysis) -> list[go.Figure]:
     control, law = analysis.control, analysis.laws.get(analysis.control or "")
     if control is None:
         return []
+    law = law if isinstance(law, dict) else None
     figure, sizes = go.Figure(), curves.by_size(analysis.grid[control])
     for place, (n, runs) in enumerate(sizes):
         figure.add_trace(_runs(runs, f"{short(n)} parameters", colour(place), "circle"))
-        if isinstance(law, dict):
-            _line(figure, *curves.of_size(law, runs), colour(place))
+        if law:
+            _line(figure, *curves.of_size(law, runs), colour(place), dash="solid" if law["identifiable"] else "dot")
     for place, name in enumerate(name for name in analysis.grid if name != control):
         figure.add_trace(_runs(analysis.grid[name], name, "#555555", ARMS[place % len(ARMS)]))
-    if isinstance(law, dict):
+    if law and law["identifiable"]:
         flops, loss, exponent = curves.best_of_law(law, analysis.grid[control])
-        _line(figure, flops, loss, "#555555", f"best of the law, N ~ C^{exponent:.2f}")
-    return [_titled(figure, f"Loss and compute: {control}", "training FLOPs", LOSS, log_y=True)]
+        _line(figure, flops, loss, "#555555", f"best of the law, N ~ C^{exponent:.2f}", dash="dash")
+    return [_titled(figure, f"{control}: {curves.titled(law)}", "training FLOPs", LOSS, log_y=True)]
 
 
 def residuals(analysis: Analysis) -> list[go.Figure]:
@@ -64,16 +65,22 @@ def residuals(analysis: Analysis) -> list[go.Figure]:
 
 
 def learning_rates(analysis: Analysis) -> list[go.Figure]:
-    """Loss over learning rate with the parabola of each width; a figure an arm."""
+    """Loss over learning rate, with the parabola of each width where it was fitted; a figure an arm."""
     figures = []
     for name, sweep in analysis.sweeps.items():
         figure = go.Figure()
         for place, (width, best) in enumerate(sweep["widths"].items()):
-            points = [(lr, loss) for of, lr, loss in sweep["points"] if of == width and loss - loss == 0]
-            lrs, losses = zip(*points, strict=True)
-            _points(figure, lrs, losses, f"width {width}", colour(place))
+            ended, diverged = curves.of_width(sweep, width)
+            lrs, losses = [point["lr"] for point in ended], [point["loss"] for point in ended]
+            _points(figure, lrs, losses, f"width {width}", colour(place), names=[point["name"] for point in ended])
             if best["parabola"]:
-                _line(figure, *curves.parabola(best["parabola"], lrs), colour(place))
+                _line(figure, *curves.parabola(best["parabola"], best["window"]), colour(place))
+            figure.add_vline(best["lr"], line={"color": colour(place), "width": 1, "dash": "dot"})
+            if diverged:
+                top = [max(losses)] * len(diverged)
+                names = [f"{point['name']} diverged" for point in diverged]
+                _points(figure, [point["lr"] for point in diverged], top, f"width {width}, diverged", colour(place),
+                        names=names, symbol="x")  # fmt: skip
         figures.append(_titled(figure, f"Learning rates: {name}", "learning rate", LOSS))
     return figures
 
@@ -85,7 +92,9 @@ def isoflops(analysis: Analysis) -> list[go.Figure]:
         n, losses = zip(*curve["points"], strict=True)
         _points(figure, n, losses, f"{curve['flops']:.1e} FLOPs", colour(place))
         _line(figure, *curves.parabola(curve["parabola"], n), colour(place))
-    return [_titled(figure, "isoFLOP curves", "parameters N", LOSS)] if analysis.isoflop else []
+    return (
+        [_titled(figure, "isoFLOP curves, losses read between runs", "parameters N", LOSS)] if analysis.isoflop else []
+    )
 
 
 def coordinates(analysis: Analysis) -> list[go.Figure]:
@@ -117,19 +126,20 @@ def _points(
     colour: str,
     mode: str = "markers",
     names: Sequence[str] | None = None,
+    symbol: str = "circle",
 ) -> None:
-    marker = {"color": colour, "size": 8}
+    marker = {"color": colour, "size": 8, "symbol": symbol}
     figure.add_trace(go.Scatter(x=list(x), y=list(y), name=name, mode=mode, marker=marker, text=names))
 
 
-def _line(figure: go.Figure, x: Any, y: Any, colour: str, name: str | None = None) -> None:
+def _line(figure: go.Figure, x: Any, y: Any, colour: str, name: str | None = None, dash: str = "solid") -> None:
     figure.add_trace(
         go.Scatter(
             x=list(x),
             y=list(y),
             name=name,
             mode="lines",
-            line={"color": colour, "width": 1.5},
+            line={"color": colour, "width": 1.5, "dash": dash},
             showlegend=name is not None,
             hoverinfo="skip",
         )

@@ -45,7 +45,10 @@ def draw_all(analysis: Analysis, folder: Path) -> list[Path]:
 
 
 def loss_and_compute(analysis: Analysis) -> Figure:
-    """Loss over FLOPs of every run; the law's curves of each size of the control, and what it says is best."""
+    """Loss over FLOPs of every run; the law's curves of each size of the control, and what it says is best.
+
+    Of a law that is not identified the curves are dotted, and there is no best.
+    """
     figure, (axes,) = _figure(1)
     control = analysis.grid[analysis.control or ""]
     sizes = curves.by_size(control)
@@ -57,21 +60,15 @@ def loss_and_compute(analysis: Analysis) -> Figure:
     for place, (n, runs) in enumerate(sizes):
         axes.plot(*_xy(runs), "o", color=colour(place), ms=5, label=f"{short(n)} parameters")
         if law:
-            axes.plot(*curves.of_size(law, runs), color=colour(place), lw=1)
-    words = "no law"
-    if law:
+            axes.plot(*curves.of_size(law, runs), "-" if law["identifiable"] else ":", color=colour(place), lw=1)
+    if law and law["identifiable"]:
         flops, loss, exponent = curves.best_of_law(law, control)
         label = f"best of the law, $N \\propto C^{{{exponent:.2f}}}$"
         axes.plot(flops, loss, "--", color="#555555", lw=1.2, label=label)
-        words = (
-            f"$L = {law['E'] if law['E'] > 1e-6 else 0:.3g} + {law['A']:.3g}\\,N^{{-{law['alpha']:.3f}}}"
-            f" + {law['B']:.3g}\\,D^{{-{law['beta']:.3f}}}$"
-        )
-        words += "" if law["identifiable"] else " (not identified)"
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="validation loss, nats a token")
     _few_numbers(axes)
     axes.legend(fontsize=7, frameon=False)
-    figure.suptitle(f"{analysis.control}, {len(control)} runs\n{words}", fontsize=9)
+    figure.suptitle(f"{analysis.control}, {len(control)} runs\n{curves.titled(law)}", fontsize=9)
     return figure
 
 
@@ -91,29 +88,37 @@ def residuals(analysis: Analysis) -> Figure:
 
 
 def learning_rates(analysis: Analysis) -> Figure:
-    """Loss over learning rate of each width with its parabola; a panel an arm."""
+    """Loss over learning rate of each width with the parabola, over what it was fitted to; a panel an arm."""
     figure, panels = _figure(len(analysis.sweeps), share_y=True)
     for axes, (name, sweep) in zip(panels, analysis.sweeps.items(), strict=True):
         for place, (width, best) in enumerate(sweep["widths"].items()):
-            points = [(lr, loss) for of, lr, loss in sweep["points"] if of == width and np.isfinite(loss)]
-            axes.plot(*zip(*points, strict=True), "o", color=colour(place), ms=4, label=f"width {width}")
+            ended, diverged = curves.of_width(sweep, width)
+            axes.plot(*_columns(ended), "o", color=colour(place), ms=4, label=f"width {width}")
+            top = [1.0 - 0.03 * place] * len(diverged)
+            axes.plot([p["lr"] for p in diverged], top, "x", color=colour(place), transform=axes.get_xaxis_transform())
             if best["parabola"]:
-                axes.plot(*curves.parabola(best["parabola"], [lr for lr, _ in points]), color=colour(place), lw=1)
-                if best["how"] == "vertex":
-                    y = curves.on_parabola(best["parabola"], best["lr"])
-                    axes.plot(best["lr"], y, "*", color=colour(place), ms=11)
+                axes.plot(*curves.parabola(best["parabola"], best["window"]), color=colour(place), lw=1)
+            if best["how"] == "vertex":
+                at = curves.on_parabola(best["parabola"], best["lr"])
+                axes.plot(best["lr"], at, "*", color=colour(place), ms=11)
+            else:
+                axes.axvline(best["lr"], color=colour(place), lw=0.8, ls=":")
         law = sweep["in_width"]
         words = "" if law["exponent"] is None else f": best lr $\\propto$ width$^{{{law['exponent']:+.2f}}}$"
         axes.set(xscale="log", xlabel="learning rate")
         axes.set_title(f"{name}{words}", fontsize=8)
         axes.legend(fontsize=7, frameon=False)
     panels[0].set_ylabel("validation loss, nats a token")
-    figure.suptitle("Best learning rates: parabolas in ln lr; a star is a vertex that counts", fontsize=9)
+    figure.suptitle(
+        "Best learning rates: a star is a parabola's vertex that counts, a dotted line the best that was tried;\n"
+        "a cross diverged",
+        fontsize=9,
+    )
     return figure
 
 
 def isoflops(analysis: Analysis) -> Figure:
-    """Loss over size for each budget of compute."""
+    """Loss over size for each budget of compute, each read between two runs of its size."""
     figure, (axes,) = _figure(1)
     for place, curve in enumerate(analysis.isoflop):
         n, loss = zip(*curve["points"], strict=True)
@@ -123,7 +128,9 @@ def isoflops(analysis: Analysis) -> Figure:
             axes.plot(best, curves.on_parabola(curve["parabola"], best), "*", color=colour(place), ms=11)
     axes.set(xscale="log", xlabel="parameters N", ylabel="validation loss, nats a token")
     axes.legend(fontsize=7, frameon=False)
-    figure.suptitle(f"isoFLOP curves of {analysis.control}; a star is a best size between those trained", fontsize=9)
+    figure.suptitle(
+        f"isoFLOP curves of {analysis.control}, losses read between runs; a star is a best size", fontsize=9
+    )
     return figure
 
 
@@ -168,6 +175,10 @@ def _few_numbers(axes: Axes) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _columns(points: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    return [point["lr"] for point in points], [point["loss"] for point in points]
 
 
 def _xy(runs: Sequence[Run]) -> tuple[list[float], list[float]]:

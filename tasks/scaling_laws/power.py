@@ -80,6 +80,7 @@ def power_law(runs: Sequence[Run], e: float | None, draws: int, seed: int) -> di
     return {
         "E": found.e,
         "E_from": "its own points" if e is None else "the joint law",
+        "E_known": e is not None,
         "A": found.a,
         "alpha": found.alpha,
         "alpha_ci": interval(np.array(drawn)) if drawn else None,

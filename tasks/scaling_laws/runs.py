@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +14,13 @@ from typing import Any
 
 import yaml
 
+from tasks.scaling_laws.arms import TRAIN, Arm, arm_of
 from trainer import job
 from trainer.job import UserError
+from trainer.settings import WITHOUT_END
 
-TRAIN = Path(__file__).resolve().parents[2] / "trainer" / "train.yaml"
-# What makes runs one arm, whatever their size, length, learning rate and seed.
-ARM = ("architecture", "parametrization", "activation", "norm", "norm_position", "position", "init", "optimizer",
-       "lr_schedule", "tied")  # fmt: skip
-LSTM_ARM = ("architecture", "depth", "parametrization", "init", "optimizer", "lr_schedule", "tied")
 DIVERGED = "finite loss"  # the guard that says so: such a run is left out for it
+UNDECAYED = 0.5  # share of the learning rate that is too much at a run's end
 
 
 @dataclass(frozen=True)
@@ -40,19 +37,19 @@ class Run:
     failed_guards: tuple[str, ...] = ()
 
     @property
-    def arm(self) -> tuple[tuple[str, Any], ...]:
+    def arm(self) -> Arm:
         """The settings that make it one of its arm."""
         return arm_of(self.config)
 
     @property
-    def cell(self) -> tuple[Any, ...]:
-        """What runs of different arms must share to be compared one by one."""
-        return tuple(self.config[key] for key in ("width", "depth", "max_steps", "batch_size", "seq_len"))
+    def undecayed(self) -> bool:
+        """Whether it ended with a learning rate from which more steps of a smaller one would have lowered the loss."""
+        return self.config["lr_schedule"] in WITHOUT_END or self.config["final_lr"] >= UNDECAYED
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A run without a loss to fit. `value` is an infinite loss where it diverged: that is a result."""
+    """A run without a loss to fit. That it diverged is a result; that its job failed is none."""
 
     name: str
     why: str
@@ -85,39 +82,6 @@ def read_experiment(folder: Path) -> Found:
     each = [_read(folder / "runs" / name, ends.get(name), notes) for name in names]
     runs = [one for one in each if isinstance(one, Run)]
     return Found(runs, [one for one in each if isinstance(one, Lost)], notes)
-
-
-def arm_of(config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """The settings by which arms differ, with their names."""
-    keys = LSTM_ARM if config["architecture"] == "lstm" else ARM
-    return tuple((key, config[key]) for key in keys)
-
-
-def usual(arm: tuple[tuple[str, Any], ...]) -> int:
-    """How many settings of an arm are the trainer's defaults: of two that could be the control, the plainer one is."""
-    defaults = job.default_settings(TRAIN)
-    return sum(defaults[key] == value for key, value in arm)
-
-
-def arm_names(arms: Iterable[tuple[tuple[str, Any], ...]]) -> dict[tuple[tuple[str, Any], ...], str]:
-    """A short name for each arm: its architecture, and what differs between arms and is not the trainer's default."""
-    arms = list(dict.fromkeys(arms))
-    values: dict[str, set[Any]] = {}
-    for arm in arms:
-        for key, value in arm:
-            values.setdefault(key, set()).add(value)
-    return {arm: _named(arm, values) for arm in arms}
-
-
-def _named(arm: tuple[tuple[str, Any], ...], values: dict[str, set[Any]]) -> str:
-    defaults, told = job.default_settings(TRAIN), []
-    for key, value in arm:
-        differs = len(values[key]) > 1 and (value != defaults[key] or key == "parametrization")
-        if key == "depth":
-            told.append(f"{value} layer{'s' * (value > 1)}")
-        elif key == "architecture" or differs:
-            told.append("untied" if key == "tied" else str(value))
-    return ", ".join(told)
 
 
 def _ends(folder: Path) -> dict[str, dict[str, Any]]:
@@ -218,14 +182,16 @@ def _float(value: Any) -> float:
 
 
 def _failed_guards(folder: Path) -> tuple[str, ...]:
+    """The guards that say no; a run of which they say nothing was judged by none."""
     file = folder / "guards.json"
     if not file.is_file():
-        return ()
+        return ("guards.json is missing",)
     try:
         outcomes = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        failed = tuple(one["guard"] for one in outcomes if not one["ok"] and one["guard"] != DIVERGED)
+    except (ValueError, TypeError, KeyError):
         return ("guards.json cannot be read",)
-    return tuple(one["guard"] for one in outcomes if not one["ok"] and one["guard"] != DIVERGED)
+    return failed if outcomes else ("guards.json holds none",)
 
 
 def _unstarted(record: dict[str, Any] | None) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.scaling_laws import isoflop
 from tasks.scaling_laws.analysis import Analysis
+from tasks.scaling_laws.curves import equation, floored
+from tasks.scaling_laws.doubts import doubts
+from tasks.scaling_laws.learning_rates import STEADY
 
-STEADY = 0.5  # octaves by which the best learning rate of a good parametrisation may move over 4x width
 FLAT = 0.1  # largest slope of the coordinate check
+GROWTH = 4.0  # times the width over which a learning rate must stay
+LEAST_SEEDS = 2
 
 
 def section(analysis: Analysis) -> str:
@@ -39,28 +43,13 @@ def law_verdicts(analysis: Analysis) -> list[str]:
             if name == analysis.control:
                 found.append(f"Not shown: a law of {name}; {law}.")
             continue
-        law_words = (
-            f"L = {_floor(law['E'])} + {law['A']:.4g} / N^{law['alpha']:.3g} + {law['B']:.4g} / D^{law['beta']:.3g}"
-        )
-        words = f"{name}, {law['n']} runs: {law_words}{_intervals(law)}."
-        doubt = " ".join(([] if law["identifiable"] else [law["why"]]) + doubts(analysis, name))
-        found.append(f"Not shown: {words} {doubt}" if doubt else f"Shown: {words} {law['why']}")
+        words = f"{name}, {law['n']} runs: {equation(law)}{_intervals(law)}."
+        wrong = ([] if law["identifiable"] else [law["why"]]) + doubts(analysis.grid[name])
+        found.append(_verdict(words, wrong, because=law["why"]))
     without = [name for name, law in analysis.laws.items() if isinstance(law, str) and name != analysis.control]
     if without:
         found.append(f"Not shown: laws of {'; '.join(without)}. Each has too few runs.")
     return found or ["Not shown: a law; no run that is not of a sweep ended with a loss."]
-
-
-def doubts(analysis: Analysis, arm: str) -> list[str]:
-    """What the guards hold against a conclusion from an arm's runs."""
-    said = []
-    failed = {run.name: run.failed_guards for run in analysis.grid.get(arm, []) if run.failed_guards}
-    if failed:
-        first, guards = next(iter(failed.items()))
-        said.append(f"Guards failed in {len(failed)} runs: in {first}, {', '.join(guards)}.")
-    if len(analysis.validations) > 1:
-        said.append(f"The runs were validated on {len(analysis.validations)} different sets of tokens.")
-    return said
 
 
 def lr_verdicts(analysis: Analysis) -> list[str]:
@@ -72,37 +61,56 @@ def _lr_verdict(name: str, sweep: dict[str, Any]) -> str:
     law, widths = sweep["in_width"], sweep["widths"]
     best = ", ".join(f"{one['lr']:.3g} at {width} ({one['how']})" for width, one in widths.items())
     diverged = sum(one["n_diverged"] for one in widths.values())
-    words = f"{name}: best learning rate {best}" + (f"; {diverged} runs diverged" if diverged else "")
+    words = f"{name}: best learning rate {best or 'nowhere: no run has a loss'}"
+    words += f"; {diverged} runs diverged" if diverged else ""
+    words += f"; {len(sweep['lost'])} runs were lost, such as {sweep['lost'][0]}" if sweep["lost"] else ""
     if law["exponent"] is None:
-        return f"Not shown: how the learning rate grows with width. {words}; a single width."
+        return _verdict(f"how the learning rate grows with width. {words}.", ["It is of a single width."])
+    ends, seeds = sweep["ends"], sweep["seeds"]
     ci = f" ({law['ci'][0]:+.2f} to {law['ci'][1]:+.2f})" if law["ci"] else ""
-    pairs = zip(sweep["drift_of_seeds"], sweep["doubt_of_seeds"], strict=True)
-    reach = [(drift, doubt) for drift, doubt in pairs if drift is not None]
-    drifts = [drift for drift, _ in reach]
-    each = ", ".join(f"{drift:+.2f}" for drift in drifts)
-    words += f"; it goes as width^{law['exponent']:+.2f}{ci}: {law['drift_octaves']:+.2f} octaves over "
-    words += f"{law['growth']:.3g}x width (seed by seed {each})"
-    edges = [width for width, one in widths.items() if one["at_edge"]]
+    each = ", ".join("none" if one["octaves"] is None else f"{one['octaves']:+.2f}" for one in seeds.values())
+    words += f"; it goes as width^{law['exponent']:+.2f}{ci}: {ends['octaves']:+.2f} octaves over "
+    words += f"{ends['to'] / ends['from']:.3g}x width (seed by seed {each})."
+    wrong = _lr_doubts(sweep)
+    return _verdict(words, wrong, because="") if wrong else _moves(words, sweep)
+
+
+def _lr_doubts(sweep: dict[str, Any]) -> list[str]:
+    """Why a sweep shows nothing, wherever its best learning rates lie."""
+    wrong, seeds = [], sweep["seeds"]
+    edges = {*sweep["ends"]["at_edge"], *(width for one in seeds.values() for width in one["at_edge"])}
+    if sweep["missing"]:
+        wrong.append(f"No run has a loss at width {sweep['missing'][0]}, and {len(sweep['missing'])} such are missing.")
     if edges:
-        return f"Not shown: {words}. At width {edges[0]} the best is the last that was tried: sweep further."
-    if len(drifts) < 2:
-        return f"Not shown: {words}. It is one seed: add another."
-    if all(abs(drift) + doubt <= STEADY for drift, doubt in reach):
-        return f"Shown: {words}. It moves by at most {STEADY} octaves in every seed."
+        wrong.append(f"At width {min(edges)} the best is the last that was tried: sweep further.")
+    if len(seeds) < LEAST_SEEDS:
+        wrong.append("It is one seed: add another.")
+    return wrong + sweep["doubts"]
+
+
+def _moves(words: str, sweep: dict[str, Any]) -> str:
+    """Whether the best learning rate stays: of all seeds between any two widths, and in each seed from end to end."""
+    ends, far, seeds = sweep["ends"], sweep["farthest"], list(sweep["seeds"].values())
+    over = f"{STEADY} octaves over {GROWTH:g}x width"
     for sign in (1, -1):
-        if all(sign * drift - doubt > STEADY for drift, doubt in reach):
-            return f"Shown: {words}. It moves by more than {STEADY} octaves in every seed, so it does not transfer."
-    coarse = max(doubt for _, doubt in reach)
-    if coarse and all(abs(drift) <= STEADY for drift in drifts):
-        return (
-            f"Not shown: {words}. Without a vertex the best is known to {coarse:.2f} octaves only: sweep more finely."
-        )
-    return f"Not shown: {words}. The seeds disagree on whether it moves by more than {STEADY} octaves, or by how much."
+        if all(sign * one["octaves"] - one["doubt"] > one["allowed"] for one in seeds):
+            return f"Shown: {words} It moves by more than {over} in every seed, so it does not transfer."
+    if all(abs(one["octaves"]) + one["doubt"] <= one["allowed"] for one in [far, *seeds]):
+        stays = f"It stays within {over}, in every seed and between any two widths."
+        grown = ends["to"] / ends["from"]
+        return _verdict(words, [] if grown >= GROWTH else [f"{stays} The widest is only {grown:.3g}x as wide."], stays)
+    coarse = max(one["doubt"] for one in [far, *seeds])
+    if coarse and all(abs(one["octaves"]) <= one["allowed"] for one in [far, *seeds]):
+        return _verdict(words, [f"Without a vertex the best is known to {coarse:.2f} octaves only: sweep more finely."])
+    if abs(far["octaves"]) > far["allowed"] and (far["from"], far["to"]) != (ends["from"], ends["to"]):
+        return _verdict(words, [f"Between widths {far['from']} and {far['to']} it moves by {far['octaves']:+.2f}."])
+    return _verdict(words, [f"The seeds disagree on whether it moves by more than {over}, or by how much."])
 
 
 def compute_verdicts(analysis: Analysis) -> list[str]:
     """Power laws, multipliers against the control, and isoFLOP."""
-    found = [_power_verdict(name, one) for name, one in analysis.powers.items()]
+    found = [_power_verdict(name, one, doubts(analysis.grid[name])) for name, one in analysis.powers.items()]
+    control = analysis.grid.get(analysis.control or "", [])
     for name, one in analysis.multipliers.items():
         pair = f"{analysis.control} against {name}"
         if isinstance(one, str):
@@ -111,36 +119,37 @@ def compute_verdicts(analysis: Analysis) -> list[str]:
         ci = f" ({one['ci'][0]:.2f} to {one['ci'][1]:.2f})" if one["ci"] else ""
         words = f"{pair} needs {one['multiplier']:.2f} times its compute{ci} for the same loss"
         words += f", at {one['n']} of its sizes and lengths with {one['window'][0]:.3g} to {one['window'][1]:.3g} nats"
-        words += f"; {one['n_outside']} lie beyond and are left out" if one["n_outside"] else ""
-        shown = one["ci"] and not one["ci"][0] <= 1 <= one["ci"][1]
-        wrong = doubts(analysis, name) + doubts(analysis, analysis.control or "")
-        found.append(
-            f"{'Shown' if shown and not wrong else 'Not shown'}: {' '.join([words + '.', *dict.fromkeys(wrong)])}"
-        )
-    return [*found, _isoflop_verdict(analysis)]
+        words += f"; {one['n_outside']} lie beyond and are left out." if one["n_outside"] else "."
+        wrong = [] if one["ci"] else ["One size and length has no interval."]
+        wrong += ["The interval holds 1."] if one["ci"] and one["ci"][0] <= 1 <= one["ci"][1] else []
+        found.append(_verdict(words, wrong + doubts([*control, *analysis.grid[name]])))
+    return [*found, _isoflop_verdict(analysis, doubts(control))]
 
 
-def _power_verdict(name: str, one: dict[str, Any]) -> str:
+def _power_verdict(name: str, one: dict[str, Any], wrong: list[str]) -> str:
     ci = f" ({one['alpha_ci'][0]:.3f} to {one['alpha_ci'][1]:.3f})" if one["alpha_ci"] else ""
     low, high = one["window"]
     others = ", ".join(f"{alpha:.3f} with E {floor}" for floor, alpha in one["alpha_by_E"].items())
-    return (
-        f"{name}: lowest loss = {one['E']:.3g} + {one['A']:.3g} C^-{one['alpha']:.3f}{ci}, E from {one['E_from']}, "
-        f"over {low:.2g} to {high:.2g} FLOPs ({one['n']} sizes and lengths). The exponent hangs on E: {others}."
-    )
+    words = f"{name}: lowest loss = {one['E']:.3g} + {one['A']:.3g} C^-{one['alpha']:.3f}{ci}, E from {one['E_from']}, "
+    words += f"over {low:.2g} to {high:.2g} FLOPs ({one['n']} sizes and lengths)."
+    hangs = f"The exponent hangs on E: {others}."
+    return _verdict(words, ([] if one["E_known"] and ci else [hangs]) + wrong, because=hangs)
 
 
-def _isoflop_verdict(analysis: Analysis) -> str:
+def _isoflop_verdict(analysis: Analysis, wrong: list[str]) -> str:
     known = [curve for curve in analysis.isoflop if curve["best_n"]]
     if not analysis.isoflop:
         return "Not shown: isoFLOP curves; no budget is reached by three sizes with two lengths each."
-    grown, law = isoflop.growth(analysis.isoflop), analysis.laws.get(analysis.control or "")
+    grown, law = analysis.isoflop_growth, analysis.laws.get(analysis.control or "")
     words = f"isoFLOP: {len(known)} of {len(analysis.isoflop)} budgets have a best size between those trained"
     if grown is None:
-        return f"Not shown: {words}, and an exponent needs three."
-    exponent = law["optimal_n_exponent"] if isinstance(law, dict) else None
-    other = "" if exponent is None else f"; the law says {exponent:.2f}"
-    return f"{words}; it grows as C^{grown:.2f}{other}. The budgets share runs, so this has no interval."
+        return _verdict(f"{words}.", ["An exponent needs three.", *wrong])
+    ci = grown["ci"]
+    words += f"; it grows as C^{grown['exponent']:.2f}" + (f" ({ci[0]:.2f} to {ci[1]:.2f}). " if ci else ". ")
+    exponent = law["optimal_n_exponent"] if isinstance(law, dict) and law["identifiable"] else None
+    words += "The budgets share runs; the interval leaves out a size at a time." if ci else ""
+    words += "" if exponent is None else f" The law says {exponent:.2f}."
+    return _verdict(words.strip(), ([] if ci else ["It hangs on a single size: without it there are too few."]) + wrong)
 
 
 def ladder_verdicts(analysis: Analysis) -> list[str]:
@@ -152,15 +161,19 @@ def ladder_verdicts(analysis: Analysis) -> list[str]:
 
 
 def coordinate_verdicts(analysis: Analysis) -> list[str]:
-    """One for each parametrisation that was checked."""
+    """One for each parametrisation that was checked; a flat one counts where the standard one, its control, is not."""
+    steepest = {kind: max(one["slopes"].items(), key=lambda each: abs(each[1]), default=("nothing", 0.0))
+                for kind, one in analysis.coordinates.items()}  # fmt: skip
+    caught = abs(steepest.get("standard", ("", 0.0))[1]) > FLAT
     found = []
-    for kind, one in analysis.coordinates.items():
-        worst = max(one["slopes"], key=lambda key: abs(one["slopes"][key]))
-        steepest = one["slopes"][worst]
-        words = f"{kind}: the steepest of {len(one['slopes'])} slopes over widths {one['widths']} is {steepest:+.2f}"
-        flat = abs(steepest) <= FLAT
-        verdict = "as a right parametrisation has it" if flat else f"more than {FLAT}: outputs change with width"
-        found.append(f"Shown: {words} ({worst}), {verdict}.")
+    for kind, (worst, slope) in steepest.items():
+        one = analysis.coordinates[kind]
+        words = f"{kind}: the steepest of {len(one['slopes'])} slopes over widths {one['widths']} is {slope:+.2f} "
+        large = f"more than {FLAT}: outputs change with width"
+        words += f"({worst}), {'as a right parametrisation has it' if abs(slope) <= FLAT else large}."
+        wrong = [] if one["slopes"] else ["Every output is 0 at some width."]
+        wrong += [] if caught else ["The standard parametrisation was not caught, so the check tells nothing here."]
+        found.append(_verdict(words, wrong))
     return found or ["Not made."]
 
 
@@ -184,13 +197,15 @@ def reach_verdicts(analysis: Analysis) -> list[str]:
     return found
 
 
+def _verdict(words: str, wrong: Sequence[str], because: str = "") -> str:
+    """Shown, and because of what, or not shown, and for all that is wrong."""
+    if wrong:
+        return " ".join([f"Not shown: {words}", *dict.fromkeys(wrong)])
+    return f"Shown: {words} {because}".strip()
+
+
 def _intervals(law: dict[str, Any]) -> str:
     if not law["ci"]:
         return ""
-    each = [f"{name} {_floor(law['ci'][name][0])} to {law['ci'][name][1]:.3g}" for name in ("E", "alpha", "beta")]
+    each = [f"{name} {floored(law['ci'][name][0])} to {law['ci'][name][1]:.3g}" for name in ("E", "alpha", "beta")]
     return f" ({', '.join(each)})"
-
-
-def _floor(value: float) -> str:
-    """A number that is 0 where a fit went towards it without end."""
-    return f"{value:.3g}" if value > 1e-6 else "0"

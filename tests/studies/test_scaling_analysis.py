@@ -9,61 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tasks.scaling_laws import analyze, demo
-from tasks.scaling_laws.analysis import Analysis, analyse
 from tasks.scaling_laws.power import multiplier
-from tasks.scaling_laws.runs import TRAIN, Run, read_experiment
+from tasks.scaling_laws.runs import Run, read_experiment
 from tasks.scaling_laws.verdicts import section
-from trainer import job
+from tests.studies.made_runs import DEFAULTS, GRID, analysed, change, grid, lines, lines_of, sweep, write
 from trainer.job import UserError
-
-DEFAULTS = job.default_settings(TRAIN)
-GRID = [(width, steps) for width in (16, 32, 64, 128) for steps in (100, 400, 1600)]
-
-
-def law(n: int, d: int, floor: float = 1.0) -> float:
-    return floor + 30 / n**0.35 + 60 / d**0.3
-
-
-def write(folder: Path, name: str, loss: float | None = None, times: float = 1.0, **config: Any) -> Path:
-    """A finished run as the trainer leaves it, with the law's loss unless another is given."""
-    run = folder / "runs" / name
-    run.mkdir(parents=True)
-    config = {**DEFAULTS, "batch_size": 16, "seq_len": 64, "max_steps": 100, **config}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    n, d = 30 * config["width"] ** 2, config["max_steps"] * 1024
-    loss = law(n, int(d * times)) if loss is None else loss
-    start = {"event": "start", "n_params": n, "flops_per_token": 6.0 * n, "val_sha256": "v"}
-    step = {"event": "step", "step": config["max_steps"], "loss": 2.0}
-    validation = {"event": "validation", "step": config["max_steps"], "loss": loss}
-    end = {"event": "end", "step": config["max_steps"], "diverged": None}
-    lines(run, start, step, validation, end)
-    return run
-
-
-def lines(run: Path, *events: dict[str, Any]) -> None:
-    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-
-
-def change(run: Path, event: str, **values: Any) -> None:
-    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines(run, *(one | values if one["event"] == event else one for one in events))
-
-
-def grid(folder: Path) -> Path:
-    for width, steps in GRID:
-        write(folder, f"w{width}_s{steps}", width=width, max_steps=steps)
-    return folder
-
-
-def analysed(folder: Path) -> Analysis:
-    return analyse(read_experiment(folder), bootstrap=40, seed=0)
-
-
-def lines_of(text: str, words: str) -> list[str]:
-    return [line for line in text.splitlines() if words in line]
 
 
 def test_the_law_that_the_runs_were_made_from_is_found_and_said_with_what_it_rests_on(tmp_path: Path):
@@ -151,93 +103,62 @@ def test_an_arm_whose_losses_the_control_never_reached_has_no_multiplier():
     assert words == "no run of it has a loss between 3 and 4, which is what the control reaches"
 
 
-def sweep(folder: Path, kind: str, best: dict[int, float], seeds: int = 2, apart: float = 0.001) -> None:
-    for width, vertex in best.items():
-        for seed in range(seeds):
-            for lr in (0.001, 0.003, 0.01, 0.03, 0.1):
-                loss = 2 + 0.05 * math.log(lr / vertex) ** 2 + apart * seed
-                write(folder, f"{kind}{width}_{lr}_{seed}", loss, width=width, lr=lr, seed=seed, parametrization=kind)
-
-
-def test_learning_rates_that_stay_transfer_and_those_that_move_do_not(tmp_path: Path):
-    sweep(tmp_path, "mup", {16: 0.01, 32: 0.0105, 64: 0.0095})
-    sweep(tmp_path, "standard", {16: 0.02, 32: 0.01, 64: 0.005})
-    found = analysed(tmp_path)
-    assert not found.grid  # points of a sweep are no points of a law
-    text = section(found)
-    assert "60 of them belong to sweeps of learning rates and are no points of laws." in text
-    (mup,), (standard,) = lines_of(text, "transformer, mup: best"), lines_of(text, "transformer, standard: best")
-    assert mup.startswith("- Shown: ") and mup.endswith("by at most 0.5 octaves in every seed.")
-    assert standard.startswith("- Shown: ") and standard.endswith("so it does not transfer.")
-    assert "-2.00 octaves over 4x width" in standard
-
-
-def test_seeds_that_lie_apart_leave_the_vertex_where_it_is(tmp_path: Path):
-    sweep(tmp_path, "mup", {16: 0.01, 32: 0.0105}, apart=0.5)
-    (said,) = lines_of(section(analysed(tmp_path)), "transformer: best learning rate 0.01 at 16 (vertex)")
-    assert said.startswith("- Shown: ") and "0.0105 at 32 (vertex)" in said
-
-
-def test_a_sweep_whose_best_is_at_its_edge_or_of_one_seed_shows_nothing(tmp_path: Path):
-    sweep(tmp_path / "a", "mup", {16: 0.01, 32: 0.9})
-    (edge,) = lines_of(section(analysed(tmp_path / "a")), "transformer: best")
-    assert edge.startswith("- Not shown: ") and edge.endswith("the best is the last that was tried: sweep further.")
-    sweep(tmp_path / "b", "mup", {16: 0.01, 32: 0.01}, seeds=1)
-    (single,) = lines_of(section(analysed(tmp_path / "b")), "transformer: best")
-    assert single.startswith("- Not shown: ") and single.endswith("It is one seed: add another.")
-
-
-def test_a_best_learning_rate_without_a_vertex_is_known_only_as_finely_as_was_swept(tmp_path: Path):
-    for width in (16, 32):
-        for seed in (0, 1):
-            for lr, loss in ((0.001, 2.5), (0.01, 2.0), (0.02, 2.45), (0.1, 2.5)):  # no parabola
-                write(tmp_path, f"{width}_{lr}_{seed}", loss, width=width, lr=lr, seed=seed)
-    (said,) = lines_of(section(analysed(tmp_path)), "transformer: best")
-    assert said.startswith("- Not shown: ") and "+0.00 octaves over 2x width" in said
-    assert said.endswith("Without a vertex the best is known to 3.32 octaves only: sweep more finely.")
-
-
-def test_a_diverged_run_of_a_sweep_counts_as_tried(tmp_path: Path):
-    sweep(tmp_path, "mup", {16: 0.01, 32: 0.01})
-    for seed in (0, 1):
-        change(tmp_path / "runs" / f"mup16_0.1_{seed}", "end", step=3, diverged="the loss is nan")
-    (said,) = lines_of(section(analysed(tmp_path)), "transformer: best")
-    assert "; 2 runs diverged;" in said and "Left out: mup16_0.1_0, it diverged" in section(analysed(tmp_path))
-
-
-def test_the_ladder_compares_equal_seeds_and_says_what_is_shown(tmp_path: Path):
-    for seed, noise in enumerate((0.0, 0.05, -0.03)):
-        write(tmp_path, f"c{seed}", 2.0 + noise, width=32, seed=seed)
-        write(tmp_path, f"swiglu{seed}", 1.9 + noise + 0.001 * seed, width=32, seed=seed, activation="swiglu")
-        write(tmp_path, f"rms{seed}", 2.0 - noise, width=32, seed=seed, norm="rmsnorm")
-    found = analysed(tmp_path)
-    assert {rung.change: rung.shown for rung in found.rungs} == {
-        "activation swiglu for gelu": True,
-        "norm rmsnorm for layernorm": False,
-    }
-    text = section(found)
-    assert "activation swiglu for gelu (width 32, 100 steps): 0.0990 nats lower loss" in text
-    assert "The control is transformer." in text
-
-
 def test_isoflop_curves_find_the_size_that_the_law_says_is_best(tmp_path: Path):
     for width in (16, 24, 32, 48, 64, 96):
         for steps in (100, 200, 400, 800, 1600, 3200, 6400):
             write(tmp_path, f"w{width}_s{steps}", width=width, max_steps=steps)
     found = analysed(tmp_path)
     known = [curve for curve in found.isoflop if curve["best_n"]]
-    assert known
+    assert len(known) >= 3 and found.isoflop_growth
+    low, high = found.isoflop_growth["ci"]
+    assert low < 0.3 / 0.65 < high and high - low < 0.3
+    (said,) = lines_of(section(found), "isoFLOP: ")
+    assert said.startswith("- Shown: ") and "leaves out a size at a time. The law says 0.46." in said
     for curve in known:
         share = (0.35 * 30 / (0.3 * 60)) ** (1 / 0.65)
         best = share * (curve["flops"] / 6) ** (0.3 / 0.65)
         assert curve["best_n"] == pytest.approx(best, rel=0.3)
 
 
+def coordinates(**slopes: float) -> dict[str, Any]:
+    return {kind: {"widths": [8, 16], "slopes": {"step 1 logits": slope}, "logits": [[0, 0], [1, 1]]}
+            for kind, slope in slopes.items()}  # fmt: skip
+
+
+def test_a_flat_parametrisation_counts_only_where_the_standard_one_was_caught(tmp_path: Path):
+    found = analysed(grid(tmp_path))
+    found.coordinates.update(coordinates(mup=0.02, standard=0.05))
+    (said,) = lines_of(section(found), "mup: the steepest")
+    assert said.startswith("- Not shown: ") and "The standard parametrisation was not caught" in said
+    found.coordinates["mup"]["slopes"] = {}
+    (said,) = lines_of(section(found), "mup: the steepest")
+    assert said.startswith("- Not shown: ") and "Every output is 0 at some width." in said
+
+
+@pytest.mark.parametrize("setting", [{"lr_schedule": "constant"}, {"lr_schedule": "inverse_sqrt"}, {"final_lr": 1.0}])
+def test_runs_whose_learning_rate_has_not_decayed_show_no_law(tmp_path: Path, setting: dict[str, Any]):
+    for width, steps in GRID:
+        write(tmp_path, f"w{width}_s{steps}", width=width, max_steps=steps, **setting)
+    text = section(analysed(tmp_path))
+    for words in ("12 runs: L = ", "lowest loss = "):
+        (said,) = lines_of(text, words)
+        assert said.startswith("- Not shown: ") and "The learning rate of 12 runs had not decayed" in said
+
+
+def test_a_power_of_compute_is_shown_only_where_its_floor_is_known(tmp_path: Path):
+    (said,) = lines_of(section(analysed(grid(tmp_path))), "lowest loss = ")
+    assert said.startswith("- Shown: ") and "E from the joint law" in said
+    for width, steps in GRID:
+        write(tmp_path, f"rms{width}_{steps}", width=width, max_steps=steps, norm="rmsnorm")
+    (said,) = lines_of(section(analysed(tmp_path)), "transformer, rmsnorm: lowest loss = ")
+    assert said.startswith("- Not shown: ") and "The exponent hangs on E" in said
+
+
 def test_the_command_writes_words_figures_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     grid(tmp_path)
     sweep(tmp_path, "mup", {16: 0.01, 32: 0.01}, seeds=1)
     found = analysed(tmp_path)
-    found.coordinates["mup"] = {"widths": [8, 16], "slopes": {"step 1 logits": 0.02}, "logits": [[0, 0], [1, 1]]}
+    found.coordinates.update(coordinates(mup=0.02, standard=0.98))
     answer = analyze.write(found, tmp_path)
     assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == [
         "coordinate_check.png", "isoflop.png", "learning_rates.png", "loss_and_compute.png", "residuals.png"
@@ -246,10 +167,11 @@ def test_the_command_writes_words_figures_and_numbers(tmp_path: Path, capsys: py
     assert all(f"(figures/{Path(name).name})" in text for name in answer["figures"])
     assert json.loads((tmp_path / "analysis.json").read_text())["runs"] == 22
     page = (tmp_path / "figures.html").read_text()
-    assert "(figures.html)" in text and page.count('class="plotly-graph-div"') == 5
+    assert "(figures.html)" in text and page.count('class="plotly-graph-div"') == 6
     assert all(f"w{width}_s{steps}" in page for width, steps in GRID)
-    law, coordinates = answer["shown"]
-    assert law.startswith("transformer, standard, 12 runs: L = ") and coordinates.startswith("mup: the steepest")
+    law, power, standard, mup = answer["shown"]
+    assert law.startswith("transformer, standard, 12 runs: L = ") and "E from the joint law" in power
+    assert standard.startswith("standard: the steepest") and mup.startswith("mup: the steepest")
     assert any("what another seed would change: 12 of 12 sizes" in words for words in answer["not_shown"])
 
 

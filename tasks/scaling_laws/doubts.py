@@ -1,0 +1,23 @@
+"""What is to be held against conclusions from runs: their guards, and what cannot be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tasks.scaling_laws.runs import Run
+
+
+def doubts(runs: Iterable[Run]) -> list[str]:
+    """A sentence for each; none where the runs can bear a conclusion."""
+    runs = list(runs)
+    said = []
+    if failed := [run for run in runs if run.failed_guards]:
+        first = failed[0]
+        said.append(f"Guards failed in {len(failed)} runs: in {first.name}, {', '.join(first.failed_guards)}.")
+    if unknown := [run for run in runs if not run.val_sha256]:
+        said.append(f"The metrics of {len(unknown)} runs do not say on which tokens they were validated.")
+    if (n := len({run.val_sha256 for run in runs} - {""})) > 1:
+        said.append(f"The runs were validated on {n} different sets of tokens.")
+    if n := sum(run.undecayed for run in runs):
+        said.append(f"The learning rate of {n} runs had not decayed at their end.")
+    return said
