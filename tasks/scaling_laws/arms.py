@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,20 +70,30 @@ def usual(arm: Arm) -> int:
 
 
 def arm_names(arms: Iterable[Arm]) -> dict[Arm, str]:
-    """A short name for each arm: its architecture, and what differs between arms and is not the trainer's default."""
-    arms = list(dict.fromkeys(arms))
-    values: dict[str, set[Any]] = {}
+    """A short name for each arm: its architecture, and what is not the trainer's default and differs between its like.
+
+    An arm's like are those of its architecture; for base shapes, those of its parametrisation too.
+    """
+    arms, defaults = list(dict.fromkeys(arms)), job.default_settings(TRAIN)
+    seen: dict[tuple, set[Any]] = defaultdict(set)
     for arm in arms:
         for key, value in arm:
-            values.setdefault(key, set()).add(value)
-    defaults = job.default_settings(TRAIN)
-    told = {key for key, seen in values.items() if len(seen) > 1} | {"architecture"}
-    return {arm: ", ".join(_told(key, value) for key, value in arm if key == "architecture" or key == "depth"
-                           or (key in told and (value != defaults.get(key) or key == "parametrization")))
-            for arm in arms}  # fmt: skip
+            seen[_like(arm, key)].add(value)
+
+    def told(arm: Arm, key: str, value: Any) -> bool:
+        if key in ("architecture", "depth"):
+            return True
+        return len(seen[_like(arm, key)]) > 1 and (value != defaults.get(key) or key == "parametrization")
+
+    return {arm: ", ".join(_in_words(key, value) for key, value in arm if told(arm, key, value)) for arm in arms}
 
 
-def _told(key: str, value: Any) -> str:
+def _like(arm: Arm, key: str) -> tuple[Any, ...]:
+    settings = dict(arm)
+    return key, settings["architecture"], settings["parametrization"] if key in BASES else None
+
+
+def _in_words(key: str, value: Any) -> str:
     """A setting in a name: words speak for themselves, numbers and switches do not."""
     if key == "depth":
         return f"{value} layer{'s' * (value > 1)}"

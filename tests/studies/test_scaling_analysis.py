@@ -169,7 +169,7 @@ def test_the_command_writes_words_figures_and_numbers(tmp_path: Path, capsys: py
     page = (tmp_path / "figures.html").read_text()
     assert "(figures.html)" in text and page.count('class="plotly-graph-div"') == 6
     assert all(f"w{width}_s{steps}" in page for width, steps in GRID)
-    law, power, standard, mup = answer["shown"]
+    law, power, mup, standard = answer["shown"]
     assert law.startswith("transformer, standard, 12 runs: L = ") and "E from the joint law" in power
     assert standard.startswith("standard: the steepest") and mup.startswith("mup: the steepest")
     assert any("what another seed would change: 12 of 12 sizes" in words for words in answer["not_shown"])

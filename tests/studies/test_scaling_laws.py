@@ -76,7 +76,6 @@ def test_the_law_of_learning_rates_is_a_line_in_logarithms():
     found = lr_law(widths, [3.2 / width for width in widths])
     assert (found["exponent"], found["constant"]) == (pytest.approx(-1.0), pytest.approx(3.2))
     assert found["ci"] == pytest.approx([-1.0, -1.0])
-    assert (found["drift_octaves"], found["growth"]) == (pytest.approx(-3.0), pytest.approx(8.0))
     assert lr_law(widths[:2], [0.1, 0.1])["ci"] is None and lr_law(widths[:1], [0.1])["exponent"] is None
 
 
