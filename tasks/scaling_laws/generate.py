@@ -1,6 +1,7 @@
 """From widths to complete runs: shapes, tokens, steps and batches, as an experiment for experiments.yaml.
 
     python generate.py --widths 32,64,128 --ratios 5,20,80 [--lrs 1e-3:1e-1:5] [--sweep norm=layernorm,rmsnorm]
+    python generate.py --widths 32,48,64,96 --flops 1e11,1e12,1e13
 
 Prints YAML: settings that all runs share as `controls`, those that differ as an explicit list of `runs`. What was
 chosen otherwise than asked is said in comments above it.
@@ -28,6 +29,7 @@ TRAIN = Path(__file__).resolve().parents[2] / "trainer" / "train.yaml"
 ASPECT = 64  # width over depth, as of GPT-2 small (768 wide, 12 deep)
 HEAD = 64  # largest head size, as of GPT-2
 RATIO = 20.0  # tokens a parameter, about what arXiv:2203.15556 finds best
+WITHIN = (1.0, 500.0)  # tokens a parameter that a size must get of a budget of FLOPs to be trained with it
 WARMUP = 0.1  # of the steps
 GATED_RATIO = 2.6667  # feed-forward ratio that gives three matrices the parameters of two at 4 (arXiv:2002.05202)
 Settings = dict[str, Any]
@@ -81,6 +83,8 @@ class Asked:
     depth: int | None = None
     seeds: list[int] | None = None
     tokens: int | None = None  # the same for all runs, instead of ratios
+    flops: list[float] | None = None  # of a run, instead of ratios: budgets that sizes share, for isoFLOP curves
+    within: tuple[float, float] = WITHIN
     corpus_tokens: int | None = None
     cpus: int = 1
     gpus: int = 0
@@ -101,9 +105,13 @@ def experiment(asked: Asked) -> Made:
     if unknown := given - set(defaults):
         raise UserError(f"the trainer has no setting {', '.join(sorted(unknown))}: {TRAIN.name} names all")
     batch = exact_batch(asked.batch_size, asked.micro_batch_size, max(asked.world, asked.gpus))
-    budgets = [None] if asked.tokens else asked.ratios
+    budgets = [None] if asked.tokens else asked.flops or asked.ratios
     cells = itertools.product(asked.widths, budgets, changes_of(asked))
-    runs = [run_settings(asked, width, ratio, changes, batch, defaults) for width, ratio, changes in cells]
+    each = [run_settings(asked, width, budget, changes, batch, defaults) for width, budget, changes in cells]
+    runs = [run for run in each if run]
+    if not runs:
+        low, high = asked.within
+        raise UserError(f"no budget gives a width {low:g} to {high:g} tokens a parameter: change --flops or --within")
     keys = list(dict.fromkeys(key for run in runs for key in run))
     runs = [{key: run.get(key, defaults[key]) for key in keys} for run in runs]
     if twice := next((run for place, run in enumerate(runs) if run in runs[:place]), None):
@@ -120,8 +128,9 @@ def changes_of(asked: Asked) -> list[tuple[Settings, Settings]]:
 
 
 def as_experiment(asked: Asked, runs: list[Settings], batch: Batch, defaults: Settings) -> Settings:
-    """What all runs share as controls, the rest as a list of runs; a single run is named by its width."""
-    shared = {key: value for key, value in runs[0].items() if all(run[key] == value for run in runs)}
+    """What all runs share and was not swept as controls, the rest as a list of runs; one run is named by its width."""
+    shared = {key: value for key, value in runs[0].items()
+              if key not in asked.sweeps and all(run[key] == value for run in runs)}  # fmt: skip
     if len(runs) == 1:
         del shared["width"]
     may_be_silent = {"ffn_ratio", *list(asked.ladder)[1:]}  # the first setting of a ladder names its control
@@ -151,18 +160,31 @@ def resources(asked: Asked) -> Settings:
 
 
 def run_settings(
-    asked: Asked, width: int, ratio: float | None, changes: tuple[Settings, Settings], batch: Batch, defaults: Settings
-) -> Settings:
-    """What decides one run, beside the defaults. All steps of a ladder train on the tokens of its control."""
+    asked: Asked, width: int, budget: float | None, changes: tuple[Settings, Settings], batch: Batch, defaults: Settings
+) -> Settings | None:
+    """What decides one run, beside the defaults; null where a budget of FLOPs does not suit the width.
+
+    All steps of a ladder train on the tokens of its control.
+    """
     settings, control = (
         shaped({"architecture": asked.architecture, **asked.fixed, **change, "width": width}, asked)
         for change in (changes[0] | changes[1], changes[0])
     )
     settings["batch_size"] = batch.size
-    tokens = asked.tokens if ratio is None else ratio * shape_of(control, asked.vocab_size, defaults).n_params
-    settings["max_steps"] = steps_for(tokens or 0, batch.size, {**defaults, **settings}["seq_len"])
+    seq_len, shape = {**defaults, **settings}["seq_len"], shape_of(control, asked.vocab_size, defaults)
+    tokens = tokens_for(asked, shape, seq_len, budget)
+    if asked.flops and not asked.within[0] <= tokens / shape.n_params <= asked.within[1]:
+        return None
+    settings["max_steps"] = steps_for(tokens, batch.size, seq_len)
     settings.setdefault("warmup_steps", round(WARMUP * settings["max_steps"]))
     return settings
+
+
+def tokens_for(asked: Asked, shape: Shape, seq_len: int, budget: float | None) -> float:
+    """The tokens of a run: those asked for, those that a budget of FLOPs buys, or a ratio to the parameters."""
+    if asked.tokens or budget is None:
+        return asked.tokens or 0
+    return budget / shape.train_flops(seq_len) if asked.flops else budget * shape.n_params
 
 
 def shaped(settings: Settings, asked: Asked) -> Settings:
@@ -263,6 +285,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--widths", required=True, help="such as 32,64,128")
     made.add_argument("--ratios", default=f"{RATIO:g}", help="tokens a parameter, such as 5,20,80")
     made.add_argument("--tokens", type=int, help="of every run, instead of --ratios")
+    made.add_argument("--flops", help="of a run, instead of --ratios, such as 1e13,1e14: each width at each")
+    made.add_argument(
+        "--within",
+        default="{:g},{:g}".format(*WITHIN),
+        help="with --flops: least and most tokens a parameter; other widths are left out of a budget",
+    )
     made.add_argument("--depth", type=int, help="the same for all; none: width / 64, at least 2; of an LSTM 1")
     made.add_argument("--vocab-size", type=int, default=257, help="of the token files: 257 for bytes")
     made.add_argument("--batch-size", type=int, default=32, help="sequences per optimizer step, over all processes")
@@ -288,6 +316,7 @@ def asked_of(arguments: argparse.Namespace) -> Asked:
             {key: [yaml.safe_load(value) for value in text.split(",")] for key, text in pairs(texts)}
             for texts in (arguments.sweep, arguments.ladder)
         )
+        low, high = (float(ratio) for ratio in arguments.within.split(","))
         sweeps |= {"lr": log_spaced(arguments.lrs)} if arguments.lrs else {}
         return Asked(
             architecture=arguments.architecture,
@@ -304,6 +333,8 @@ def asked_of(arguments: argparse.Namespace) -> Asked:
             depth=arguments.depth,
             seeds=[int(seed) for seed in arguments.seeds.split(",")] if arguments.seeds else None,
             tokens=arguments.tokens,
+            flops=[float(each) for each in arguments.flops.split(",")] if arguments.flops else None,
+            within=(low, high),
             corpus_tokens=arguments.corpus_tokens,
             cpus=arguments.cpus,
             gpus=arguments.gpus,

@@ -1,11 +1,13 @@
 """IsoFLOP curves: for some budgets the loss of each size, and the size whose loss is lowest.
 
-Of each size the loss at a budget is read between its runs of different lengths, on a line in log loss and log compute,
-never beyond them; of each budget a parabola in ln N (approach 2 of arXiv:2203.15556).
+Budgets are those that sizes share; else the loss of a size at a budget is read between its runs of different lengths,
+on a line in log loss and log compute, never beyond them. Of each budget a parabola in ln N: approach 2 of
+arXiv:2203.15556.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,6 +20,8 @@ from tasks.scaling_laws.runs import Run
 
 LEAST = 3  # sizes of a parabola
 BUDGETS = 5
+NEAR = 0.03  # share by which runs of one budget may lie apart, as steps are whole
+RANGE = 2.0  # times the least budget that the largest must be, for those between to differ
 LEVEL = 0.95
 
 
@@ -61,27 +65,39 @@ def _exponent(curves: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _curves(runs: Sequence[Run]) -> dict[int, list[tuple[float, float]]]:
-    """Of each size with two lengths or more: (compute, mean loss over seeds), by compute."""
+    """Of each size: (compute, mean loss over seeds), by compute."""
     losses: dict[int, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         losses[run.n][run.flops].append(run.loss)
-    means = {n: sorted((c, sum(each) / len(each)) for c, each in of.items()) for n, of in losses.items()}
-    return {n: curve for n, curve in means.items() if len(curve) > 1}
+    return {n: sorted((c, sum(each) / len(each)) for c, each in of.items()) for n, of in losses.items()}
 
 
 def _budgets(sizes: dict[int, list[tuple[float, float]]]) -> list[float]:
-    """Evenly spaced in the logarithm between what the third smallest size begins with and the third largest reaches."""
-    if len(sizes) < LEAST:
-        return []
-    low = sorted(curve[0][0] for curve in sizes.values())[LEAST - 1]
-    high = sorted(curve[-1][0] for curve in sizes.values())[-LEAST]
-    return np.geomspace(low, high, BUDGETS).tolist() if low < high else []
+    """Those that LEAST sizes were trained with; where they are fewer than LEAST, BUDGETS of those between runs.
+
+    The latter are evenly spaced in the logarithm between what the third smallest size begins with and the third largest
+    reaches, where that is a range.
+    """
+    shared = _shared(sorted(flops for curve in sizes.values() for flops, _ in curve))
+    curves = [curve for curve in sizes.values() if len(curve) > 1]
+    if len(shared) >= LEAST or len(curves) < LEAST:
+        return shared
+    low = sorted(curve[0][0] for curve in curves)[LEAST - 1]
+    high = sorted(curve[-1][0] for curve in curves)[-LEAST]
+    return np.geomspace(low, high, BUDGETS).tolist() if high > RANGE * low else shared
+
+
+def _shared(flops: list[float]) -> list[float]:
+    """The middles of groups of at least LEAST that lie within NEAR of the one before."""
+    ends = [place for place in range(1, len(flops)) if flops[place] > flops[place - 1] * (1 + NEAR)]
+    groups = [flops[first:last] for first, last in itertools.pairwise([0, *ends, len(flops)])]
+    return [math.exp(sum(map(math.log, group)) / len(group)) for group in groups if len(group) >= LEAST]
 
 
 def _between(curve: list[tuple[float, float]], budget: float) -> float | None:
     x, y = np.log(np.array(curve)).T
     at = math.log(budget)
-    if not x[0] - 1e-9 <= at <= x[-1] + 1e-9:
+    if not x[0] - NEAR <= at <= x[-1] + NEAR:
         return None
     return float(np.exp(np.interp(at, x, y)))
 

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.scaling_laws import generate
+from tasks.scaling_laws import generate, isoflop
+from tasks.scaling_laws.analysis import law_of
 from tasks.scaling_laws.learning_rates import best_lr, lr_law
+from tasks.scaling_laws.runs import Run
 from trainer import job
 from trainer.job import UserError
 from trainer.shape import ShapeError, make_shape
@@ -152,6 +155,7 @@ def test_sweeps_are_all_products_with_learning_rates_evenly_spaced_in_the_logari
         ({"fixed": {"widht": 3}}, "no setting widht"),
         ({"sweeps": {"norm": ["batchnorm"]}}, "norm is 'batchnorm'"),
         ({"widths": [32, 32]}, "would be run twice"),
+        ({"flops": [1e9], "within": (100.0, 200.0)}, "no budget gives a width 100 to 200 tokens a parameter"),
         ({"batch_size": 0}, "batch size is 0"),
         ({"world": 2, "gpus": 4}, "a process for each GPU"),
     ],
@@ -177,18 +181,39 @@ def test_each_plan_is_what_its_generate_line_prints():
         assert yaml.safe_load(generate.dumped(made.values)) == [plan], line
 
 
-def test_the_grids_have_three_token_ratios_and_three_sizes():
-    plans = yaml.safe_load((STUDY / "experiments.yaml").read_text())
+@pytest.mark.parametrize("plan", ["transformer_grid", "lstm_grid", "reduced"])
+def test_each_grid_tells_a_law_and_how_its_best_size_grows(plan: str):
+    """With losses of a known law: what the plan's runs could show if there were no noise."""
+    experiment = yaml.safe_load((STUDY / "experiments.yaml").read_text())[plan]["experiments"][0]
     defaults = job.default_settings(generate.TRAIN)
-    for name in ("transformer_grid", "lstm_grid", "reduced"):
-        experiment = plans[name]["experiments"][0]
-        ratios, sizes = set(), set()
-        for run in experiment["runs"]:
-            config = {**defaults, **experiment["controls"], **run}
-            n = make_shape(SimpleNamespace(**config), 257).n_params
-            sizes.add(n)
-            ratios.add(round(math.log(config["max_steps"] * config["batch_size"] * config["seq_len"] / n), 1))
-        assert len(sizes) >= 3 and len(ratios) >= 3, name
+    arms: dict[int, list[Run]] = defaultdict(list)
+    for changes in experiment["runs"]:
+        config = {**defaults, **experiment["controls"], **changes}
+        shape, d = (
+            make_shape(SimpleNamespace(**config), 257),
+            config["max_steps"] * config["batch_size"] * config["seq_len"],
+        )
+        flops, loss = shape.train_flops(config["seq_len"]) * d, 1 + 30 / shape.n_params**0.35 + 60 / d**0.3
+        arm = config["depth"] if config["architecture"] == "lstm" else 0
+        arms[arm].append(Run(str(changes), config, shape.n_params, d, flops, loss))
+    for runs in arms.values():
+        found, grown = law_of(runs, 50, 0), isoflop.growth(runs)
+        assert isinstance(found, dict) and found["identifiable"] and found["alpha"] == pytest.approx(0.35, abs=1e-3)
+        assert grown and grown["exponent"] == pytest.approx(0.3 / 0.65, abs=0.01)
+        assert grown["ci"][1] - grown["ci"][0] < 0.1
+
+
+def test_budgets_of_flops_are_met_within_half_a_step_by_the_widths_that_suit_them():
+    made = generate.experiment(asked(widths=[32, 64, 96], flops=[1e11, 1e12], within=(1.0, 100.0)))
+    found = []
+    for config in configs(made):
+        shape = make_shape(SimpleNamespace(**config), 257)
+        step = shape.train_flops(config["seq_len"]) * config["batch_size"] * config["seq_len"]
+        budget = min((1e11, 1e12), key=lambda flops: abs(flops - config["max_steps"] * step))
+        assert abs(config["max_steps"] * step - budget) <= step / 2
+        assert 1 <= config["max_steps"] * config["batch_size"] * config["seq_len"] / shape.n_params <= 100
+        found.append((config["width"], budget))
+    assert found == [(32, 1e11), (64, 1e11), (64, 1e12), (96, 1e12)]
 
 
 def test_the_generator_prints_yaml_with_what_it_chose_otherwise(tmp_path: Path):
