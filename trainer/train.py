@@ -53,7 +53,7 @@ from trainer.ranks import Ranks, join
 from trainer.settings import check_same, checked, identity
 from trainer.tokens import Streams, Windows, open_tokens, validation_of
 
-VALIDATED_AT_ONCE = 8  # sequences; the same for every model, so that an LSTM's streams are
+VALIDATED_TOGETHER = 8  # sequences, or an LSTM's streams: the same for every model, whatever fits at once
 STATES = {"adamw": 2, "adam": 2, "sgd": 1}  # tensors of a parameter's size that the optimizer keeps
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -92,6 +92,14 @@ class Diverged(Exception):
     """The loss is no number any more. That is a result: starting again would only repeat it."""
 
 
+class MemoryRanOut(Exception):
+    """In a process, and so for all. `whole`: whether the weights are still those of the last step."""
+
+    def __init__(self, when: str, whole: bool = True):
+        super().__init__(when)
+        self.whole = whole
+
+
 class Training:
     """Model, data, optimizer and how many steps are done; made as the last checkpoint left them."""
 
@@ -118,9 +126,6 @@ class Training:
         if saved:
             self._resume(saved)
         self.began_at, self.recorded = self.step, last_step(out / "metrics.jsonl")
-        if self.step == 0 and config.overfit_steps and ranks.writes:
-            write(out, [one_batch_overfit(self.model, self._first_loss, steps=config.overfit_steps)])
-        ranks.wait()
         looked = config.guard_steps if ranks.writes else 0
         self.guards = Guards(self.model, self.optimizer, out, self.step, steps=looked)
         shape = self.model.shape
@@ -156,6 +161,8 @@ class Training:
         """
         try:
             return self._train(stop)
+        except MemoryRanOut as where:
+            return self._take_less_memory(where)
         except Diverged as diverged:
             print(f"diverged: {diverged}; a lower lr, clipped gradients or fp32 may help", file=sys.stderr)
             self._finish(self.train_s, self.checkpoint_s, diverged)
@@ -163,6 +170,8 @@ class Training:
 
     def _train(self, stop: Stop) -> bool:
         config = self.config
+        if self.step == 0 and config.overfit_steps:
+            self._overfit()
         with tqdm(
             total=config.max_steps, initial=self.step, disable=not self.ranks.writes,
             mininterval=0.1 if sys.stderr.isatty() else 10.0,
@@ -172,8 +181,6 @@ class Training:
             while self.step < config.max_steps:
                 began = time.perf_counter()
                 done, stopped = self._optimizer_step(stop)
-                if done is None:
-                    return self._take_less_memory()
                 seconds = time.perf_counter() - began
                 self.train_s += seconds
                 self.step += 1
@@ -193,13 +200,13 @@ class Training:
         self._finish(self.train_s, self.checkpoint_s)
         return True
 
-    def _optimizer_step(self, stop: Stop) -> tuple[dict[str, Any] | None, bool]:
-        """One step on a batch, null if memory ran out in a process, and whether a signal came to any."""
+    def _optimizer_step(self, stop: Stop) -> tuple[dict[str, Any], bool]:
+        """One step on a batch, and whether a signal came to any process. Raises Diverged and MemoryRanOut."""
         config = self.config
         loss, failed = job.within_memory(self._gradients)
         loss, seen, stops, failures = self.ranks.total(loss, 0 if failed else self.seen, stop.asked, failed)
         if failures:
-            return None, False
+            raise MemoryRanOut(f"in step {self.step + 1}")
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {self.step + 1}")
         self.state, self.tokens = self.next_state, self.tokens + round(seen)
@@ -212,7 +219,10 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         with self.guards.step(self.step):
-            self.scaler.step(self.optimizer)
+            _, failed = job.within_memory(self._update)
+        (failures,) = self.ranks.total(failed)
+        if failures:  # some weights may have moved already
+            raise MemoryRanOut(f"in the optimizer's part of step {self.step + 1}", whole=False)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         n = round(seen)
@@ -221,6 +231,10 @@ class Training:
         done = {"loss": loss, "lr": config.lr * factor, "grad_norm": shown, "flops": self.flops, **counts}
         return done | {"longest_pass_tokens": self.micro.size * config.seq_len}, stops > 0
 
+    def _update(self) -> float:
+        self.scaler.step(self.optimizer)
+        return 0.0
+
     def _gradients(self) -> float:
         """Forward and backward passes over this process's rows; its part of the batch's mean loss, in nats a token.
 
@@ -228,20 +242,24 @@ class Training:
         has run out of memory.
         """
         torch.manual_seed(seed_of(self.config.seed, self.step, self.ranks.rank, 1))  # dropout's, so none need be kept
-        batch, carried, total = self.data.batch(self.step, self.rows), [], 0.0
+        batch = self.data.batch(self.step, self.rows)
         state = None if self.data.begins(self.step) else self.state
-        self.seen, self.next_state = 0, self.state
-        for first in range(0, len(self.rows), self.micro.size):
-            part = slice(first, first + self.micro.size)
+        loss, after = self._in_parts(batch, state, self.micro.size, backward=True)
+        self.seen, self.next_state = batch[:, 1:].numel(), after
+        return loss
+
+    def _in_parts(self, lines: Tensor, state: Any, size: int, backward: bool = False) -> tuple[float, Any]:
+        """The loss of "row seq+1" lines, `size` rows at a time, and the state after them; gradients where asked for."""
+        total, left = 0.0, []
+        for first in range(0, len(lines), size):
+            part = slice(first, first + size)
             before = None if state is None else tuple(each[:, part] for each in state)
-            loss, after = self._pass(batch[part].to(self.device), before)
-            self.scaler.scale(loss).backward()
+            loss, after = self._pass(lines[part].to(self.device), before)
+            if backward:
+                self.scaler.scale(loss).backward()
             total += loss.item()
-            self.seen += batch[part, 1:].numel()
-            carried.append(after)
-        if carried[0] is not None:
-            self.next_state = tuple(torch.cat([each[i] for each in carried], 1) for i in (0, 1))
-        return total
+            left.append(after)
+        return total, None if left[0] is None else tuple(torch.cat([each[i] for each in left], 1) for i in (0, 1))
 
     def _pass(self, lines: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The loss of "row seq+1" lines as their part of the batch's mean, and the state after them."""
@@ -249,27 +267,47 @@ class Training:
             hidden, after = self.forward(lines[:, :-1], state)
             return self.model.loss(hidden, lines[:, 1:]) / self.tokens_per_step, after
 
-    @torch.no_grad()
-    def validate(self) -> float:
-        """The mean loss over the validation's targets, in nats a token, the same for every model; recorded."""
-        began, total, state = time.perf_counter(), 0.0, None
-        self.model.eval()
-        carries = self.config.architecture == "lstm"
-        pieces = self.validation.streams if carries else self.validation.windows
-        for lines in pieces(self.config.seq_len, VALIDATED_AT_ONCE):
-            if state is not None and len(lines) != state[0].shape[1]:
-                state = None
-            loss, state = self._pass(lines.to(self.device), state)
-            total += loss.item() * self.tokens_per_step
-        self.model.train()
-        loss, self.validated = total / self.validation.n_targets, self.step
+    def validate(self) -> None:
+        """Records the mean loss over the validation's targets, in nats a token. Raises Diverged and MemoryRanOut."""
+        began = time.perf_counter()
+        loss, failed = job.within_memory(self._validation_loss)
+        (failures,) = self.ranks.total(failed)
+        if failures:
+            raise MemoryRanOut(f"in the validation after step {self.step}")
+        self.validated = self.step
         if not math.isfinite(loss):
             raise Diverged(f"the validation loss is {loss} after step {self.step}")
         self._record(
             "validation", step=self.step, loss=loss, label_tokens=self.validation.n_targets, samples=1,
             seconds=time.perf_counter() - began,
         )  # fmt: skip
-        return loss
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float:
+        """The same for every model: of a micro batch that is smaller than what is validated together, in parts."""
+        total, state, size = 0.0, None, min(self.micro.size, VALIDATED_TOGETHER)
+        self.model.eval()
+        carries = self.config.architecture == "lstm"
+        pieces = self.validation.streams if carries else self.validation.windows
+        for lines in pieces(self.config.seq_len, VALIDATED_TOGETHER):
+            if state is not None and len(lines) != state[0].shape[1]:
+                state = None
+            loss, state = self._in_parts(lines, state, size)
+            total += loss * self.tokens_per_step
+        self.model.train()
+        return total / self.validation.n_targets
+
+    def _overfit(self) -> None:
+        """Has the guard "one-batch overfit" look, in one process. Raises MemoryRanOut."""
+
+        def look() -> float:
+            write(self.out, [one_batch_overfit(self.model, self._first_loss, steps=self.config.overfit_steps)])
+            return 0.0
+
+        _, failed = job.within_memory(look) if self.ranks.writes else (0.0, False)
+        (failures,) = self.ranks.total(failed)
+        if failures:
+            raise MemoryRanOut("in overfit_steps, which train a copy of the model,")
 
     def _first_loss(self, model: LanguageModel) -> Tensor:
         """The mean loss of a model on half of the first micro batch: a copy of the model needs memory too."""
@@ -294,13 +332,13 @@ class Training:
         every = self.config.run_val_every_n_steps
         return self.step == self.config.max_steps or bool(every and self.step and self.step % every == 0)
 
-    def _take_less_memory(self) -> bool:
+    def _take_less_memory(self, ran_out: MemoryRanOut) -> bool:
         """Saves what was done and notes a smaller micro batch for the next start; UserError where there is none."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self.step > self.began_at:
+        if self.step > self.began_at and ran_out.whole:
             self._save_checkpoint()
-        when, advice = f"in step {self.step + 1}", "lower seq_len or width, or take a device with more memory"
-        print(self.micro.take_less(self.out, self.ranks, when, advice), file=sys.stderr)
+        advice = "lower seq_len or width, or take a device with more memory"
+        print(self.micro.take_less(self.out, self.ranks, str(ran_out), advice), file=sys.stderr)
         return False
 
     def _checkpoint_is_due(self) -> bool:

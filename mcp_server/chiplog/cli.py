@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
 import yaml
@@ -225,6 +225,8 @@ def _option_type(annotation: Any) -> tuple[Any, Callable[[Any], Any]]:
     kind = next(arm for arm in arms if arm is not types.NoneType)
     optional = len(arms) > 1
     origin = get_origin(kind)
+    if origin is Literal and any(get_origin(arm) is dict for arm in arms):
+        return str | None, lambda value: value and _yaml(value)
     if origin is dict:
         return (list[str] | None if optional else list[str]), _pairs
     if origin is list:

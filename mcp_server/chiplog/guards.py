@@ -232,15 +232,19 @@ def _seeds_are_seeds(trained: Sequence[Run], done: Mapping[str, Record]) -> Verd
 
 
 def _control_present(runs: Sequence[Run], records: Mapping[str, Record]) -> Verdict:
-    """The controls that the plan has ended well."""
-    controls = [run for run in runs if run.kind == "control"]
-    gone = [run for run in controls if not _completed(records.get(run.name))]
+    """The controls that the plan has, base models and runs that it names, ended well."""
+    arms: dict[str, list[str]] = {run.name: [] for run in runs if run.kind == "control"}
+    for run in runs:
+        base = control_of(runs, run) if run.kind != "control" else None
+        for name in {run.control, base.name if base else None} - {None}:
+            arms.setdefault(name, []).append(run.name)
+    controls = [run for run in runs if run.name in arms]
     failures = []
-    for control in gone:
-        arms = [run.name for run in runs if run.kind != "control" and control_of([control], run)]
-        state = record.state if (record := records.get(control.name)) else "not run"
-        words = f"{control.name}, the control of {_some(arms)}, is {state}"
-        failures.append(Failure(words=words, runs=[control.name]))
+    for control in controls:
+        if not _completed(record := records.get(control.name)):
+            state = record.state if record else "not run"
+            words = f"{control.name}, the control of {_some(arms[control.name])}, is {state}"
+            failures.append(Failure(words=words, runs=[control.name]))
     return _verdict("control present", controls, controls, failures, "the plan has no control")
 
 

@@ -23,6 +23,7 @@ from chiplog.schema import Frozen, plain_errors
 from chiplog.values import Kind, Value, check_value
 
 Config = dict[str, Any]
+Control = Literal["base_model", "none"] | dict[str, Value]
 Metric = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,39}$")]
 
 # Names become folders, job names and file names in shell scripts: no character that any of them would read twice.
@@ -94,9 +95,10 @@ class Experiment(Frozen):
     variables: dict[str, list[Value]] = Field(default={}, description="Settings that vary, each with its values.")
     runs: list[dict[str, Value]] = Field(default=[], description="Settings of each run, where they are no product.")
     seeds: list[int] = Field(default=[0], min_length=1, description="One replicate of every run for each seed.")
-    control: Literal["base_model", "none"] = Field(
+    control: Control = Field(
         default_factory=lambda known: "none" if known.get("framework") == "trainer" else "base_model",
-        description="base_model: each base model is evaluated too, without fine-tuning; of trainer: none.",
+        description="base_model: each base model is evaluated too, without fine-tuning; of trainer: none. Settings, "
+        "such as {activation: gelu}: the runs that have them are the control of all others.",
     )
     resources: Resources = Field(default=Resources(), description="What one run asks for.")
     time_limits_s: dict[str, int] = Field(default={}, description="Time limits of single runs, by name, in seconds.")
@@ -105,7 +107,10 @@ class Experiment(Frozen):
     @model_validator(mode="after")
     def _no_base_model(self) -> Experiment:
         if self.framework == "trainer" and self.control == "base_model":
-            raise ValueError("a training of trainer has no base model that could be its control: leave control out")
+            raise ValueError(
+                "a training of trainer has no base model that could be its control: leave control out, or name one of "
+                "the runs by its settings"
+            )
         return self
 
 
@@ -169,6 +174,7 @@ class Run(Frozen):
     varied: dict[str, Value] = Field(description="The settings that differ between runs.")
     config: Config = Field(description="Every setting that the job reads.")
     resources: Resources = Field(description="What the job asks for.")
+    control: str | None = Field(default=None, description="Trained run that the plan names as its control.")
     depends_on: list[str] = Field(default=[], description="Names of runs that must end well before this one.")
 
 
@@ -296,7 +302,34 @@ def _expand_one(plan: Plan, experiment: Experiment, manual: Callable[[str], Manu
             kept = {"model": model} | {key: value for key, value in cell.items() if key in evaluated}
             name = _name(kept) + "_base"
             controls.setdefault(name, _control(run, name, kept, {key: config[key] for key in evaluated}))
+    if isinstance(experiment.control, dict):
+        runs = _with_controls(runs, experiment.control, known)
     return runs + list(controls.values())
+
+
+def _with_controls(runs: list[Run], settings: Mapping[str, Value], known: Manual) -> list[Run]:
+    """The runs, each of which knows the one of the control that has its seed and differs from it in the least."""
+
+    def has(run: Run, key: str) -> Value:
+        return {"model": run.model, "dataset": run.dataset}.get(key, run.config.get(key))
+
+    if unknown := [key for key in settings if key not in {"model", "dataset", *known.defaults}]:
+        raise PlanError(f"control names {', '.join(unknown)}, which {runs[0].recipe} has no setting of")
+    named = [run for run in runs if all(has(run, key) == value for key, value in settings.items())]
+    if not named or len(named) == len(runs):
+        raise PlanError(
+            f"{'every run' if named else 'no run'} has the settings of control, {dict(settings)}: "
+            "give those by which one arm is known"
+        )
+
+    def nearest(run: Run) -> str | None:
+        same_seed = [other for other in named if other.seed == run.seed]
+        apart = {
+            other.name: sum(other.config[key] != value for key, value in run.config.items()) for other in same_seed
+        }
+        return min(apart, key=lambda name: apart[name], default=None)
+
+    return [run if run in named else run.model_copy(update={"control": nearest(run)}) for run in runs]
 
 
 def _limited(runs: Iterable[Run], experiment: Experiment) -> Iterator[Run]:

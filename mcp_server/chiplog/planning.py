@@ -19,7 +19,7 @@ from chiplog.engines.local import available_gpus
 from chiplog.errors import NotFoundError, PlanError
 from chiplog.host_memory import check_host_memory, with_host_memory
 from chiplog.ledger import Ledger
-from chiplog.plan import Experiment, Plan, Resources, Run, Value, expand, parse_plan
+from chiplog.plan import Control, Experiment, Plan, Resources, Run, Value, expand, parse_plan
 from chiplog.recipes import choose_recipe, load_recipe, manual
 from chiplog.render import code_files, find_gpu
 from chiplog.schema import Frozen, plain_errors
@@ -45,7 +45,7 @@ class Request(Frozen):
     runs: list[dict[str, Value]] | None = Field(default=None, description="Runs that are no product.")
     controls: dict[str, Value] | None = Field(default=None, description="What stays fixed.")
     seeds: list[int] | None = Field(default=None, description="Replicates.")
-    control: str | None = Field(default=None, description="base_model or none.")
+    control: Control | None = Field(default=None, description="base_model, none, or settings of one of the runs.")
     recipe: str | None = Field(default=None, description="Recipe; null: chosen from the GPUs and validation.")
     validation: bool = Field(default=False, description="Whether to validate during training.")
     nodes: int | None = Field(default=None, description="Nodes of each run.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -45,7 +45,7 @@ from chiplog.past_runs import (
     search_runs,
     show_run,
 )
-from chiplog.plan import Value, dump_plan, expand
+from chiplog.plan import Control, Value, dump_plan, expand
 from chiplog.planning import Request
 from chiplog.recipes import manual
 from chiplog.render import refuse_credentials, render, write_experiment
@@ -85,8 +85,11 @@ def plan_experiment(
     controls: Annotated[dict[str, Value] | None, Field(description="Settings that stay fixed, such as epochs.")] = None,
     seeds: Annotated[list[int] | None, Field(description="One replicate of every run for each seed.")] = None,
     control: Annotated[
-        Literal["base_model", "none"] | None,
-        Field(description="base_model evaluates each base model too, without fine-tuning it: the control condition."),
+        Control | None,
+        Field(
+            description="base_model evaluates each base model too, without fine-tuning it: the control condition. "
+            "Settings, such as {activation: gelu}, name the runs that are the control of the others."
+        ),
     ] = None,
     runs: Annotated[list[dict[str, Value]] | None, Field(description="Runs that are no product.")] = None,
     study: Annotated[str | None, Field(description="Study under tasks/; not needed for your own data.")] = None,

@@ -143,7 +143,7 @@ def as_experiment(asked: Asked, runs: list[Settings], batch: Batch, defaults: Se
     values: Settings = {
         "framework": "trainer",
         "recipe": "train",
-        "control": "none",
+        "control": {key: runs[0][key] for key in asked.ladder} or "none",
         "controls": {key: value for key, value in controls.items() if value != defaults[key]},
         "runs": [{key: value for key, value in run.items() if key not in shared | silent(run)} for run in runs],
         "resources": resources(asked),

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
@@ -41,6 +42,17 @@ def test_the_command_line_gets_from_a_question_to_a_summary(lab: Path):
     assert [row["run"] for row in answer["rows"]] == ["rank4", "rank16", "S_base"]
     shown = chiplog("summarize-experiment", "ranks").stdout
     assert "Not shown:" in shown and "exact_match, % (95 % CI)" in shown
+
+
+def test_a_run_can_be_named_as_the_control_of_the_others(lab: Path):
+    plan("ranks", "--control", "{lora_rank: 4}")
+    assert yaml.safe_load((lab / "experiments/ranks/plan.yaml").read_text())["experiments"][0]["control"] == {
+        "lora_rank": 4
+    }
+    plan("other", "--control", "none")
+    wrong = chiplog("plan-experiment", "--question", "q", "--models", "S=small", "--dataset", "words",
+                    "--control", "everything", code=2)  # fmt: skip
+    assert "control" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 def test_a_check_that_fails_answers_with_exit_code_1(lab: Path):

@@ -148,9 +148,9 @@ def test_replicates_with_the_same_losses_are_no_replicates(lab: Path):
     assert not any(shown(summary()).values())
 
 
-def changed(lab: Path, changes: Mapping[str, dict[str, Any]]) -> dict[str, Verdict]:
+def changed(lab: Path, changes: Mapping[str, dict[str, Any]], **ask: Any) -> dict[str, Verdict]:
     """The guards of two ranks with two seeds and their control, some of their records changed."""
-    tools.plan_experiment(**{**ASK, **RANKS, "seeds": [0, 1]})
+    tools.plan_experiment(**{**ASK, **RANKS, "seeds": [0, 1], **ask})
     tools.setup_experiment_dirs("ranks")
     runs = ExperimentFolder(lab / "experiments" / "ranks").runs()
     records = {}
@@ -200,6 +200,13 @@ def test_a_control_that_failed_is_missed(lab: Path):
     assert changed(lab, {})["control present"].ok
     fired = changed(lab, {"S_base": {"state": State.FAILED}})["control present"]
     assert fired.found == "S_base, the control of rank4_seed0, rank4_seed1, rank16_seed0, rank16_seed1, is FAILED"
+
+
+def test_a_trained_control_that_the_plan_names_is_missed_by_the_runs_of_its_seed(lab: Path):
+    assert changed(lab, {}, control={"lora_rank": 4})["control present"].ok
+    lost = {"rank4_seed1": {"state": State.TIMEOUT}}
+    fired = changed(lab, lost, control={"lora_rank": 4}, name="ranks")["control present"]
+    assert fired.found == "rank4_seed1, the control of rank16_seed1, is TIMEOUT"
 
 
 def test_arms_that_differ_in_what_training_does_not_read_may_have_the_same_losses(lab: Path):

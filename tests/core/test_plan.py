@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -81,6 +82,22 @@ def test_replicates_have_their_seed_in_the_name_and_share_a_control():
     assert names(plan) == ["1B_seed0", "1B_seed1", "1B_base"]
 
 
+def test_runs_that_a_plan_names_as_control_are_that_of_the_run_nearest_to_them_with_their_seed():
+    variables = {"lora_rank": [4, 8], "lr": [1e-4, 3e-4]}
+    plan = a_plan(controls={"model": "1B"}, variables=variables, seeds=[0, 1], control={"lora_rank": 4})
+    runs = expand(plan, manual)
+    assert len(runs) == 8  # no base model is evaluated
+    assert {run.name: run.control for run in runs if run.seed == 1} == {
+        "1B_rank4_lr1e-4_seed1": None,
+        "1B_rank4_lr3e-4_seed1": None,
+        "1B_rank8_lr1e-4_seed1": "1B_rank4_lr1e-4_seed1",
+        "1B_rank8_lr3e-4_seed1": "1B_rank4_lr3e-4_seed1",
+    }
+    of_models = expand(a_plan(variables={"model": ["1B", "3B"]}, control={"model": "1B"}), manual)
+    assert [run.control for run in of_models] == [None, "1B"]
+    assert parse_plan(yaml.safe_load(dump_plan(plan)), "it") == plan
+
+
 def test_a_plan_without_controls_has_none():
     assert names(a_plan(variables={"model": ["1B"]}, control="none")) == ["1B"]
 
@@ -105,6 +122,9 @@ def test_the_learning_rate_reads_as_a_person_would_write_it():
         ({"variables": {"model": ["7B"]}}, "say which of 1B, 3B"),
         ({"variables": {"lora_rank": [4]}}, "the model of a run is not said"),
         ({"variables": {"model": []}}, "has no values"),
+        ({"variables": {"model": ["1B"]}, "control": {"lora_rnak": 4}}, "control names lora_rnak"),
+        ({"variables": {"model": ["1B", "3B"]}, "control": {"model": "7B"}}, "no run has the settings of control"),
+        ({"variables": {"model": ["1B"]}, "control": {"model": "1B"}}, "every run has the settings of control"),
         ({"variables": {"model": ["1B"]}, "runs": [{"model": "1B"}]}, "remove one"),
         ({"variables": {"model": ["1B"]}, "controls": {"batch_size": "16"}}, "give a whole number"),
         ({"variables": {"model": ["1B"]}, "controls": {"batch_size": -1}}, "at least 1"),

@@ -24,7 +24,7 @@ from trainer.ranks import Ranks
 from trainer.sample import load_run
 from trainer.settings import checked
 from trainer.sweep import make_runs
-from trainer.train import Training
+from trainer.train import MemoryRanOut, Training
 
 CPU = Ranks(torch.device("cpu"))
 
@@ -133,8 +133,58 @@ def test_memory_that_ran_out_in_another_process_leaves_the_carried_state(
     before, tokens = training.state, training.tokens
     assert before is not None
     monkeypatch.setattr(Ranks, "total", lambda self, *values: [*values[:-1], 1.0])
-    assert training._optimizer_step(quiet()) == (None, False)
+    with pytest.raises(MemoryRanOut, match="in step 2"):
+        training._optimizer_step(quiet())
     assert training.state is before and training.tokens == tokens == 8 * 16
+
+
+class Scarce:
+    """Calls what it stands for, but for one call, in which memory runs out."""
+
+    def __init__(self, real: Any, fails: int):
+        self.real, self.fails, self.calls = real, fails, 0
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.fails:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.real(*given, **named)
+
+
+@pytest.mark.parametrize(
+    ("part", "fails", "saved", "when"),
+    [
+        ("_pass", 4, 1, "in step 2"),  # two micro batches a step
+        ("_validation_loss", 1, 2, "in the validation after step 2"),
+        ("_update", 2, None, "in the optimizer's part of step 2"),  # after which the weights are those of no step
+        ("_first_loss", 3, None, "in overfit_steps, which train a copy of the model,"),
+    ],
+)
+def test_wherever_memory_runs_out_it_goes_on_with_a_smaller_micro_batch(
+    settings: dict, tmp_path: Path, part: str, fails: int, saved: int | None, when: str
+):
+    settings |= {"micro_batch_size": 4, "batch_size": 8, "max_steps": 3, "run_val_every_n_steps": 2, "overfit_steps": 5}
+    if part != "_first_loss":
+        settings["overfit_steps"] = 0
+    training = made(settings, tmp_path)
+    setattr(training, part, Scarce(getattr(training, part), fails))
+    assert training.train(quiet()) is False
+    deviation = json.loads((tmp_path / "deviation.json").read_text())
+    assert deviation == {"micro_batch_size": 2, "asked": 4, "reason": f"out of memory {when} at micro_batch_size 4"}
+    assert [event["step"] for event in events(tmp_path, "checkpoint")] == ([saved] if saved else [])
+    again = made(settings, tmp_path)
+    assert again.step == (saved or 0) and again.micro.size == 2
+    assert again.train(quiet()) and (tmp_path / "DONE").exists()
+    assert [event["step"] for event in events(tmp_path, "validation")] == [2, 3]
+
+
+@pytest.mark.parametrize("architecture", ["transformer", "lstm"])
+def test_a_validation_is_the_same_whatever_fits_at_once(settings: dict, tmp_path: Path, architecture: str):
+    losses = []
+    for size in (8, 2, 1):
+        training = made(settings | {"architecture": architecture, "micro_batch_size": size}, tmp_path / str(size))
+        losses.append(training._validation_loss())
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
 def test_a_last_step_that_ruins_the_weights_is_no_success(settings: dict, tmp_path: Path):
