@@ -236,7 +236,7 @@ def _control_present(runs: Sequence[Run], records: Mapping[str, Record]) -> Verd
     arms: dict[str, list[str]] = {run.name: [] for run in runs if run.kind == "control"}
     for run in runs:
         base = control_of(runs, run) if run.kind != "control" else None
-        for name in {run.control, base.name if base else None} - {None}:
+        for name in filter(None, (run.control, base and base.name)):
             arms.setdefault(name, []).append(run.name)
     controls = [run for run in runs if run.name in arms]
     failures = []
