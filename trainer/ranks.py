@@ -6,7 +6,7 @@ Each takes its part of every batch; what they add up is the gradients of what is
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
@@ -64,14 +64,27 @@ class Ranks:
         self.total(0.0)
 
     def add_up(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Adds up the gradients over all processes, in place; one that is not there counts as zeros."""
+        """Adds up the gradients over all processes, in place; one that is not there counts as zeros.
+
+        Raises MemoryError in every process where one has no room for all gradients together.
+        """
         if self.world_size == 1:
             return
         parameters = list(parameters)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        together = torch.cat([gradient.flatten().float() for gradient in gradients])
+        together = torch.empty(0)
+
+        def join() -> float:
+            nonlocal together
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            together = torch.cat([gradient.flatten().float() for gradient in gradients])
+            return 0.0
+
+        _, failed = job.within_memory(join)
+        (failures,) = self.total(failed)  # else the others would wait for this one's gradients
+        if failures:
+            raise MemoryError("no room for all gradients together")
         dist.all_reduce(together)
-        for gradient, p in zip(_split(together, gradients), parameters, strict=True):
+        for gradient, p in zip(_split(together, parameters), parameters, strict=True):
             p.grad = gradient.to(p.dtype)
 
     @contextmanager
@@ -140,7 +153,7 @@ def join(device: str | None) -> Ranks:
     return Ranks(chosen)
 
 
-def _split(together: Tensor, like: list[Tensor]) -> list[Tensor]:
+def _split(together: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The tensors that were joined, in the shapes of `like`."""
     parts = together.split([tensor.numel() for tensor in like])
     return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]

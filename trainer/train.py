@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from trainer.batches import seed_of
 from trainer.checkpoints import append_event, last_step, load_checkpoint, save_checkpoint
-from trainer.guards import Guards, budget_met, one_batch_overfit, outcome, write
+from trainer.guards import Guards, Outcome, budget_met, one_batch_overfit, outcome, write
 from trainer.job import REQUEUE, Stop
 from trainer.language import LanguageModel
 from trainer.micro import fitted
@@ -126,6 +126,9 @@ class Training:
         if saved:
             self._resume(saved)
         self.began_at, self.recorded = self.step, last_step(out / "metrics.jsonl")
+        if self.step == 0 and config.overfit_steps and ranks.writes:
+            self._overfit()
+        ranks.wait()
         looked = config.guard_steps if ranks.writes else 0
         self.guards = Guards(self.model, self.optimizer, out, self.step, steps=looked)
         shape = self.model.shape
@@ -170,8 +173,6 @@ class Training:
 
     def _train(self, stop: Stop) -> bool:
         config = self.config
-        if self.step == 0 and config.overfit_steps:
-            self._overfit()
         with tqdm(
             total=config.max_steps, initial=self.step, disable=not self.ranks.writes,
             mininterval=0.1 if sys.stderr.isatty() else 10.0,
@@ -210,16 +211,7 @@ class Training:
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {self.step + 1}")
         self.state, self.tokens = self.next_state, self.tokens + round(seen)
-        self.ranks.add_up(self.model.parameters())
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm or math.inf).item()
-        if not math.isfinite(norm) and not self.scaler.is_enabled():  # the scaler leaves such a step out
-            raise Diverged(f"the gradient's norm is {norm} at step {self.step + 1}")
-        factor = schedule(config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        with self.guards.step(self.step):
-            _, failed = job.within_memory(self._update)
+        norm, failed = job.within_memory(self._update)
         (failures,) = self.ranks.total(failed)
         if failures:  # some weights may have moved already
             raise MemoryRanOut(f"in the optimizer's part of step {self.step + 1}", whole=False)
@@ -227,13 +219,24 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         n = round(seen)
         counts = {"tokens": n, "padded_tokens": n, "label_tokens": n, "samples": config.batch_size}
-        shown = norm if math.isfinite(norm) else None
+        shown, factor = norm if math.isfinite(norm) else None, schedule(config, self.step)
         done = {"loss": loss, "lr": config.lr * factor, "grad_norm": shown, "flops": self.flops, **counts}
         return done | {"longest_pass_tokens": self.micro.size * config.seq_len}, stops > 0
 
     def _update(self) -> float:
-        self.scaler.step(self.optimizer)
-        return 0.0
+        """Moves the weights by the gradients of all processes; their norm before it was clipped. Raises Diverged."""
+        self.ranks.add_up(self.model.parameters())
+        self.scaler.unscale_(self.optimizer)
+        most = self.config.clip_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most).item()
+        if not math.isfinite(norm) and not self.scaler.is_enabled():  # the scaler leaves such a step out
+            raise Diverged(f"the gradient's norm is {norm} at step {self.step + 1}")
+        factor = schedule(self.config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        with self.guards.step(self.step):
+            self.scaler.step(self.optimizer)
+        return norm
 
     def _gradients(self) -> float:
         """Forward and backward passes over this process's rows; its part of the batch's mean loss, in nats a token.
@@ -298,16 +301,15 @@ class Training:
         return total / self.validation.n_targets
 
     def _overfit(self) -> None:
-        """Has the guard "one-batch overfit" look, in one process. Raises MemoryRanOut."""
+        """Has the guard "one-batch overfit" look. It fails where a copy of the model has no room: training may have."""
 
         def look() -> float:
             write(self.out, [one_batch_overfit(self.model, self._first_loss, steps=self.config.overfit_steps)])
             return 0.0
 
-        _, failed = job.within_memory(look) if self.ranks.writes else (0.0, False)
-        (failures,) = self.ranks.total(failed)
-        if failures:
-            raise MemoryRanOut("in overfit_steps, which train a copy of the model,")
+        if job.within_memory(look)[1]:
+            why = "memory ran out for a copy of the model and its optimizer: overfit_steps 0 leaves this guard out"
+            write(self.out, [Outcome("one-batch overfit", False, 0, why)])
 
     def _first_loss(self, model: LanguageModel) -> Tensor:
         """The mean loss of a model on half of the first micro batch: a copy of the model needs memory too."""

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from chiplog.controls import with_controls
 from chiplog.errors import PlanError
 from chiplog.schema import Frozen, plain_errors
 from chiplog.values import Kind, Value, check_value
@@ -42,6 +43,14 @@ class Manual(Frozen):
     takes: dict[str, Kind | list[str]] = Field(
         default={}, description="Kind or choices of the settings whose default does not say it."
     )
+
+    def checked(self, key: str, value: Value) -> Value:
+        """The value as the setting reads it. Raises PlanError where there is no such setting, or it cannot be that."""
+        if key not in self.defaults:
+            near = difflib.get_close_matches(key, self.defaults, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(self.defaults))}"
+            raise PlanError(f"there is no setting {key!r}: {hint}")
+        return check_value(key, value, self.defaults[key], self.takes)
 
 
 class Resources(Frozen):
@@ -98,7 +107,7 @@ class Experiment(Frozen):
     control: Control = Field(
         default_factory=lambda known: "none" if known.get("framework") == "trainer" else "base_model",
         description="base_model: each base model is evaluated too, without fine-tuning; of trainer: none. Settings, "
-        "such as {activation: gelu}: the runs that have them are the control of all others.",
+        "such as {activation: gelu}: the runs that have them are the control of the others.",
     )
     resources: Resources = Field(default=Resources(), description="What one run asks for.")
     time_limits_s: dict[str, int] = Field(default={}, description="Time limits of single runs, by name, in seconds.")
@@ -303,33 +312,8 @@ def _expand_one(plan: Plan, experiment: Experiment, manual: Callable[[str], Manu
             name = _name(kept) + "_base"
             controls.setdefault(name, _control(run, name, kept, {key: config[key] for key in evaluated}))
     if isinstance(experiment.control, dict):
-        runs = _with_controls(runs, experiment.control, known)
+        runs = with_controls(runs, experiment.control, known)
     return runs + list(controls.values())
-
-
-def _with_controls(runs: list[Run], settings: Mapping[str, Value], known: Manual) -> list[Run]:
-    """The runs, each of which knows the one of the control that has its seed and differs from it in the least."""
-
-    def has(run: Run, key: str) -> Value:
-        return {"model": run.model, "dataset": run.dataset}.get(key, run.config.get(key))
-
-    if unknown := [key for key in settings if key not in {"model", "dataset", *known.defaults}]:
-        raise PlanError(f"control names {', '.join(unknown)}, which {runs[0].recipe} has no setting of")
-    named = [run for run in runs if all(has(run, key) == value for key, value in settings.items())]
-    if not named or len(named) == len(runs):
-        raise PlanError(
-            f"{'every run' if named else 'no run'} has the settings of control, {dict(settings)}: "
-            "give those by which one arm is known"
-        )
-
-    def nearest(run: Run) -> str | None:
-        same_seed = [other for other in named if other.seed == run.seed]
-        apart = {
-            other.name: sum(other.config[key] != value for key, value in run.config.items()) for other in same_seed
-        }
-        return min(apart, key=lambda name: apart[name], default=None)
-
-    return [run if run in named else run.model_copy(update={"control": nearest(run)}) for run in runs]
 
 
 def _limited(runs: Iterable[Run], experiment: Experiment) -> Iterator[Run]:
@@ -364,11 +348,7 @@ def _pick(chosen: Mapping[str, Value], setting: str, named: Mapping[str, str]) -
 def _complete(settings: Mapping[str, Value], manual: Manual) -> Config:
     config = dict(manual.defaults)
     for key, value in settings.items():
-        if key not in config:
-            near = difflib.get_close_matches(key, config, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(config))}"
-            raise PlanError(f"there is no setting {key!r}: {hint}")
-        config[key] = check_value(key, value, manual.defaults[key], manual.takes)
+        config[key] = manual.checked(key, value)
     batch, micro = config.get("batch_size"), config.get("micro_batch_size")
     if isinstance(batch, int) and isinstance(micro, int) and batch % micro:
         divisors = [str(n) for n in range(1, batch + 1) if batch % n == 0]

@@ -63,9 +63,10 @@ def analyse(found: Found, bootstrap: int, seed: int) -> Analysis:
     control = max(grid, key=lambda name: (len({(run.n, run.d) for run in grid[name]}), usual(grid[name][0].arm)),
                   default=None)  # fmt: skip
     laws = {name: law_of(runs, bootstrap, seed) for name, runs in grid.items()}
-    floor = floor_of(laws.get(control or ""))
-    draws = min(bootstrap, 1000)
-    powers = {name: power.power_law(runs, floor if name == control else None, draws, seed)
+    law = laws.get(control or "")
+    known = law if isinstance(law, dict) and law["identifiable"] else {}  # the control's, where its floor is
+    floor, floor_ci, draws = known.get("E"), known.get("ci", {}).get("E", ()), min(bootstrap, 1000)
+    powers = {name: power.power_law(runs, *((floor, floor_ci) if name == control else (None, ())), draws, seed)
               for name, runs in grid.items()}  # fmt: skip
     ladder_arm, rungs = ladder.rungs(found, single)
     return Analysis(
@@ -91,8 +92,3 @@ def law_of(runs: Sequence[Run], bootstrap: int, seed: int) -> dict[str, Any] | s
     n, d, loss = (np.array([getattr(run, key) for run in runs], dtype=float) for key in ("n", "d", "loss"))
     undecayed = sum(run.undecayed for run in runs)
     return fit.fit_law(Points(n, d, loss, [run.name for run in runs], undecayed), bootstrap, seed)
-
-
-def floor_of(law: dict[str, Any] | str | None) -> float | None:
-    """E of a law that is identified; null else."""
-    return law["E"] if isinstance(law, dict) and law["identifiable"] else None

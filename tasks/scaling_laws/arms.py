@@ -47,12 +47,15 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 def change(control: Arm, arm: Arm) -> str | None:
     """The one setting that differs, in words; null where none or several do.
 
-    A gated activation with a feed-forward ratio that keeps the number of parameters is one change.
+    A gated activation with a feed-forward ratio that keeps the number of parameters is one change, and so is a
+    parametrisation with its base shape.
     """
     ours, theirs = dict(control), dict(arm)
     if ours.keys() != theirs.keys():
         return None
     differs = [key for key in ours if ours[key] != theirs[key]]
+    if "parametrization" in differs:
+        differs = [key for key in differs if key not in BASES]
     if set(differs) == {"activation", "ffn_ratio"} and math.isclose(_matrices(ours), _matrices(theirs), rel_tol=1e-3):
         differs = ["activation"]
     return f"{differs[0]} {theirs[differs[0]]} for {ours[differs[0]]}" if len(differs) == 1 else None
@@ -99,4 +102,6 @@ def _in_words(key: str, value: Any) -> str:
         return f"{value} layer{'s' * (value > 1)}"
     if isinstance(value, bool) or value is None:
         return {"tied": "untied"}.get(key, f"no {key}") if not value else key
-    return value if isinstance(value, str) else f"{key} {value:g}"
+    if key == "dataset":
+        return f"on {value}"
+    return value if isinstance(value, str) else f"{key} {value!r}"

@@ -71,6 +71,11 @@ def on_parabola(coefficients: Sequence[float], x: float) -> float:
     return float(parabola(coefficients, [x])[1][0])
 
 
+def isoflop_title(budgets: Sequence[dict[str, Any]]) -> str:
+    """What the points are."""
+    return "isoFLOP curves" + ("" if all(one["are_runs"] for one in budgets) else ", losses read between runs")
+
+
 def of_width(sweep: dict[str, Any], width: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The points of one width of a sweep: those with a loss, and those that diverged."""
     points = [point for point in sweep["points"] if point["width"] == width]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
+from tasks.scaling_laws.arms import cell_of
 from tasks.scaling_laws.runs import Run
 
 
@@ -21,3 +23,13 @@ def doubts(runs: Iterable[Run]) -> list[str]:
     if n := sum(run.undecayed for run in runs):
         said.append(f"The learning rate of {n} runs had not decayed at their end.")
     return said
+
+
+def doubts_of_points(runs: Iterable[Run]) -> list[str]:
+    """The same, where runs of one size and length are to be points of one law: they may differ in the seed alone."""
+    runs, made = list(runs), defaultdict(set)
+    for run in runs:
+        made[run.n, run.d].add(cell_of(run.config))
+    several = sum(len(cells) > 1 for cells in made.values())
+    mixed = f"{several} sizes and lengths were trained with several learning rates or batches: analyse them apart."
+    return [mixed] * (several > 0) + doubts(runs)

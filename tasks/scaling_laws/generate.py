@@ -109,14 +109,16 @@ def experiment(asked: Asked) -> Made:
     cells = itertools.product(asked.widths, budgets, changes_of(asked))
     each = [run_settings(asked, width, budget, changes, batch, defaults) for width, budget, changes in cells]
     runs = [run for run in each if run]
+    low, high = asked.within
     if not runs:
-        low, high = asked.within
         raise UserError(f"no budget gives a width {low:g} to {high:g} tokens a parameter: change --flops or --within")
     keys = list(dict.fromkeys(key for run in runs for key in run))
     runs = [{key: run.get(key, defaults[key]) for key in keys} for run in runs]
     if twice := next((run for place, run in enumerate(runs) if run in runs[:place]), None):
         raise UserError(f"width {twice['width']}, {twice['max_steps']} steps would be run twice: remove a value")
-    notes = batch.notes + [note for run in runs for note in (*corpus_notes(asked, run), *head_notes(run, runs))]
+    left_out = [width for width in asked.widths if width not in {run["width"] for run in runs}]
+    notes = [f"width {width} gets {low:g} to {high:g} tokens a parameter of no budget" for width in left_out]
+    notes += batch.notes + [note for run in runs for note in (*corpus_notes(asked, run), *head_notes(run, runs))]
     return Made(as_experiment(asked, runs, batch, defaults), list(dict.fromkeys(notes)))
 
 
@@ -316,6 +318,8 @@ def asked_of(arguments: argparse.Namespace) -> Asked:
             {key: [yaml.safe_load(value) for value in text.split(",")] for key, text in pairs(texts)}
             for texts in (arguments.sweep, arguments.ladder)
         )
+        if arguments.flops and arguments.tokens:
+            raise UserError("--tokens and --flops both say how long a run is: give one")
         low, high = (float(ratio) for ratio in arguments.within.split(","))
         sweeps |= {"lr": log_spaced(arguments.lrs)} if arguments.lrs else {}
         return Asked(

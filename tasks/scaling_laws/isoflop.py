@@ -1,8 +1,8 @@
 """IsoFLOP curves: for some budgets the loss of each size, and the size whose loss is lowest.
 
-Budgets are those that sizes share; else the loss of a size at a budget is read between its runs of different lengths,
-on a line in log loss and log compute, never beyond them. Of each budget a parabola in ln N: approach 2 of
-arXiv:2203.15556.
+Budgets are those that at least three sizes were trained with. Where fewer than three are, the loss of a size at a
+budget is read between its runs of different lengths, on a line in log loss and log compute, never beyond them. Of each
+budget a parabola in ln N: approach 2 of arXiv:2203.15556.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ LEVEL = 0.95
 
 
 def isoflop(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Of each budget that LEAST sizes reach: the points (N, loss), the parabola, and the best N where it has one."""
+    """Of each budget that LEAST sizes reach: the points (N, loss), whether they are runs or read between runs, the
+    parabola, and the best N where it has one.
+    """
     sizes = _curves(runs)
-    budgets = _budgets(sizes)
+    shared = _shared(sorted(flops for curve in sizes.values() for flops, _ in curve))
+    at, budgets = (_trained, shared) if len(shared) >= LEAST else (_between, _budgets(sizes))
     found = []
     for budget in budgets:
-        points = [(n, _between(curve, budget)) for n, curve in sorted(sizes.items())]
+        points = [(n, at(curve, budget)) for n, curve in sorted(sizes.items())]
         points = [(n, loss) for n, loss in points if loss is not None]
         if len(points) >= LEAST:
-            found.append({"flops": budget, "points": points, **_best(points)})
+            found.append({"flops": budget, "are_runs": at is _trained, "points": points, **_best(points)})
     return found
 
 
@@ -72,32 +75,37 @@ def _curves(runs: Sequence[Run]) -> dict[int, list[tuple[float, float]]]:
     return {n: sorted((c, sum(each) / len(each)) for c, each in of.items()) for n, of in losses.items()}
 
 
-def _budgets(sizes: dict[int, list[tuple[float, float]]]) -> list[float]:
-    """Those that LEAST sizes were trained with; where they are fewer than LEAST, BUDGETS of those between runs.
-
-    The latter are evenly spaced in the logarithm between what the third smallest size begins with and the third largest
-    reaches, where that is a range.
-    """
-    shared = _shared(sorted(flops for curve in sizes.values() for flops, _ in curve))
-    curves = [curve for curve in sizes.values() if len(curve) > 1]
-    if len(shared) >= LEAST or len(curves) < LEAST:
-        return shared
-    low = sorted(curve[0][0] for curve in curves)[LEAST - 1]
-    high = sorted(curve[-1][0] for curve in curves)[-LEAST]
-    return np.geomspace(low, high, BUDGETS).tolist() if high > RANGE * low else shared
-
-
 def _shared(flops: list[float]) -> list[float]:
-    """The middles of groups of at least LEAST that lie within NEAR of the one before."""
+    """Budgets of runs: the middles of groups of at least LEAST that lie within NEAR of the one before."""
     ends = [place for place in range(1, len(flops)) if flops[place] > flops[place - 1] * (1 + NEAR)]
     groups = [flops[first:last] for first, last in itertools.pairwise([0, *ends, len(flops)])]
     return [math.exp(sum(map(math.log, group)) / len(group)) for group in groups if len(group) >= LEAST]
 
 
+def _trained(curve: list[tuple[float, float]], budget: float) -> float | None:
+    """The loss of a size's run with this budget."""
+    near = [(abs(math.log(flops / budget)), loss) for flops, loss in curve]
+    apart, loss = min(near)
+    return loss if apart <= NEAR else None
+
+
+def _budgets(sizes: dict[int, list[tuple[float, float]]]) -> list[float]:
+    """Budgets between runs, evenly spaced in the logarithm.
+
+    From what the third smallest size begins with to what the third largest reaches, where that is a range.
+    """
+    curves = [curve for curve in sizes.values() if len(curve) > 1]
+    if len(curves) < LEAST:
+        return []
+    low = sorted(curve[0][0] for curve in curves)[LEAST - 1]
+    high = sorted(curve[-1][0] for curve in curves)[-LEAST]
+    return np.geomspace(low, high, BUDGETS).tolist() if high > RANGE * low else []
+
+
 def _between(curve: list[tuple[float, float]], budget: float) -> float | None:
     x, y = np.log(np.array(curve)).T
     at = math.log(budget)
-    if not x[0] - NEAR <= at <= x[-1] + NEAR:
+    if not x[0] - 1e-9 <= at <= x[-1] + 1e-9:
         return None
     return float(np.exp(np.interp(at, x, y)))
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -49,19 +50,18 @@ class Rung:
 def rungs(found: Found, single: Sequence[Run]) -> tuple[Arm | None, list[Rung]]:
     """The control, the arm from which most others differ in one thing, and its ladder; null where there is none.
 
-    `single` are the runs of no sweep; what was lost of the same cells is counted as planned.
+    Cells are those of `single`, the runs of no sweep; runs of sweeps and lost ones that are of them count too. Of arms
+    that could be the control the plan's own is taken, else the one with most neighbours.
     """
-    cells: dict[tuple, dict[Arm, Members]] = defaultdict(lambda: defaultdict(list))
-    for run in single:
-        cells[cell_of(run.config)][run.arm].append(run)
-    for one in found.lost:
-        if one.config and (cell := cell_of(one.config)) in cells:
+    cells: dict[tuple, dict[Arm, Members]] = {cell_of(run.config): defaultdict(list) for run in single}
+    for one in (*found.runs, *(one for one in found.lost if one.config)):
+        if (cell := cell_of(one.config)) in cells:
             cells[cell][arm_of(one.config)].append(one)
     compared = {cell: arms for cell, arms in cells.items() if len(arms) > 1}
     near = Counter(arm for arms in compared.values() for arm in arms for other in arms if change(arm, other))
     if not near:
         return None, []
-    control = max(near, key=lambda arm: (near[arm], usual(arm)))
+    control = max(near, key=lambda arm: (_is_named(arm, found.controls), near[arm], usual(arm)))
     made = [
         _rung(arms[control], others, words)
         for arms in compared.values()
@@ -70,6 +70,12 @@ def rungs(found: Found, single: Sequence[Run]) -> tuple[Arm | None, list[Rung]]:
         if (words := change(control, arm))
     ]
     return control, _adjusted(made)
+
+
+def _is_named(arm: Arm, controls: Sequence[dict[str, Any]]) -> bool:
+    """Whether the plan names it as a control, by settings that it has."""
+    settings = dict(arm)
+    return any(all(settings.get(key) == value for key, value in named.items()) for named in controls)
 
 
 def _rung(control: Members, arm: Members, words: str) -> Rung:
@@ -81,6 +87,8 @@ def _rung(control: Members, arm: Members, words: str) -> Rung:
              if isinstance(one, Lost) and one.diverged][:1]  # fmt: skip
     if len(ours) < len(control) or len(theirs) < len(arm):
         wrong.append("A seed was trained twice, and nothing says which run counts.")
+    if any(len(pairs) > 1 and len({one.loss for one in side}) == 1 for side in zip(*pairs, strict=True)):
+        wrong.append("All seeds have the same loss: see that the seed is used.")
     rung = Rung(
         change=words,
         cell=f"width {config['width']}, {config['max_steps']} steps",

@@ -23,6 +23,7 @@ GRID = {"e": (-1.0, -0.2, 0.6), "a": (2.0, 6.0, 10.0, 16.0), "b": (2.0, 6.0, 10.
 MOST_STEPS = 400
 FEW = 1000  # points that all starts are tried on; of more, on SOME of them, and the BEST of these on all
 SOME, BEST = 500, 10
+NOTHING = 1e-12  # of an objective: less is rounding
 AT_ONCE = 120_000  # laws times points that are worked on at once, which bounds memory
 LARGEST = 700.0  # of a logarithm: more is no number
 SMOOTH = (1.0, 1e-1, 1e-2)  # deltas that the first steps of a start take, so that few points do not hold it
@@ -65,9 +66,10 @@ def fit(n: Array, d: Array, loss: Array, starts: Array | None = None) -> Fit:
     if starts is None:
         starts = np.array(list(itertools.product(*GRID.values())))
     if len(loss) > FEW:
-        spaced = np.lexsort((loss, d, n))[np.linspace(0, len(loss) - 1, SOME).astype(int)]
-        starts = _from_far(starts, n[spaced], d[spaced], loss[spaced])
-        starts = starts[np.argsort(objective(starts, n[spaced], d[spaced], loss[spaced]))[:BEST]]
+        some = np.random.default_rng(0).choice(len(loss), SOME, replace=False)
+        starts = _from_far(starts, n[some], d[some], loss[some])
+        starts = starts[np.unique(starts.round(3), axis=0, return_index=True)[1]]
+        starts = starts[np.argsort(objective(starts, n[some], d[some], loss[some]))[:BEST]]
     found = _from_far(starts, n, d, loss)
     values = objective(found, n, d, loss)
     best = int(np.nanargmin(values))
@@ -83,7 +85,7 @@ def refit(starts: Array, n: Array, d: Array, loss: Array, weights: Array) -> tup
     each = np.stack([_minimised(np.broadcast_to(start, (len(weights), 5)), *points, weights, DELTA, MOST_STEPS)
                      for start in starts])  # fmt: skip
     values = np.stack([objective(found, n, d, loss, weights) for found in each])
-    best = (values <= values.min(0) * (1 + 1e-6)).argmax(0)
+    best = (values <= values.min(0) * (1 + 1e-6) + NOTHING).argmax(0)
     return each[best, np.arange(len(weights))], best
 
 

@@ -1,9 +1,9 @@
 """The best learning rate of each width, and how it moves as models grow.
 
 Of each width a parabola of the loss in ln lr, on the finite points with a loss of at most the lowest + 1. Its vertex
-counts if the parabola opens upward, the vertex lies between those points and inside the swept range by 0.1 decade, and
-R^2 is at least 0.9; else the best learning rate that was tried. Then straight lines in logarithms, on width and on
-parameters.
+counts if it is of four rates or more, the parabola opens upward, the vertex lies between those points and inside the
+swept range by 0.1 decade, and R^2 is at least 0.9; else the best learning rate that was tried. Then straight lines in
+logarithms, on width and on parameters.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from scipy import stats
 NEAR = 1.0  # nats above the lowest loss beyond which points say nothing of the vertex
 MARGIN = 0.1  # decades by which the vertex must lie inside the swept range
 STRAIGHT = 0.9  # least R^2
+LEAST = 4  # learning rates of a parabola: it passes through any three
 LEVEL = 0.95
 STEADY = 0.5  # octaves by which the best learning rate of a good parametrisation may move over 4x width
 
@@ -50,8 +51,8 @@ def best_lr(lrs: ArrayLike, losses: ArrayLike) -> Best | None:
     near = finite & (y <= y[finite].min() + NEAR)
     means = {lr: y[finite & (x == lr)].mean() for lr in np.unique(x[finite])}
     grid = float(min(means, key=lambda lr: means[lr]))
-    parabola, r2, why, vertex = None, None, "fewer than three learning rates are near the lowest loss", 0.0
-    if len(np.unique(x[near])) >= 3:
+    parabola, r2, why, vertex = None, None, f"fewer than {LEAST} learning rates are near the lowest loss", 0.0
+    if len(np.unique(x[near])) >= LEAST:
         parabola, r2 = _parabola(x[near], y[near])
         vertex = -parabola[1] / (2 * parabola[0]) if parabola[0] > 0 else math.nan
         why = _why_not(parabola[0], r2, vertex, x, x[near])

@@ -92,9 +92,7 @@ def isoflops(analysis: Analysis) -> list[go.Figure]:
         n, losses = zip(*curve["points"], strict=True)
         _points(figure, n, losses, f"{curve['flops']:.1e} FLOPs", colour(place))
         _line(figure, *curves.parabola(curve["parabola"], n), colour(place))
-    return (
-        [_titled(figure, "isoFLOP curves, losses read between runs", "parameters N", LOSS)] if analysis.isoflop else []
-    )
+    return [_titled(figure, curves.isoflop_title(analysis.isoflop), "parameters N", LOSS)] if analysis.isoflop else []
 
 
 def coordinates(analysis: Analysis) -> list[go.Figure]:

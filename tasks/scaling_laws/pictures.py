@@ -118,7 +118,7 @@ def learning_rates(analysis: Analysis) -> Figure:
 
 
 def isoflops(analysis: Analysis) -> Figure:
-    """Loss over size for each budget of compute, each read between two runs of its size."""
+    """Loss over size for each budget of compute."""
     figure, (axes,) = _figure(1)
     for place, curve in enumerate(analysis.isoflop):
         n, loss = zip(*curve["points"], strict=True)
@@ -128,9 +128,8 @@ def isoflops(analysis: Analysis) -> Figure:
             axes.plot(best, curves.on_parabola(curve["parabola"], best), "*", color=colour(place), ms=11)
     axes.set(xscale="log", xlabel="parameters N", ylabel="validation loss, nats a token")
     axes.legend(fontsize=7, frameon=False)
-    figure.suptitle(
-        f"isoFLOP curves of {analysis.control}, losses read between runs; a star is a best size", fontsize=9
-    )
+    title = curves.isoflop_title(analysis.isoflop)
+    figure.suptitle(f"{title}: {analysis.control}; a star is a best size", fontsize=9)
     return figure
 
 

@@ -66,8 +66,13 @@ def fit_power(flops: Array, loss: Array, weights: Array | None = None, e: float 
     return Power(float(floors[best]), fits[best][0], fits[best][1], (used.min(), used.max()), len(used))
 
 
-def power_law(runs: Sequence[Run], e: float | None, draws: int, seed: int) -> dict[str, Any] | None:
-    """The law of an arm's frontier; with E from the joint law where that is known. Null for too few runs."""
+def power_law(
+    runs: Sequence[Run], e: float | None, e_ci: Sequence[float], draws: int, seed: int
+) -> dict[str, Any] | None:
+    """The law of an arm's frontier; with E from the joint law where that is known. Null for too few runs.
+
+    The interval of alpha holds those that the ends of E's own interval `e_ci` give.
+    """
     points = frontier(runs)
     if len(points) < LEAST:
         return None
@@ -75,7 +80,10 @@ def power_law(runs: Sequence[Run], e: float | None, draws: int, seed: int) -> di
     found = fit_power(flops, loss, e=e)
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(points), np.full(len(points), 1 / len(points)), draws)
-    drawn = [fit_power(flops, loss, row.astype(float), e).alpha for row in counts if (row > 0).sum() >= LEAST - 1]
+    rows = [row.astype(float) for row in counts if (row > 0).sum() >= LEAST - 1]
+    lowest = float(loss.min())
+    intervals = [interval(np.array([fit_power(flops, loss, row, floor).alpha for row in rows]))
+                 for floor in (e, *(min(end, 0.999 * lowest) for end in e_ci)) if rows]  # fmt: skip
     others = {share: fit_power(flops, loss, e=share * float(loss.min())).alpha for share in (0.0, 0.5, 0.9)}
     return {
         "E": found.e,
@@ -83,7 +91,7 @@ def power_law(runs: Sequence[Run], e: float | None, draws: int, seed: int) -> di
         "E_known": e is not None,
         "A": found.a,
         "alpha": found.alpha,
-        "alpha_ci": interval(np.array(drawn)) if drawn else None,
+        "alpha_ci": [min(low for low, _ in intervals), max(high for _, high in intervals)] if rows else None,
         "alpha_by_E": {f"{share * float(loss.min()):.3g}": alpha for share, alpha in others.items()},
         "window": list(found.window),
         "n": found.n,

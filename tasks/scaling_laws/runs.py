@@ -64,6 +64,7 @@ class Found:
     runs: list[Run]
     lost: list[Lost]
     notes: list[str]  # what was passed over in runs that count
+    controls: list[dict[str, Any]] = field(default_factory=list)  # settings of the runs that the plan names as such
 
     def in_words(self) -> list[str]:
         """A line on how many count, one for each that does not, and the notes."""
@@ -81,7 +82,17 @@ def read_experiment(folder: Path) -> Found:
     notes: list[str] = []
     each = [_read(folder / "runs" / name, ends.get(name), notes) for name in names]
     runs = [one for one in each if isinstance(one, Run)]
-    return Found(runs, [one for one in each if isinstance(one, Lost)], notes)
+    return Found(runs, [one for one in each if isinstance(one, Lost)], notes, _controls(folder))
+
+
+def _controls(folder: Path) -> list[dict[str, Any]]:
+    """What plan.yaml says of controls that are runs; nothing where it is not there or not YAML."""
+    file = folder / "plan.yaml"
+    with suppress(yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError):
+        plan = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        experiments = plan.get("experiments") or []
+        return [one["control"] for one in experiments if isinstance(one.get("control"), dict)]
+    return []
 
 
 def _ends(folder: Path) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,12 +88,15 @@ def _without_seeds(tried: Sequence[Member]) -> list[tuple[float, float]]:
 
 
 def _mixed(members: Sequence[Member]) -> list[str]:
-    """A width that was swept at several lengths or depths has several bests."""
+    """A width that was swept at several lengths or depths has several bests; so has a rate with two runs."""
     cells: dict[int, set[tuple]] = defaultdict(set)
     for one in members:
         cells[one.config["width"]].add(_alike(one.config))
-    return [f"Width {width} was swept in {len(each)} depths, batches or lengths: analyse them in experiments apart."
-            for width, each in cells.items() if len(each) > 1][:1]  # fmt: skip
+    mixed = [f"Width {width} was swept in {len(each)} depths, batches or lengths: analyse them in experiments apart."
+             for width, each in cells.items() if len(each) > 1][:1]  # fmt: skip
+    times = Counter((*cell_of(one.config), one.config["seed"]) for one in members)
+    twice = "A learning rate was trained twice with one seed, and nothing says which run counts."
+    return mixed + [twice] * (max(times.values()) > 1)
 
 
 def _loss(one: Member) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 from tasks.scaling_laws.analysis import Analysis
 from tasks.scaling_laws.curves import equation, floored
-from tasks.scaling_laws.doubts import doubts
+from tasks.scaling_laws.doubts import doubts, doubts_of_points
 from tasks.scaling_laws.learning_rates import STEADY
+from tasks.scaling_laws.runs import Run
 
 FLAT = 0.1  # largest slope of the coordinate check
 GROWTH = 4.0  # times the width over which a learning rate must stay
@@ -44,7 +46,7 @@ def law_verdicts(analysis: Analysis) -> list[str]:
                 found.append(f"Not shown: a law of {name}; {law}.")
             continue
         words = f"{name}, {law['n']} runs: {equation(law)}{_intervals(law)}."
-        wrong = ([] if law["identifiable"] else [law["why"]]) + doubts(analysis.grid[name])
+        wrong = ([] if law["identifiable"] else [law["why"]]) + doubts_of_points(analysis.grid[name])
         found.append(_verdict(words, wrong, because=law["why"]))
     without = [name for name, law in analysis.laws.items() if isinstance(law, str) and name != analysis.control]
     if without:
@@ -60,7 +62,7 @@ def lr_verdicts(analysis: Analysis) -> list[str]:
 def _lr_verdict(name: str, sweep: dict[str, Any]) -> str:
     law, widths = sweep["in_width"], sweep["widths"]
     best = ", ".join(f"{one['lr']:.3g} at {width} ({one['how']})" for width, one in widths.items())
-    diverged = sum(one["n_diverged"] for one in widths.values())
+    diverged = sum(not math.isfinite(point["loss"]) for point in sweep["points"])
     words = f"{name}: best learning rate {best or 'nowhere: no run has a loss'}"
     words += f"; {diverged} runs diverged" if diverged else ""
     words += f"; {len(sweep['lost'])} runs were lost, such as {sweep['lost'][0]}" if sweep["lost"] else ""
@@ -96,7 +98,7 @@ def _moves(words: str, sweep: dict[str, Any]) -> str:
         if all(sign * one["octaves"] - one["doubt"] > one["allowed"] for one in seeds):
             return f"Shown: {words} It moves by more than {over} in every seed, so it does not transfer."
     if all(abs(one["octaves"]) + one["doubt"] <= one["allowed"] for one in [far, *seeds]):
-        stays = f"It stays within {over}, in every seed and between any two widths."
+        stays = f"It stays within {over}: in every seed from end to end, and of all seeds between any two widths."
         grown = ends["to"] / ends["from"]
         return _verdict(words, [] if grown >= GROWTH else [f"{stays} The widest is only {grown:.3g}x as wide."], stays)
     coarse = max(one["doubt"] for one in [far, *seeds])
@@ -109,7 +111,7 @@ def _moves(words: str, sweep: dict[str, Any]) -> str:
 
 def compute_verdicts(analysis: Analysis) -> list[str]:
     """Power laws, multipliers against the control, and isoFLOP."""
-    found = [_power_verdict(name, one, doubts(analysis.grid[name])) for name, one in analysis.powers.items()]
+    found = [_power_verdict(name, one, doubts_of_points(analysis.grid[name])) for name, one in analysis.powers.items()]
     control = analysis.grid.get(analysis.control or "", [])
     for name, one in analysis.multipliers.items():
         pair = f"{analysis.control} against {name}"
@@ -122,8 +124,8 @@ def compute_verdicts(analysis: Analysis) -> list[str]:
         words += f"; {one['n_outside']} lie beyond and are left out." if one["n_outside"] else "."
         wrong = [] if one["ci"] else ["One size and length has no interval."]
         wrong += ["The interval holds 1."] if one["ci"] and one["ci"][0] <= 1 <= one["ci"][1] else []
-        found.append(_verdict(words, wrong + doubts([*control, *analysis.grid[name]])))
-    return [*found, _isoflop_verdict(analysis, doubts(control))]
+        found.append(_verdict(words, wrong + _of_both(control, analysis.grid[name])))
+    return [*found, _isoflop_verdict(analysis, doubts_of_points(control))]
 
 
 def _power_verdict(name: str, one: dict[str, Any], wrong: list[str]) -> str:
@@ -139,7 +141,7 @@ def _power_verdict(name: str, one: dict[str, Any], wrong: list[str]) -> str:
 def _isoflop_verdict(analysis: Analysis, wrong: list[str]) -> str:
     known = [curve for curve in analysis.isoflop if curve["best_n"]]
     if not analysis.isoflop:
-        return "Not shown: isoFLOP curves; no budget is reached by three sizes with two lengths each."
+        return "Not shown: isoFLOP curves; no budget is reached by three sizes."
     grown, law = analysis.isoflop_growth, analysis.laws.get(analysis.control or "")
     words = f"isoFLOP: {len(known)} of {len(analysis.isoflop)} budgets have a best size between those trained"
     if grown is None:
@@ -149,7 +151,14 @@ def _isoflop_verdict(analysis: Analysis, wrong: list[str]) -> str:
     exponent = law["optimal_n_exponent"] if isinstance(law, dict) and law["identifiable"] else None
     words += "The budgets share runs; the interval leaves out a size at a time." if ci else ""
     words += "" if exponent is None else f" The law says {exponent:.2f}."
-    return _verdict(words.strip(), ([] if ci else ["It hangs on a single size: without it there are too few."]) + wrong)
+    open_ = [] if ci else ["Without one of the sizes too few budgets have a best one."]
+    open_ += ["The interval holds 0: it needs more sizes, or budgets further apart."] if ci and ci[0] <= 0 else []
+    return _verdict(words.strip(), open_ + wrong)
+
+
+def _of_both(control: Sequence[Run], arm: Sequence[Run]) -> list[str]:
+    """What is to be held against a conclusion from the runs of two arms."""
+    return list(dict.fromkeys([*doubts_of_points(control), *doubts_of_points(arm), *doubts([*control, *arm])]))
 
 
 def ladder_verdicts(analysis: Analysis) -> list[str]:
@@ -186,9 +195,8 @@ def reach_verdicts(analysis: Analysis) -> list[str]:
         return found or ["Nothing was trained beside sweeps."]
     n, d = sorted(run.n for run in runs), sorted(run.d for run in runs)
     found.append(f"Not shown: the law beyond {n[0]:,} to {n[-1]:,} parameters and {d[0]:,} to {d[-1]:,} tokens.")
-    lrs = {run.config["lr"] for run in runs}
-    if len(lrs) == 1:
-        found.append(f"Not shown: that {lrs.pop():g} is the best learning rate of each size and length.")
+    lrs = " or ".join(f"{lr:g}" for lr in sorted({run.config["lr"] for run in runs}))
+    found.append(f"Not shown: that {lrs} is the best learning rate of each size and length.")
     cells = Counter((run.n, run.d) for run in runs)
     if single := sum(times == 1 for times in cells.values()):
         found.append(

@@ -95,6 +95,10 @@ def test_runs_that_a_plan_names_as_control_are_that_of_the_run_nearest_to_them_w
     }
     of_models = expand(a_plan(variables={"model": ["1B", "3B"]}, control={"model": "1B"}), manual)
     assert [run.control for run in of_models] == [None, "1B"]
+    of_words = expand(
+        a_plan(controls={"model": "1B"}, variables={"lr": ["1e-3", 0.01]}, control={"lr": "1e-3"}), manual
+    )
+    assert [run.control for run in of_words] == [None, "1B_lr-1e-3"]  # which YAML reads as a word
     assert parse_plan(yaml.safe_load(dump_plan(plan)), "it") == plan
 
 
@@ -122,7 +126,8 @@ def test_the_learning_rate_reads_as_a_person_would_write_it():
         ({"variables": {"model": ["7B"]}}, "say which of 1B, 3B"),
         ({"variables": {"lora_rank": [4]}}, "the model of a run is not said"),
         ({"variables": {"model": []}}, "has no values"),
-        ({"variables": {"model": ["1B"]}, "control": {"lora_rnak": 4}}, "control names lora_rnak"),
+        ({"variables": {"model": ["1B"]}, "control": {"lora_rnak": 4}}, "did you mean 'lora_rank'"),
+        ({"variables": {"model": ["1B", "3B"]}, "control": {"seed": 0}}, "control names a seed"),
         ({"variables": {"model": ["1B", "3B"]}, "control": {"model": "7B"}}, "no run has the settings of control"),
         ({"variables": {"model": ["1B"]}, "control": {"model": "1B"}}, "every run has the settings of control"),
         ({"variables": {"model": ["1B"]}, "runs": [{"model": "1B"}]}, "remove one"),

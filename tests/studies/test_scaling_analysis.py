@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tasks.scaling_laws import analyze, demo
 from tasks.scaling_laws.power import multiplier
 from tasks.scaling_laws.runs import Run, read_experiment
 from tasks.scaling_laws.verdicts import section
-from tests.studies.made_runs import DEFAULTS, GRID, analysed, change, grid, lines, lines_of, sweep, write
+from tests.studies.made_runs import DEFAULTS, GRID, analysed, change, grid, law, lines, lines_of, sweep, write
 from trainer.job import UserError
 
 
@@ -93,6 +94,44 @@ def test_an_arm_that_learns_from_each_token_as_from_two_saves_compute(tmp_path: 
     one = found.multipliers["transformer, rmsnorm"]
     assert isinstance(one, dict) and 1.2 < one["multiplier"] < 2.2 and one["ci"][0] > 1
     assert any(line.startswith("- Shown: transformer against") for line in section(found).splitlines())
+
+
+def test_sizes_that_were_trained_with_two_learning_rates_are_no_points_of_one_law(tmp_path: Path):
+    grid(tmp_path)
+    for width, steps in GRID:
+        write(tmp_path, f"rms{width}_{steps}", width=width, max_steps=steps, norm="rmsnorm")
+        write(tmp_path, f"hot{width}_{steps}", times=0.3, width=width, max_steps=steps, lr=0.1)
+    text = section(analysed(tmp_path))
+    for words in ("transformer, 24 runs: L = ", "transformer: lowest loss", "transformer against transformer, rmsnorm"):
+        (said,) = lines_of(text, words)
+        assert (
+            said.startswith("- Not shown: ") and "12 sizes and lengths were trained with several learning rates" in said
+        )
+    assert "Not shown: that 0.001 or 0.1 is the best learning rate" in text
+
+
+def test_a_budget_that_a_run_of_is_lost_has_no_point_there(tmp_path: Path):
+    for width in (16, 24, 32, 48, 64):
+        for steps in (100, 400, 1600, 6400):
+            write(tmp_path, f"w{width}_s{steps}", width=width, max_steps=steps * 32**2 // width**2)
+    whole, budget = analysed(tmp_path).isoflop, 2
+    assert [len(one["points"]) for one in whole] == [5] * 4 and all(one["are_runs"] for one in whole)
+    (tmp_path / "runs" / "w32_s1600" / "metrics.jsonl").unlink()
+    less = analysed(tmp_path).isoflop
+    assert [len(one["points"]) for one in less] == [5, 5, 4, 5]
+    assert less[budget]["best_n"] == pytest.approx(whole[budget]["best_n"], rel=0.05)
+
+
+def test_a_growth_that_may_be_none_is_not_shown(tmp_path: Path):
+    random = np.random.default_rng(0)
+    for width in (16, 24, 32, 48, 64):
+        for steps in (steps * 32**2 // width**2 for steps in (100, 400, 1600, 6400)):
+            loss = law(30 * width**2, steps * 1024) + random.normal(0, 0.03)
+            write(tmp_path, f"w{width}_s{steps}", loss, width=width, max_steps=steps)
+    found = analysed(tmp_path)
+    assert found.isoflop_growth and found.isoflop_growth["ci"][0] < 0
+    (said,) = lines_of(section(found), "isoFLOP: ")
+    assert said.startswith("- Not shown: ") and "The interval holds 0" in said
 
 
 def test_an_arm_whose_losses_the_control_never_reached_has_no_multiplier():

@@ -171,6 +171,14 @@ def test_a_corpus_that_is_too_small_and_heads_that_grow_under_mup_are_said():
     assert not generate.experiment(asked(corpus_tokens=10**9)).notes
 
 
+def test_a_width_that_suits_no_budget_and_two_ways_to_say_how_long_are_said():
+    made = generate.experiment(asked(widths=[32, 512], flops=[1e11]))
+    assert "width 512 gets 1 to 500 tokens a parameter of no budget" in made.notes
+    both = generate.parser().parse_args(["--widths", "32", "--tokens", "1000", "--flops", "1e11"])
+    with pytest.raises(UserError, match="both say how long a run is"):
+        generate.asked_of(both)
+
+
 def test_each_plan_is_what_its_generate_line_prints():
     text = (STUDY / "experiments.yaml").read_text()
     plans = [one for plan in yaml.safe_load(text).values() for one in plan["experiments"]]

@@ -157,15 +157,12 @@ class Scarce:
         ("_pass", 4, 1, "in step 2"),  # two micro batches a step
         ("_validation_loss", 1, 2, "in the validation after step 2"),
         ("_update", 2, None, "in the optimizer's part of step 2"),  # after which the weights are those of no step
-        ("_first_loss", 3, None, "in overfit_steps, which train a copy of the model,"),
     ],
 )
 def test_wherever_memory_runs_out_it_goes_on_with_a_smaller_micro_batch(
     settings: dict, tmp_path: Path, part: str, fails: int, saved: int | None, when: str
 ):
-    settings |= {"micro_batch_size": 4, "batch_size": 8, "max_steps": 3, "run_val_every_n_steps": 2, "overfit_steps": 5}
-    if part != "_first_loss":
-        settings["overfit_steps"] = 0
+    settings |= {"micro_batch_size": 4, "batch_size": 8, "max_steps": 3, "run_val_every_n_steps": 2}
     training = made(settings, tmp_path)
     setattr(training, part, Scarce(getattr(training, part), fails))
     assert training.train(quiet()) is False
@@ -176,6 +173,38 @@ def test_wherever_memory_runs_out_it_goes_on_with_a_smaller_micro_batch(
     assert again.step == (saved or 0) and again.micro.size == 2
     assert again.train(quiet()) and (tmp_path / "DONE").exists()
     assert [event["step"] for event in events(tmp_path, "validation")] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("part", "when"), [("_optimizer_step", "in the optimizer's part"), ("validate", "in the valid")]
+)
+def test_memory_that_ran_out_in_another_process_is_heard_of_everywhere(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, when: str
+):
+    training = made(settings, tmp_path)
+    monkeypatch.setattr(Ranks, "total", lambda self, *values: [1.0] if len(values) == 1 else list(values))
+    with pytest.raises(MemoryRanOut, match=when):
+        getattr(training, part)(*[quiet()] * (part == "_optimizer_step"))
+    assert not events(tmp_path, "validation")
+
+
+def test_no_room_for_all_gradients_together_is_heard_of_everywhere(monkeypatch: pytest.MonkeyPatch):
+    weight = torch.nn.Parameter(torch.zeros(3))
+    told = []
+    monkeypatch.setattr(Ranks, "total", lambda self, *values: told.append(values) or [1.0])
+    monkeypatch.setattr(torch, "cat", Scarce(torch.cat, fails=1))
+    with pytest.raises(MemoryError):
+        Ranks(torch.device("cpu"), world_size=2).add_up([weight])
+    assert told == [(True,)]  # before the sum that all would wait in
+
+
+def test_a_guard_without_room_for_a_copy_fails_and_training_goes_on(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Training, "_first_loss", Scarce(None, fails=1))
+    training = made(settings | {"overfit_steps": 5, "max_steps": 2}, tmp_path)
+    assert training.train(quiet()) and not guards(tmp_path)["one-batch overfit"]
+    assert "overfit_steps 0 leaves this guard out" in (tmp_path / "guards.json").read_text()
 
 
 @pytest.mark.parametrize("architecture", ["transformer", "lstm"])
