@@ -11,8 +11,9 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from chiplog.errors import NotFoundError, RecordError, RenderError
+from chiplog.expand import expand
 from chiplog.files import write_atomic
-from chiplog.plan import NAME, Plan, Run, expand, read_plan
+from chiplog.plan import NAME, Plan, Run, read_plan
 from chiplog.recipes import manual
 from chiplog.record import Prediction, read_lines, write_lines
 from chiplog.schema import Frozen

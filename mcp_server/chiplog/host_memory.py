@@ -12,7 +12,8 @@ import math
 from collections.abc import Sequence
 
 from chiplog.checks import Check, warning
-from chiplog.plan import Experiment, Plan, expand
+from chiplog.expand import expand
+from chiplog.plan import Experiment, Plan
 from chiplog.recipes import manual
 from chiplog.settings import Settings
 from chiplog.sizing import PlannedRun

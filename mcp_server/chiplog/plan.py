@@ -9,16 +9,14 @@ each with a unique name made of what varies and the complete configuration that 
 from __future__ import annotations
 
 import difflib
-import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from chiplog.controls import with_controls
 from chiplog.errors import PlanError
 from chiplog.schema import Frozen, plain_errors
 from chiplog.values import Kind, Value, check_value
@@ -29,8 +27,6 @@ Metric = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,39}$")]
 
 # Names become folders, job names and file names in shell scripts: no character that any of them would read twice.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-# Settings that read better short in a run's name.
-SHORT = {"lora_rank": "rank", "batch_size": "batch", "micro_batch_size": "micro", "model": "", "dataset": ""}
 
 VAL_LOSS = "val_loss"  # the result of a training that makes a model of its own; lower is better
 
@@ -230,151 +226,6 @@ def check_name(name: str, what: str) -> str:
     )
 
 
-def expand(plan: Plan, manual: Callable[[str], Manual]) -> list[Run]:
-    """All runs of a plan, controls after the runs they belong to.
-
-    `manual(recipe)` gives every setting that a recipe and the evaluation know.
-    Raises PlanError for a setting, model or data set that does not exist, and for names that collide or are illegal.
-    """
-    check_name(plan.name, "the plan's name")
-    for key in (*plan.models, *plan.datasets):
-        check_name(key, "the short name")
-    runs: dict[str, Run] = {}
-    for experiment in plan.experiments:
-        for run in _limited(_expand_one(plan, experiment, manual), experiment):
-            check_name(run.name, "the run's name")
-            # Folded: some file systems hold one folder for names that differ only in case.
-            other = runs.setdefault(run.name.lower(), run)
-            if other is not run and not (run.kind == other.kind == "control" and run.config == other.config):
-                raise PlanError(
-                    f"two runs are called {run.name!r}: {other.varied} and {run.varied}. Names are made of what "
-                    "varies: remove the repeated value, or let one setting more differ"
-                )
-    if not runs:
-        raise PlanError("the plan has no run: give variables or runs")
-    return list(runs.values())
-
-
 def columns(varied: Iterable[Mapping[str, Value]]) -> list[str]:
     """The settings that differ between runs, beside a base model, which has a column of its own in every table."""
     return [key for key in dict.fromkeys(key for one in varied for key in one) if key != "model"]
-
-
-def _expand_one(plan: Plan, experiment: Experiment, manual: Callable[[str], Manual]) -> list[Run]:
-    if experiment.variables and experiment.runs:
-        raise PlanError("an experiment has either variables (their product is run) or runs (a list): remove one")
-    known = manual(experiment.recipe)
-    if known.framework != experiment.framework:
-        raise PlanError(
-            f"the recipe {experiment.recipe} is built on {known.framework} and the experiment says "
-            f"{experiment.framework}: write framework: {known.framework}, or take another recipe"
-        )
-    tunes = experiment.framework == "torchtune"
-    evaluated = manual("evaluate").defaults if tunes else {}
-    for name, values in experiment.variables.items():
-        if not values:
-            raise PlanError(f"the variable {name!r} has no values: give at least one or remove it")
-    product = itertools.product(*experiment.variables.values())
-    cells = experiment.runs or [dict(zip(experiment.variables, values, strict=True)) for values in product]
-    runs: list[Run] = []
-    controls: dict[str, Run] = {}
-    for cell, seed in itertools.product(cells, experiment.seeds):
-        only = {**(_only(plan.models, "model") if tunes else {}), **_only(plan.datasets, "dataset")}
-        chosen = {**only, **experiment.controls, **cell}
-        model = _pick(chosen, "model", plan.models) if tunes else None
-        dataset = _pick(chosen, "dataset", plan.datasets)
-        if "seed" in chosen:
-            raise PlanError(
-                "seed is a setting of a run: give seeds=[...] instead, so that replicates are known as such"
-            )
-        settings = {**chosen, "seed": seed}
-        config = _complete(settings, known) | {"dataset": plan.datasets[dataset]}
-        if model is None:
-            shown = cell or {"dataset": dataset}
-        else:
-            config["model"] = plan.models[model]
-            shown = {"model": model, **cell} if len(plan.models) > 1 or not cell else cell
-        many = {"seed": seed} if len(experiment.seeds) > 1 else {}
-        run = Run(
-            name=_name({**shown, **many}),
-            kind="finetune" if tunes else "train",
-            recipe=experiment.recipe,
-            model=model,
-            dataset=dataset,
-            seed=seed,
-            varied={**shown, **many},
-            config=config,
-            resources=experiment.resources,
-        )
-        runs.append(run)
-        if experiment.control == "base_model":
-            kept = {"model": model} | {key: value for key, value in cell.items() if key in evaluated}
-            name = _name(kept) + "_base"
-            controls.setdefault(name, _control(run, name, kept, {key: config[key] for key in evaluated}))
-    if isinstance(experiment.control, dict):
-        runs = with_controls(runs, experiment.control, known)
-    return runs + list(controls.values())
-
-
-def _limited(runs: Iterable[Run], experiment: Experiment) -> Iterator[Run]:
-    """The runs with their own time limits, where the experiment has such."""
-    for run in runs:
-        asked = run.resources
-        limits = {
-            "time_limit_s": experiment.time_limits_s.get(run.name, asked.time_limit_s),
-            "eval_time_limit_s": experiment.eval_time_limits_s.get(run.name, asked.eval_time_limit_s),
-        }
-        yield run.model_copy(update={"resources": asked.model_copy(update=limits)})
-
-
-def _control(run: Run, name: str, varied: dict[str, Value], config: Config) -> Run:
-    changed = {"name": name, "kind": "control", "recipe": None, "varied": varied, "config": config}
-    changed["resources"] = run.resources.alone
-    return run.model_copy(update=changed)
-
-
-def _only(named: Mapping[str, str], setting: str) -> dict[str, Value]:
-    return {setting: next(iter(named))} if len(named) == 1 else {}
-
-
-def _pick(chosen: Mapping[str, Value], setting: str, named: Mapping[str, str]) -> str:
-    value = chosen.get(setting)
-    if isinstance(value, str) and value in named:
-        return value
-    given = "is not said" if value is None else f"is {value!r}"
-    raise PlanError(f"the {setting} of a run {given}: say which of {', '.join(named)} in variables, controls or runs")
-
-
-def _complete(settings: Mapping[str, Value], manual: Manual) -> Config:
-    config = dict(manual.defaults)
-    for key, value in settings.items():
-        config[key] = manual.checked(key, value)
-    batch, micro = config.get("batch_size"), config.get("micro_batch_size")
-    if isinstance(batch, int) and isinstance(micro, int) and batch % micro:
-        divisors = [str(n) for n in range(1, batch + 1) if batch % n == 0]
-        raise PlanError(
-            f"micro_batch_size {micro} does not divide batch_size {batch}: take one of {', '.join(divisors)}, "
-            "or the effective batch would change"
-        )
-    return config
-
-
-def _name(varied: Mapping[str, Value]) -> str:
-    return "_".join(SHORT.get(key, key) + _word(key, value) for key, value in varied.items())
-
-
-def _word(key: str, value: Value) -> str:
-    if isinstance(value, bool):
-        return "-on" if value else "-off"
-    if isinstance(value, float):
-        mantissa, _, exponent = f"{value:.6e}".partition("e")
-        text = f"{value:g}" if 0.001 <= value < 10_000 else f"{float(mantissa):g}e{int(exponent)}"
-        return text
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, str) and NAME.fullmatch(value):
-        return value if SHORT.get(key) == "" else f"-{value}"
-    raise PlanError(
-        f"{key} takes the value {value!r}, which cannot be part of a run's name: let it be the same in all runs, "
-        "or put it in its own plan"
-    )

@@ -17,9 +17,10 @@ from chiplog.checks.lookup import resolve_dataset, resolve_model
 from chiplog.checks.model import ModelReport, check_model
 from chiplog.engines.local import available_gpus
 from chiplog.errors import NotFoundError, PlanError
+from chiplog.expand import expand
 from chiplog.host_memory import check_host_memory, with_host_memory
 from chiplog.ledger import Ledger
-from chiplog.plan import Control, Experiment, Plan, Resources, Run, Value, expand, parse_plan
+from chiplog.plan import Control, Experiment, Plan, Resources, Run, Value, parse_plan
 from chiplog.recipes import choose_recipe, load_recipe, manual
 from chiplog.render import code_files, find_gpu
 from chiplog.schema import Frozen, plain_errors

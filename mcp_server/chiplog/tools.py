@@ -30,6 +30,7 @@ from chiplog.calibration import against_actual
 from chiplog.errors import PlanError, StudyError
 from chiplog.estimate.case import NEEDED, Case, make_case
 from chiplog.estimate.gpus import gpu, gpus
+from chiplog.expand import expand
 from chiplog.folder import ExperimentFolder, find_experiment
 from chiplog.guards import next_steps
 from chiplog.inputs import check_dataset, check_model, check_words, create_dataset, list_studies
@@ -45,7 +46,7 @@ from chiplog.past_runs import (
     search_runs,
     show_run,
 )
-from chiplog.plan import Control, Value, dump_plan, expand
+from chiplog.plan import Control, Value, dump_plan
 from chiplog.planning import Request
 from chiplog.recipes import manual
 from chiplog.render import refuse_credentials, render, write_experiment

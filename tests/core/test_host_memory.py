@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from chiplog.estimate.estimator import HOST_BYTES, host_memory
+from chiplog.expand import expand
 from chiplog.ledger import Ledger
-from chiplog.plan import Experiment, Plan, Resources, expand
+from chiplog.plan import Experiment, Plan, Resources
 from chiplog.planning import Planned
 from chiplog.recipes import manual
 from chiplog.render import render

@@ -24,6 +24,7 @@ ORDER = [
     "bundle",
     "values",
     "plan",
+    "expand",
     "record",
     "provenance",
     "recipes",

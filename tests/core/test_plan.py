@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chiplog.errors import PlanError
-from chiplog.plan import NAME, Experiment, Manual, Plan, dump_plan, expand, parse_plan
+from chiplog.expand import expand
+from chiplog.plan import NAME, Experiment, Manual, Plan, dump_plan, parse_plan
 
 SETTINGS = {
     "model": None,

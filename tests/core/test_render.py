@@ -15,8 +15,9 @@ from chiplog import render as rendering
 from chiplog import tools
 from chiplog.bundle import bundle
 from chiplog.errors import ConfirmationNeeded, RenderError
+from chiplog.expand import expand
 from chiplog.folder import ExperimentFolder
-from chiplog.plan import Experiment, Plan, Resources, expand
+from chiplog.plan import Experiment, Plan, Resources
 from chiplog.recipes import manual
 from chiplog.render import render, write_experiment
 from chiplog.settings import Settings

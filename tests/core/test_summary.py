@@ -16,9 +16,10 @@ from scipy import stats
 
 from chiplog import tools
 from chiplog.errors import RenderError
+from chiplog.expand import expand
 from chiplog.figure import scores_figure
 from chiplog.folder import ExperimentFolder
-from chiplog.plan import Experiment, Plan, Resources, expand
+from chiplog.plan import Experiment, Plan, Resources
 from chiplog.recipes import manual
 from chiplog.record import Record, Score, State, Usage
 from chiplog.render import render, write_experiment

@@ -14,9 +14,10 @@ from scipy import stats
 from chiplog import tools
 from chiplog.deviation import after_running_out
 from chiplog.errors import PlanError
+from chiplog.expand import expand
 from chiplog.folder import ExperimentFolder
 from chiplog.losses import compare_losses
-from chiplog.plan import Experiment, Plan, Resources, expand
+from chiplog.plan import Experiment, Plan, Resources
 from chiplog.recipes import load_recipe, manual
 from chiplog.record import Record, State
 from chiplog.render import render

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from chiplog.bundle import study_folder, study_names
+from chiplog.expand import expand
 from chiplog.inputs import create_dataset
-from chiplog.plan import expand, parse_plan
+from chiplog.plan import parse_plan
 from chiplog.recipes import choose_recipe, manual
 from chiplog.render import render
 from chiplog.settings import Settings
