@@ -101,11 +101,10 @@ def _moves(words: str, sweep: dict[str, Any]) -> str:
         stays = f"It stays within {over}: in every seed from end to end, and of all seeds between any two widths."
         grown = ends["to"] / ends["from"]
         return _verdict(words, [] if grown >= GROWTH else [f"{stays} The widest is only {grown:.3g}x as wide."], stays)
-    coarse = max(one["doubt"] for one in [far, *seeds])
-    if coarse and all(abs(one["octaves"]) <= one["allowed"] for one in [far, *seeds]):
-        return _verdict(words, [f"Without a vertex the best is known to {coarse:.2f} octaves only: sweep more finely."])
-    if abs(far["octaves"]) > far["allowed"] and (far["from"], far["to"]) != (ends["from"], ends["to"]):
+    if abs(far["octaves"]) - far["doubt"] > far["allowed"] and (far["from"], far["to"]) != (ends["from"], ends["to"]):
         return _verdict(words, [f"Between widths {far['from']} and {far['to']} it moves by {far['octaves']:+.2f}."])
+    if coarse := max(one["doubt"] for one in [far, *seeds]):
+        return _verdict(words, [f"Without a vertex the best is known to {coarse:.2f} octaves only: sweep more finely."])
     return _verdict(words, [f"The seeds disagree on whether it moves by more than {over}, or by how much."])
 
 
