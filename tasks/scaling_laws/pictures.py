@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullLocator
 
 from tasks.scaling_laws import curves
 from tasks.scaling_laws.analysis import Analysis
@@ -67,6 +67,7 @@ def loss_and_compute(analysis: Analysis) -> Figure:
         axes.plot(flops, loss, "--", color="#555555", lw=1.2, label=label)
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="validation loss, nats a token")
     _few_numbers(axes)
+    _some_sizes(axes)
     axes.legend(fontsize=7, frameon=False)
     figure.suptitle(f"{analysis.control}, {len(control)} runs\n{curves.titled(law)}", fontsize=9)
     return figure
@@ -83,6 +84,7 @@ def residuals(analysis: Analysis) -> Figure:
         axes.axhline(0, color="#999999", lw=0.8)
         axes.plot(x, y, "o", color=COLOURS[0], ms=4)
         axes.set(xscale="log", xlabel=label, ylabel="loss above the law, %")
+        _some_sizes(axes)
     figure.suptitle(f"Residuals of the law, {len(runs)} runs of {analysis.control}", fontsize=9)
     return figure
 
@@ -127,6 +129,7 @@ def isoflops(analysis: Analysis) -> Figure:
         if best := curve["best_n"]:
             axes.plot(best, curves.on_parabola(curve["parabola"], best), "*", color=colour(place), ms=11)
     axes.set(xscale="log", xlabel="parameters N", ylabel="validation loss, nats a token")
+    _some_sizes(axes)
     axes.legend(fontsize=7, frameon=False)
     title = curves.isoflop_title(analysis.isoflop)
     figure.suptitle(f"{title}: {analysis.control}; a star is a best size", fontsize=9)
@@ -174,6 +177,13 @@ def _few_numbers(axes: Axes) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _some_sizes(axes: Axes) -> None:
+    """1, 2 and 5 of each decade on a logarithmic axis that has few, so that labels stand apart."""
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(9, 9)))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _columns(points: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
