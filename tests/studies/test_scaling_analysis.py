@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tasks.scaling_laws import analyze, demo
-from tasks.scaling_laws.power import multiplier
+from tasks.scaling_laws.power import multiplier, power_law
 from tasks.scaling_laws.runs import Run, read_experiment
 from tasks.scaling_laws.verdicts import section
 from tests.studies.made_runs import DEFAULTS, GRID, analysed, change, grid, law, lines, lines_of, sweep, write
@@ -191,6 +191,24 @@ def test_a_power_of_compute_is_shown_only_where_its_floor_is_known(tmp_path: Pat
         write(tmp_path, f"rms{width}_{steps}", width=width, max_steps=steps, norm="rmsnorm")
     (said,) = lines_of(section(analysed(tmp_path)), "transformer, rmsnorm: lowest loss = ")
     assert said.startswith("- Not shown: ") and "The exponent hangs on E" in said
+
+
+def test_the_interval_of_a_power_holds_what_the_ends_of_its_floors_own_would_give(tmp_path: Path):
+    runs = read_experiment(grid(tmp_path)).runs
+    exact, low, high = (power_law(runs, e, (), 50, 0) for e in (1.0, 0.8, 1.2))
+    known = power_law(runs, 1.0, (0.8, 1.2), 50, 0)
+    assert exact and low and high and known and known["alpha"] == exact["alpha"]
+    assert low["alpha"] < exact["alpha_ci"][0] < exact["alpha_ci"][1] < high["alpha"]
+    assert known["alpha_ci"] == [low["alpha_ci"][0], high["alpha_ci"][1]]
+
+
+def test_arms_that_differ_hardly_have_names_of_their_own(tmp_path: Path):
+    for place, decay in enumerate((0.1, 0.10000001)):
+        write(tmp_path, f"decay{place}", width=16, weight_decay=decay)
+    write(tmp_path, "plain", width=16)
+    write(tmp_path, "norm", width=16, norm="rmsnorm")
+    write(tmp_path, "data", width=16, dataset="/data/rmsnorm")
+    assert len(analysed(tmp_path).grid) == 5
 
 
 def test_the_command_writes_words_figures_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
