@@ -45,9 +45,10 @@ def start_two(
 
 
 def ended(jobs: list[subprocess.Popen[str]]) -> list[int]:
-    """Their exit codes."""
+    """Their exit codes; what they said where one had a traceback or was ended by a signal of its own."""
     logs = [job.communicate(timeout=200)[1] for job in jobs]
     assert "Traceback" not in logs[0] + logs[1], logs
+    assert all(job.returncode >= 0 for job in jobs), logs
     return [job.returncode for job in jobs]
 
 
