@@ -217,11 +217,18 @@ def one_batch_overfit(
 ) -> Outcome:
     """Whether a copy of the model learns one batch: `loss(copy)` must fall by FALLS in `steps` steps of Adam.
 
-    At one of `lrs`, tried in turn: what is too small for one parametrisation is too large for another.
+    At one of `lrs`, tried in turn: what is too small for one parametrisation is too large for another. Where the copy
+    has no room it has failed; the training itself may have.
     """
     tries = []
     for lr in lrs:
-        losses = _overfit(copy.deepcopy(model), loss, steps, lr)
+        try:
+            losses = _overfit(copy.deepcopy(model), loss, steps, lr)
+        except (RuntimeError, MemoryError) as error:
+            if not job.is_out_of_memory(error):
+                raise
+            why = "memory ran out for a copy of the model and its optimizer: overfit_steps 0 leaves this guard out"
+            return Outcome("one-batch overfit", False, 0, why)
         first, least = losses[0], min(losses)
         tries.append(f"from {first:.4g} to {least:.4g} in {steps} steps at lr {lr:g}")
         if least <= first * (1 - FALLS):

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from trainer.batches import seed_of
 from trainer.checkpoints import append_event, last_step, load_checkpoint, save_checkpoint
-from trainer.guards import Guards, Outcome, budget_met, one_batch_overfit, outcome, write
+from trainer.guards import Guards, budget_met, one_batch_overfit, outcome, write
 from trainer.job import REQUEUE, Stop
 from trainer.language import LanguageModel
 from trainer.micro import fitted
@@ -127,7 +127,7 @@ class Training:
             self._resume(saved)
         self.began_at, self.recorded = self.step, last_step(out / "metrics.jsonl")
         if self.step == 0 and config.overfit_steps and ranks.writes:
-            self._overfit()
+            write(out, [one_batch_overfit(self.model, self._first_loss, steps=config.overfit_steps)])
         ranks.wait()
         looked = config.guard_steps if ranks.writes else 0
         self.guards = Guards(self.model, self.optimizer, out, self.step, steps=looked)
@@ -299,17 +299,6 @@ class Training:
             total += loss * self.tokens_per_step
         self.model.train()
         return total / self.validation.n_targets
-
-    def _overfit(self) -> None:
-        """Has the guard "one-batch overfit" look. It fails where a copy of the model has no room: training may have."""
-
-        def look() -> float:
-            write(self.out, [one_batch_overfit(self.model, self._first_loss, steps=self.config.overfit_steps)])
-            return 0.0
-
-        if job.within_memory(look)[1]:
-            why = "memory ran out for a copy of the model and its optimizer: overfit_steps 0 leaves this guard out"
-            write(self.out, [Outcome("one-batch overfit", False, 0, why)])
 
     def _first_loss(self, model: LanguageModel) -> Tensor:
         """The mean loss of a model on half of the first micro batch: a copy of the model needs memory too."""
