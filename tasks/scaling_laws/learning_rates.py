@@ -23,7 +23,8 @@ MARGIN = 0.1  # decades by which the vertex must lie inside the swept range
 STRAIGHT = 0.9  # least R^2
 LEAST = 4  # learning rates of a parabola: it passes through any three
 LEVEL = 0.95
-STEADY = 0.5  # octaves by which the best learning rate of a good parametrisation may move over 4x width
+STEADY = 0.5  # octaves by which the best learning rate of a good parametrisation may move
+OVER = 4.0  # over so many times the width
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def farthest(widths: Mapping[int, Best]) -> dict[str, Any] | None:
 
 def allowed(growth: float) -> float:
     """Octaves by which the best learning rate of a good parametrisation may move over `growth` times the width."""
-    return STEADY * max(1.0, math.log(growth, 4))
+    return STEADY * max(1.0, math.log(growth, OVER))
 
 
 def _moved(widths: Mapping[int, Best], low: int, high: int) -> dict[str, Any]:

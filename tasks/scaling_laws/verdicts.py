@@ -11,11 +11,10 @@ from typing import Any
 from tasks.scaling_laws.analysis import Analysis
 from tasks.scaling_laws.curves import equation, floored
 from tasks.scaling_laws.doubts import doubts, doubts_of_points
-from tasks.scaling_laws.learning_rates import STEADY
+from tasks.scaling_laws.learning_rates import OVER, STEADY
 from tasks.scaling_laws.runs import Run
 
 FLAT = 0.1  # largest slope of the coordinate check
-GROWTH = 4.0  # times the width over which a learning rate must stay
 LEAST_SEEDS = 2
 
 
@@ -74,7 +73,7 @@ def _lr_verdict(name: str, sweep: dict[str, Any]) -> str:
     words += f"; it goes as width^{law['exponent']:+.2f}{ci}: {ends['octaves']:+.2f} octaves over "
     words += f"{ends['to'] / ends['from']:.3g}x width (seed by seed {each})."
     wrong = _lr_doubts(sweep)
-    return _verdict(words, wrong, because="") if wrong else _moves(words, sweep)
+    return _verdict(words, wrong) if wrong else _moves(words, sweep)
 
 
 def _lr_doubts(sweep: dict[str, Any]) -> list[str]:
@@ -93,14 +92,14 @@ def _lr_doubts(sweep: dict[str, Any]) -> list[str]:
 def _moves(words: str, sweep: dict[str, Any]) -> str:
     """Whether the best learning rate stays: of all seeds between any two widths, and in each seed from end to end."""
     ends, far, seeds = sweep["ends"], sweep["farthest"], list(sweep["seeds"].values())
-    over = f"{STEADY} octaves over {GROWTH:g}x width"
+    over = f"{STEADY} octaves over {OVER:g}x width"
     for sign in (1, -1):
         if all(sign * one["octaves"] - one["doubt"] > one["allowed"] for one in seeds):
             return f"Shown: {words} It moves by more than {over} in every seed, so it does not transfer."
     if all(abs(one["octaves"]) + one["doubt"] <= one["allowed"] for one in [far, *seeds]):
         stays = f"It stays within {over}: in every seed from end to end, and of all seeds between any two widths."
         grown = ends["to"] / ends["from"]
-        return _verdict(words, [] if grown >= GROWTH else [f"{stays} The widest is only {grown:.3g}x as wide."], stays)
+        return _verdict(words, [] if grown >= OVER else [f"{stays} The widest is only {grown:.3g}x as wide."], stays)
     if abs(far["octaves"]) - far["doubt"] > far["allowed"] and (far["from"], far["to"]) != (ends["from"], ends["to"]):
         return _verdict(words, [f"Between widths {far['from']} and {far['to']} it moves by {far['octaves']:+.2f}."])
     if coarse := max(one["doubt"] for one in [far, *seeds]):
