@@ -207,21 +207,25 @@ def _config(shape: Shape, kind: str) -> dict[str, Any]:
 # What a counterpart must have besides: the layers here have no other.
 SAME = {
     "gpt2": {"activation_function": "gelu", "layer_norm_epsilon": 1e-5},
-    "llama": {"hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False},
-}
+    "llama": {
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False,
+        "rope_theta": ROTARY_BASE, "rope_type": "default",
+        "head_dim": None,  # width / heads
+    },
+}  # fmt: skip
 
 
 def _shape(theirs: dict[str, Any], model_dir: Path) -> Shape:
     kind = theirs.get("model_type")
-    rope = theirs.get("rope_parameters") or {}
     same = SAME.get(str(kind), {})
-    others = {name: theirs.get(name) for name, value in same.items() if theirs.get(name, value) != value}
-    if (theta := theirs.get("rope_theta", rope.get("rope_theta", ROTARY_BASE))) != ROTARY_BASE:
-        others["rope_theta"] = theta
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    had = {**theirs, "rope_type": rope.get("type", "default"), **rope}  # "type" is its older name
+    if (had.get("head_dim") or 0) * theirs.get("num_attention_heads", 0) == theirs.get("hidden_size"):
+        had["head_dim"] = None
+    others = {name: had[name] for name, value in same.items() if had.get(name, value) != value}
     if others:
-        raise UserError(
-            f"{model_dir} has {others}, and the trainer {same} and a rope_theta of {ROTARY_BASE}: train anew"
-        )
+        ours = {name: same[name] for name in others}
+        raise UserError(f"{model_dir} has {others}, and the trainer {ours}: train anew")
     if kind == "gpt2":
         width = theirs["n_embd"]
         return Shape(

@@ -64,8 +64,8 @@ class Windows:
 
     def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int, seed: int):
         self.tokens, self.seq_len, self.batch_size, self.seed = tokens, seq_len, batch_size, seed
-        self.n = (len(tokens) - 1) // seq_len
-        if self.n < 1:
+        self.n_samples = (len(tokens) - 1) // seq_len  # of an epoch
+        if self.n_samples < 1:
             raise UserError(f"{len(tokens)} tokens are fewer than one sequence of {seq_len}: lower seq_len")
         self._order: tuple[int, list[int]] = (-1, [])
 
@@ -81,12 +81,12 @@ class Windows:
 
     def epochs(self, step: int) -> float:
         """How often the tokens have been seen after `step` steps."""
-        return step * self.batch_size / self.n
+        return step * self.batch_size / self.n_samples
 
     def _window(self, number: int) -> np.ndarray:
-        epoch, place = divmod(number, self.n)
+        epoch, place = divmod(number, self.n_samples)
         if self._order[0] != epoch:
-            self._order = (epoch, data_order(self.n, self.seed, epoch))
+            self._order = (epoch, data_order(self.n_samples, self.seed, epoch))
         start = self._order[1][place] * self.seq_len
         return self.tokens[start : start + self.seq_len + 1]
 
@@ -101,25 +101,26 @@ class Streams:
         del seed  # their order is the text's
         self.tokens, self.seq_len, self.batch_size = tokens, seq_len, batch_size
         self.length = (len(tokens) - 1) // batch_size
-        self.n = self.length // seq_len
-        if self.n < 1:
+        self.pieces = self.length // seq_len  # of each stream
+        self.n_samples = self.pieces * batch_size
+        if self.pieces < 1:
             raise UserError(
                 f"{len(tokens)} tokens make no {batch_size} streams of {seq_len}: lower batch_size or seq_len"
             )
 
     def batch(self, step: int, rows: range) -> Tensor:
         """As of Windows; row i is always of stream i."""
-        start = (step % self.n) * self.seq_len
+        start = (step % self.pieces) * self.seq_len
         lines = [self.tokens[i * self.length + start :][: self.seq_len + 1] for i in rows]
         return torch.from_numpy(np.stack(lines).astype(np.int64))
 
     def begins(self, step: int) -> bool:
         """Whether the batch after `step` steps is the first of its streams."""
-        return step % self.n == 0
+        return step % self.pieces == 0
 
     def epochs(self, step: int) -> float:
         """How often the tokens have been seen after `step` steps."""
-        return step / self.n
+        return step / self.pieces
 
 
 @dataclass(frozen=True)

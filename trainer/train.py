@@ -129,8 +129,8 @@ class Training:
         if self.step == 0 and config.overfit_steps and ranks.writes:
             write(out, [one_batch_overfit(self.model, self._first_loss, steps=config.overfit_steps)])
         ranks.wait()
-        looked = config.guard_steps if ranks.writes else 0
-        self.guards = Guards(self.model, self.optimizer, out, self.step, steps=looked)
+        looked, settle = config.guard_steps if ranks.writes else 0, max(0, config.warmup_steps - self.step)
+        self.guards = Guards(self.model, self.optimizer, out, self.step, steps=looked, settle=settle)
         shape = self.model.shape
         self.flops = shape.train_flops(config.seq_len) * self.tokens_per_step
         self._record(
@@ -138,8 +138,8 @@ class Training:
             world_size=ranks.world_size, n_params=shape.n_params, n_trainable=shape.n_params,
             n_non_embedding=shape.n_non_embedding, shape=shape.as_dict(),
             flops_per_token=shape.train_flops(config.seq_len),
-            n_samples=self.data.n, batch_size=config.batch_size, micro_batch_size=self.micro.size,
-            deviation=self.micro.deviation, steps_per_epoch=max(1, self.data.n // config.batch_size),
+            n_samples=self.data.n_samples, batch_size=config.batch_size, micro_batch_size=self.micro.size,
+            deviation=self.micro.deviation, steps_per_epoch=max(1, self.data.n_samples // config.batch_size),
             total_steps=config.max_steps, step=self.step, train_sha256=folder.sha256["train"],
             val_sha256=self.validation.sha256, val_tokens=self.validation.n_targets,
             packages={"torch": version("torch")}, setup_s=job.age_s(),
@@ -229,7 +229,8 @@ class Training:
         self.scaler.unscale_(self.optimizer)
         most = self.config.clip_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most).item()
-        if not math.isfinite(norm) and not self.scaler.is_enabled():  # the scaler leaves such a step out
+        # The scaler leaves such a step out and halves its scale. Below 1, no scale would help.
+        if not math.isfinite(norm) and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
             raise Diverged(f"the gradient's norm is {norm} at step {self.step + 1}")
         factor = schedule(self.config, self.step)
         for group in self.optimizer.param_groups:

@@ -55,11 +55,16 @@ REMEDIES = {
     "control present": "submit_experiment repeats a control that did not end well",
     "budget met": "compare steps_planned with steps of the record: more data, more epochs, or a smaller max_steps",
     "weights move": "raise lr, or keep the weights that are trained in fp32",
+    "one-batch overfit": "look for what keeps the model from learning at all: a loss that ignores it, a cut gradient",
     "gradient reach": "the named parameters are cut off from the loss: look at how the model uses them",
     "optimizer coverage": "give the optimizer each parameter that is trained, once",
     "frozen stays frozen": "something writes to parameters that should be frozen: look at the optimizer's groups",
     "finite loss": "lower lr, clip gradients, or use fp32, and submit the run again under a new name",
 }
+
+
+# Guards that a job whose recipe writes guards.json has, unless its settings switch one off.
+OF_A_JOB = ("gradient reach", "weights move", "optimizer coverage", "budget met")
 
 
 class Failure(Frozen):
@@ -262,9 +267,10 @@ def _steps_of_budget(done: Mapping[str, Record]) -> dict[str, str | None]:
 
 def _of_runs(trained: Sequence[Run], records: Mapping[str, Record], budget: Mapping[str, str | None]) -> list[Verdict]:
     """The guards that the jobs themselves had, with "budget met" of what the planner sees beside them."""
-    wrong: dict[str, dict[str, str | None]] = {}
-    for run in trained:
-        for one in records[run.name].guards if run.name in records else []:
+    told = [run for run in trained if run.name in records and records[run.name].guards]
+    wrong: dict[str, dict[str, str | None]] = {guard: {} for guard in OF_A_JOB if told}
+    for run in told:
+        for one in records[run.name].guards:
             words = one.found if not one.ok else None if one.examined else "it examined nothing"
             wrong.setdefault(one.guard, {})[run.name] = words
     for name, words in budget.items():
@@ -273,20 +279,25 @@ def _of_runs(trained: Sequence[Run], records: Mapping[str, Record], budget: Mapp
     found = []
     for guard, of_run in wrong.items():
         failures = [Failure(words=f"{name}: {words}", runs=[name]) for name, words in of_run.items() if words]
-        found.append(_verdict(guard, trained, [run for run in trained if run.name in of_run], failures, ""))
-    silent = [run for run in trained if not (run.name in records and records[run.name].guards)]
-    if silent:
+        missing = [run for run in told if run.name not in of_run]
+        looked = [run for run in trained if run.name in of_run]
+        found.append(_verdict(guard, trained, looked, failures, f"{_listed(missing)} did not look", missing))
+    if silent := [run for run in trained if run not in told]:
         found.append(_verdict("guards of the runs", silent, [], [], f"{_listed(silent)} wrote no guards.json"))
     return found
 
 
 def _verdict(
-    guard: str, about: Sequence[Run], looked: Sequence[Run], failures: Sequence[Failure], unchecked: str
-) -> Verdict:
-    """The verdict over the runs that it was about, of which it looked at some; `unchecked` says why at none."""
+    guard: str, about: Sequence[Run], looked: Sequence[Run], failures: Sequence[Failure], unchecked: str,
+    missing: Sequence[Run] = (),
+) -> Verdict:  # fmt: skip
+    """The verdict over the runs that it was about, of which it looked at some.
+
+    `unchecked` says why at none, or not at those that are `missing`.
+    """
     runs: dict[str, bool | None] = {run.name: None for run in about}
     runs |= {run.name: True for run in looked} | {name: False for one in failures for name in one.runs}
-    ok = False if failures else True if looked else None
+    ok = False if failures else True if looked and not missing else None
     words = "; ".join(one.words for one in failures[:3]) + (f"; and {len(failures) - 3} more" * (len(failures) > 3))
     passed = f"passed by {sum(ok is True for ok in runs.values())} of {len(runs)} runs"
     return Verdict(

@@ -20,6 +20,12 @@ def doubts(runs: Iterable[Run]) -> list[str]:
         said.append(f"The metrics of {len(unknown)} runs do not say on which tokens they were validated.")
     if (n := len({run.val_sha256 for run in runs} - {""})) > 1:
         said.append(f"The runs were validated on {n} different sets of tokens.")
+    trained = defaultdict(list)
+    for run in runs:
+        trained[run.losses_sha256].append(run.name)
+    if same := [names for told, names in trained.items() if told and len(names) > 1]:
+        words = f"{', '.join(same[0][:3])} have the same losses, step for step: what differs in them trained nothing."
+        said.append(words)
     if n := sum(run.undecayed for run in runs):
         said.append(f"The learning rate of {n} runs had not decayed at their end.")
     return said

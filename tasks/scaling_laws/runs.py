@@ -5,6 +5,7 @@ Reads records.jsonl (how each job ended), and of each run config.yaml, metrics.j
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from contextlib import suppress
@@ -34,6 +35,7 @@ class Run:
     flops: float  # of the training, exact
     loss: float
     val_sha256: str = ""
+    losses_sha256: str = ""  # of the training's losses, step for step
     failed_guards: tuple[str, ...] = ()
 
     @property
@@ -146,7 +148,9 @@ def _ended(
         return Lost(name, f"its validation loss is {loss}", config, diverged=True)
     d = end["step"] * config["batch_size"] * config["seq_len"]
     flops = start.get("flops_per_token", 6 * start["n_params"]) * d
-    return Run(name, config, start["n_params"], d, flops, loss, start.get("val_sha256") or "", failed)
+    by_step = {event["step"]: _float(event.get("loss")) for event in events if event["event"] == "step"}
+    told = hashlib.sha256(repr(sorted(by_step.items())).encode()).hexdigest() if by_step else ""
+    return Run(name, config, start["n_params"], d, flops, loss, start.get("val_sha256") or "", told, failed)
 
 
 def _config(folder: Path, record: dict[str, Any] | None) -> dict[str, Any] | None:

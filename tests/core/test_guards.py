@@ -14,11 +14,12 @@ from chiplog.answers import SummaryAnswer, VerifyAnswer
 from chiplog.folder import ExperimentFolder
 from chiplog.guards import Verdict, verdicts
 from chiplog.ledger import Ledger
-from chiplog.record import Record, State, Trace, read_records
+from chiplog.record import Guard, Record, State, Trace, read_records
 
 ASK: dict[str, Any] = {"question": "Which rank?", "name": "ranks", "models": {"S": "small"}, "dataset": "words"}
 RANKS: dict[str, Any] = {"variables": {"lora_rank": [4, 16]}}
-SOUND = [{"guard": "weights move", "ok": True, "examined": 8, "found": "all of them"}]
+OF_A_JOB = ["gradient reach", "weights move", "optimizer coverage", "budget met"]
+SOUND = [{"guard": guard, "ok": True, "examined": 8, "found": "all of them"} for guard in OF_A_JOB]
 OVER_RUNS = ["arms differ", "arms are comparable", "nothing dropped", "seeds are seeds", "control present"]
 
 
@@ -45,13 +46,11 @@ def shown(answer: SummaryAnswer) -> dict[tuple[str, str], bool]:
 
 def test_a_sound_experiment_passes_every_guard(lab: Path):
     found = ran(**RANKS, seeds=[0, 1], controls={"guards": json.dumps(SOUND)})
-    assert found.ok and {one.guard: one.ok for one in found.guards} == dict.fromkeys(
-        [*OVER_RUNS, "weights move", "budget met"], True
-    )
-    assert found.summary.startswith("ranks: 7 of 7 guards passed.\n")
+    assert found.ok and {one.guard: one.ok for one in found.guards} == dict.fromkeys([*OVER_RUNS, *OF_A_JOB], True)
+    assert found.summary.startswith("ranks: 9 of 9 guards passed.\n")
     assert found.next == ["summarize_experiment(experiment='ranks')"]
     text = (lab / "experiments" / "ranks" / "summary.md").read_text() if summary() else ""
-    assert "## Guards\n\n7 of 7 guards passed.\n" in text
+    assert "## Guards\n\n9 of 9 guards passed.\n" in text
     records = read_records(lab / "experiments" / "ranks" / "records.jsonl")
     of_run = next(record for record in records if record.run == "rank4_seed0")
     assert [guard.model_dump() for guard in of_run.guards] == SOUND
@@ -95,6 +94,24 @@ def test_arms_that_validate_on_other_data_are_not_compared(lab: Path):
     assert fired.ok is False and "validation set differ, and no setting that varies decides that" in fired.found
     assert fired.failures[0].concerns(["right_up_to9"], ["right_up_to2_pretend-other-validation"])
     assert not fired.failures[0].concerns(["right_up_to9"], ["right_up_to1"])
+
+
+def test_what_a_job_did_not_look_at_is_not_checked(lab: Path):
+    found = ran(**RANKS, controls={"guards": json.dumps(SOUND[1:2])})
+    assert by_name(found)["weights move"].ok and by_name(found)["budget met"].ok  # the planner sees steps
+    for guard in ("gradient reach", "optimizer coverage"):
+        assert by_name(found)[guard].ok is None
+        assert by_name(found)[guard].found == "not checked: rank4, rank16 did not look"
+
+
+def test_a_guard_that_one_run_had_is_not_passed_by_the_other(lab: Path):
+    names = [f"rank{rank}_seed{seed}" for rank in (4, 16) for seed in (0, 1)]
+    all_saw = {name: {"guards": [Guard(**one) for one in SOUND]} for name in names}
+    assert all(changed(lab, dict(all_saw))[guard].ok for guard in OF_A_JOB)
+    one_did_not = all_saw | {"rank16_seed1": {"guards": [Guard(**SOUND[0])]}}
+    moved = changed(lab, one_did_not)["weights move"]
+    assert moved.ok is None and moved.found == "not checked: rank16_seed1 did not look"
+    assert moved.runs == {name: name != "rank16_seed1" or None for name in names}
 
 
 def test_a_failed_guard_of_a_run_turns_what_rests_on_it_into_not_shown(lab: Path):
@@ -157,10 +174,10 @@ def changed(lab: Path, changes: Mapping[str, dict[str, Any]], **ask: Any) -> dic
     for number, run in enumerate(runs):
         told = {"losses_sha256": str(number), "steps": 5, "steps_planned": 5, "tokens": 200, "n_samples": 20}
         trace = Trace(**{**told, "val_sha256": "v", "train_sha256": "t", "batch_size": 4, "finite": True})
-        change = changes.get(run.name, {})
+        change = dict(changes.get(run.name, {}))
         records[run.name] = Record(
             key=run.name, run=run.name, kind=run.kind, config=run.config, state=change.pop("state", State.COMPLETED),
-            trace=trace.model_copy(update=change),
+            guards=change.pop("guards", []), trace=trace.model_copy(update=change),
         )  # fmt: skip
     return {one.guard: one for one in verdicts(runs, records)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def write(folder: Path, name: str, loss: float | None = None, times: float = 1.0
     n, d = 30 * config["width"] ** 2, config["max_steps"] * 1024
     loss = law(n, int(d * times)) if loss is None else loss
     start = {"event": "start", "n_params": n, "flops_per_token": 6.0 * n, "val_sha256": "v"}
-    step = {"event": "step", "step": config["max_steps"], "loss": 2.0}
+    step = {"event": "step", "step": config["max_steps"], "loss": 2.0 + zlib.crc32(name.encode()) * 1e-12}
     validation = {"event": "validation", "step": config["max_steps"], "loss": loss}
     end = {"event": "end", "step": config["max_steps"], "diverged": None}
     lines(run, start, step, validation, end)

@@ -80,6 +80,14 @@ def test_a_failed_guard_turns_the_law_into_not_shown(tmp_path: Path):
     assert said.startswith("- Not shown: ") and "Guards failed in 1 runs: in w16_s100, weights move." in said
 
 
+def test_runs_with_the_same_losses_step_for_step_show_nothing(tmp_path: Path):
+    grid(tmp_path)
+    for name in ("w16_s100", "w32_s100"):
+        change(tmp_path / "runs" / name, "step", loss=2.5)
+    (said,) = lines_of(section(analysed(tmp_path)), "transformer, 12 runs: L =")
+    assert said.startswith("- Not shown: ") and "w16_s100, w32_s100 have the same losses, step for step" in said
+
+
 def test_runs_that_were_validated_on_different_tokens_show_no_law(tmp_path: Path):
     change(grid(tmp_path) / "runs" / "w16_s100", "start", val_sha256="another")
     (said,) = lines_of(section(analysed(tmp_path)), "transformer, 12 runs: L =")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from tests.trainer.helpers import ROOT, ended, events, same, start, weights, write_tokens
 from trainer.job import UserError
@@ -114,9 +116,10 @@ def test_windows_see_each_token_once_an_epoch_in_another_order_for_each_seed_and
 
 def test_streams_go_on_where_they_stopped():
     data = Streams(np.arange(101, dtype="<u2"), seq_len=5, batch_size=4, seed=0)
-    batches = [data.batch(step, range(4)) for step in range(data.n)]
+    assert (data.n_samples, data.pieces) == (20, 5)
+    batches = [data.batch(step, range(4)) for step in range(data.pieces)]
     assert torch.cat([batch[:, :-1] for batch in batches], 1).flatten().tolist() == list(range(100))
-    assert [data.begins(step) for step in (0, 1, data.n)] == [True, False, True]
+    assert [data.begins(step) for step in (0, 1, data.pieces)] == [True, False, True]
 
 
 @pytest.mark.parametrize(("n", "seq_len"), [(37, 10), (40, 10), (5, 10)])
@@ -187,6 +190,21 @@ def test_a_model_without_a_counterpart_is_refused(settings: dict[str, Any], tmp_
     assert ended(start(settings | {"max_steps": 2, "overfit_steps": 0}, tmp_path / "run")) == [0]
     said = run("export", "--run", tmp_path / "run", "--out", tmp_path / "hf", code=1)
     assert "has no counterpart: GPT-2 is learned, layernorm, pre, gelu" in said and not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rope_scaling": {"type": "linear", "factor": 4.0}}, {"rope_parameters": {"rope_theta": 5e5}}, {"head_dim": 32}],
+    ids=str,
+)
+def test_a_model_that_computes_otherwise_is_not_brought_back(changes: dict, tmp_path: Path):
+    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    config |= {"vocab_size": 64, "intermediate_size": 64, "max_position_embeddings": 16, **changes}
+    save_file({"model.norm.weight": torch.ones(64)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = run("export", "--model", tmp_path, "--out", tmp_path / "back", code=1)
+    assert re.search(r"error: .* has \{.*\}, and the trainer \{.*\}: train anew", said)
+    assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize("changes", [{}, {"architecture": "lstm"}], ids=["transformer", "lstm"])
