@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from trainer import job
 from trainer.job import UserError
@@ -26,27 +31,42 @@ def save_checkpoint(checkpoints: Path, state: dict[str, Any], keep: int = 1) -> 
     except (OSError, RuntimeError) as error:  # torch's writer has an error of its own for a full disk
         if job.is_out_of_memory(error):
             raise
-        raise UserError(f"{folder} could not be written ({error}): free disk space and start again") from error
-    for older in sorted(checkpoints.glob("step_*"), key=_step)[:-keep]:
+        raise job.cannot("written", folder, error) from error
+    for older in _saved(checkpoints)[:-keep]:
         shutil.rmtree(older)
+
+
+def save_model(folder: Path, weights: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+    """Writes `model.safetensors` and `config.json`, whole or not at all. Raises UserError where that cannot be."""
+    try:
+        with job.whole_folder(folder) as beside:
+            save_file(
+                {name: p.detach().cpu().contiguous() for name, p in weights.items()}, beside / "model.safetensors"
+            )
+            job.write_json(beside / "config.json", about)
+    except (OSError, SafetensorError) as error:
+        raise job.cannot("written", folder, error) from error
 
 
 def load_checkpoint(checkpoints: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The state of the last checkpoint; None where there is none.
 
-    Raises UserError for one that cannot be read or written, or that a run of another `identity` saved.
+    Raises UserError for one that cannot be read, of which a bit has changed, or that a run of another `identity` saved.
     """
-    *before, last = [None, *sorted(checkpoints.glob("step_*"), key=_step)]
+    *before, last = [None, *_saved(checkpoints)]
     if last is None:
         return None
     try:
+        with zipfile.ZipFile(last / "state.pt") as records:  # torch reads them without a look at their checksums
+            if damaged := records.testzip():
+                raise ValueError(f"the checksum of {damaged} is another")
         state = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
         made = dict(state["identity"])
     except Exception as error:  # a file with a wrong byte raises whatever that byte leads to
         said = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         then = f"go on from {before[-1].name}" if before[-1] else "start anew"
         raise UserError(f"{last} cannot be read ({said}): remove it to {then}") from error
-    check_same(identity, made, last, f"remove {checkpoints}")
+    check_same(identity, made, last, "take another --out")
     return state
 
 
@@ -56,6 +76,13 @@ def restore(state: dict[str, Any], adapter: Mapping[str, torch.Tensor], optimize
     for name, p in adapter.items():
         p.copy_(state["adapter"][name])
     optimizer.load_state_dict(state["optimizer"])
+
+
+def done_steps(out: Path) -> float:
+    """Steps of a finished run, without end where it diverged; 0 where it is not finished."""
+    file = out / "DONE"
+    done = job.read_json(file) if file.is_file() else {"step": 0}
+    return math.inf if done.get("diverged") else done["step"]
 
 
 def append_event(file: Path, event: str, **values: Any) -> None:
@@ -68,7 +95,7 @@ def append_event(file: Path, event: str, **values: Any) -> None:
                 line = line if events.read(1) == b"\n" else "\n" + line
             events.write(line.encode())
     except OSError as error:
-        raise UserError(f"{file} could not be written ({error.strerror}): free disk space and start again") from error
+        raise job.cannot("written", file, error) from error
 
 
 def last_step(file: Path) -> int:
@@ -80,9 +107,11 @@ def last_step(file: Path) -> int:
         except ValueError:  # cut off by a kill
             continue
         if isinstance(event, dict) and event.get("event") == "step":
-            highest = max(highest, event["step"])
+            highest = max(highest, event.get("step", 0))
     return highest
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
+def _saved(checkpoints: Path) -> list[Path]:
+    """The folders step_N, the last step last; a copy of one under another name is none."""
+    found = {folder: re.fullmatch(r"step_(\d+)", folder.name) for folder in checkpoints.glob("step_*")}
+    return sorted((folder for folder, name in found.items() if name), key=lambda folder: int(folder.name[5:]))

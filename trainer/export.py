@@ -10,11 +10,11 @@ RMSNorm before each block, swiglu, no biases). What a parametrisation multiplies
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,10 +22,13 @@ from trainer import job
 
 # isort: split
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainer.checkpoints import save_model
 from trainer.job import UserError
+from trainer.models import build
 from trainer.sample import load_run
 from trainer.shape import Shape
 from trainer.transformer import ROTARY_BASE, Transformer
@@ -96,17 +99,28 @@ def export(run: Path, out: Path) -> None:
 
 
 def bring_back(model_dir: Path, out: Path) -> None:
-    """Writes what a training leaves in `model/`: weights, and the shape among the defaults of all other settings."""
-    theirs = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    shape = _shape(theirs, model_dir)
-    weights = _ours(load_file(model_dir / "model.safetensors"), shape, theirs["model_type"])
+    """Writes what a training leaves in `model/`: weights, and the shape among the defaults of all other settings.
+
+    Raises UserError for a model that cannot be read, or that the trainer would compute otherwise.
+    """
+    if missing := [name for name in ("config.json", "model.safetensors") if not (model_dir / name).is_file()]:
+        raise UserError(f"{model_dir} has no {missing[0]}: give the folder of a model in Hugging Face format")
+    theirs = job.read_json(model_dir / "config.json")
+    try:
+        shape = _shape(theirs, model_dir)
+        weights = _ours(load_file(model_dir / "model.safetensors"), shape, theirs["model_type"])
+    except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+        raise UserError(f"{model_dir} is no whole model ({type(error).__name__}: {error}): fetch it anew") from error
     settings = job.default_settings(Path(__file__).with_name("train.yaml"))
     names = {name: value for name, value in shape.as_dict().items() if name in settings}
+    about = {**settings, **names, "ffn_ratio": shape.ffn_width / shape.width, "dataset": str(model_dir)}
+    with torch.device("meta"):
+        ours = {name: p.shape for name, p in build(SimpleNamespace(**about), shape.vocab_size).named_parameters()}
+    found = {name: weight.shape for name, weight in weights.items()}
+    if wrong := sorted(name for name in ours.keys() | found.keys() if ours.get(name) != found.get(name)):
+        raise UserError(f"{model_dir} has other weights than its config.json says, such as {wrong[0]}: fetch it anew")
     with job.whole_folder(out) as folder:
-        (folder / "model").mkdir()
-        save_file(weights, folder / "model" / "model.safetensors")
-        about = {**settings, **names, "ffn_ratio": shape.ffn_width / shape.width, "dataset": str(model_dir)}
-        job.write_json(folder / "model" / "config.json", about | {"shape": shape.as_dict()})
+        save_model(folder / "model", weights, about | {"shape": shape.as_dict()})
 
 
 def folded(model: Transformer) -> Weights:
@@ -206,7 +220,10 @@ def _config(shape: Shape, kind: str) -> dict[str, Any]:
 
 # What a counterpart must have besides: the layers here have no other.
 SAME = {
-    "gpt2": {"activation_function": "gelu", "layer_norm_epsilon": 1e-5},
+    "gpt2": {
+        "activation_function": "gelu", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    },
     "llama": {
         "hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False,
         "rope_theta": ROTARY_BASE, "rope_type": "default",
@@ -219,7 +236,12 @@ def _shape(theirs: dict[str, Any], model_dir: Path) -> Shape:
     kind = theirs.get("model_type")
     same = SAME.get(str(kind), {})
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    had = {**theirs, "rope_type": rope.get("type", "default"), **rope}  # "type" is its older name
+    had = {
+        "activation_function": "gelu_new",
+        **theirs,
+        "rope_type": rope.get("type", "default"),
+        **rope,
+    }  # "type" is its older name
     if (had.get("head_dim") or 0) * theirs.get("num_attention_heads", 0) == theirs.get("hidden_size"):
         had["head_dim"] = None
     others = {name: had[name] for name, value in same.items() if had.get(name, value) != value}

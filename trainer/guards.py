@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -68,7 +67,7 @@ def write(folder: Path, outcomes: Iterable[Outcome]) -> None:
 def read(folder: Path) -> list[dict]:
     """What `guards.json` holds; nothing where it is not there."""
     file = folder / "guards.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return job.read_json(file) if file.is_file() else []
 
 
 def optimizer_coverage(model: nn.Module, optimizer: torch.optim.Optimizer) -> Outcome:

@@ -5,9 +5,9 @@ Import it before torch: its clock starts here, and imports are part of what a jo
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
-import math
 import os
 import shutil
 import signal
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 BEGAN = time.perf_counter()
 REQUEUE = 75  # the exit code that asks to be started again: EX_TEMPFAIL of sysexits.h
+LARGEST = 2**53  # of a number in settings: more is a slip, and no float holds all of them
+# What the system says of a path that is full, forbidden, of another kind, or too long.
+UNUSABLE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.EEXIST, errno.ELOOP,
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -34,15 +40,21 @@ class UserError(Exception):
 
 
 class Stop:
-    """Remembers that SIGUSR1 or SIGTERM came; made before the long imports, else a signal then ends the process."""
+    """Remembers that SIGUSR1, SIGTERM or Ctrl-C came; made before the long imports, else that ends the process.
+
+    A second Ctrl-C ends it at once.
+    """
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGUSR1, signal.SIGTERM):
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
-    def _ask(self, *_):
+    def _ask(self, number: int, _: object) -> None:
         self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(2, b"\nstops after this step, saved; Ctrl-C again: at once\n")  # print may be in use just now
 
 
 def age_s() -> float:
@@ -64,7 +76,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     """Ends the process with what `main` returns; a user's mistake is one line on stderr and exit code 1.
 
     A mistake is a UserError or one of `trainer.chat` and `trainer.rows`, whose errors are ValueErrors with words of
-    their own; any other exception is a fault of ours and keeps its traceback.
+    their own, or a path that cannot be used; any other exception is a fault of ours and keeps its traceback.
     """
     from trainer.chat import ChatError
     from trainer.rows import RowsError
@@ -73,6 +85,20 @@ def run(main: Callable[[], int]) -> NoReturn:
         sys.exit(main())
     except (UserError, ChatError, RowsError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in UNUSABLE or not error.filename:
+            raise
+        sys.exit(f"error: {cannot('used', error.filename, error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def cannot(be: str, path: Path | str, error: Exception) -> UserError:
+    """That a file or folder could not `be` read or written, and what to do."""
+    words = getattr(error, "strerror", None) or " ".join(str(error).split())
+    full = any(word in str(error) for word in ("No space left", "Disk quota", "unexpected pos", "write failed"))
+    advice = "free disk space and start again" if full else "mend that, or give another path"
+    return UserError(f"{path} could not be {be} ({words}): {advice}")
 
 
 def read_config(file: Path, schema: Path) -> SimpleNamespace:
@@ -98,11 +124,13 @@ def default_settings(schema: Path) -> dict[str, Any]:
 
 
 def check_numbers(config: SimpleNamespace, keys: list[str], kind: type[int] | type[float], low: int) -> None:
-    """Raises UserError for a setting that is no number of that kind or lower than `low`; null passes."""
+    """Raises UserError for a setting that is no number of that kind, lower than `low`, or huge; null passes."""
     for key in keys:
         value = getattr(config, key)
         fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-        if value is not None and not (fits and low <= value < math.inf):
+        if fits and value > LARGEST:
+            raise UserError(f"{key} is {value!r}: give a smaller number")
+        if value is not None and not (fits and low <= value):
             raise UserError(f"{key} is {value!r}: give {'a whole' if kind is int else 'a'} number of at least {low}")
 
 
@@ -133,6 +161,14 @@ def write_text(file: Path, text: str) -> None:
 def write_json(file: Path, value: Any) -> None:
     """As `write_text`, indented by one."""
     write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(file: Path) -> Any:
+    """Raises UserError for a file that holds none."""
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}): it was cut off or changed; remove it, or mend it") from error
 
 
 @contextmanager
@@ -241,4 +277,4 @@ def _documents(file: Path) -> list[Any]:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not YAML: {error}") from error
+        raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,7 +93,8 @@ def divisors(batch_size: int, world_size: int) -> list[int]:
     each, left_over = divmod(batch_size, world_size)
     if left_over:
         raise UserError(f"batch_size {batch_size} cannot be divided by {world_size} processes: choose another")
-    return [n for n in range(1, each + 1) if each % n == 0]
+    small = [n for n in range(1, math.isqrt(each) + 1) if each % n == 0]
+    return sorted({*small, *(each // n for n in small)})
 
 
 def fitted(

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
+from trainer import job
 from trainer.job import UserError
 from trainer.language import LanguageModel
 from trainer.layers import initialize
@@ -15,15 +16,24 @@ from trainer.shape import ShapeError, default_heads, make_shape
 from trainer.transformer import Transformer
 
 
-def make(config: SimpleNamespace, vocab_size: int) -> LanguageModel:
-    """The model on the CPU with its first values, which follow from the seed. Raises UserError as `build` does."""
+def make(config: SimpleNamespace, vocab_size: int, device: torch.device | str = "cpu") -> LanguageModel:
+    """The model with its first values, which follow from the seed on every device.
+
+    Raises UserError as `build` does, and where memory does not hold it.
+    """
     torch.manual_seed(config.seed)
-    model = build(config, vocab_size)
-    initialize(
-        model, model.rules, init=config.init, std=config.init_std, depth=config.depth,
-        zero_readout=config.zero_readout, zero_query=config.zero_query,
-    )  # fmt: skip
-    return model
+    try:
+        model = build(config, vocab_size)
+        initialize(
+            model, model.rules, init=config.init, std=config.init_std, depth=config.depth,
+            zero_readout=config.zero_readout, zero_query=config.zero_query,
+        )  # fmt: skip
+        return model.to(device)
+    except (RuntimeError, MemoryError) as error:
+        if not job.is_out_of_memory(error):
+            raise
+        n = make_shape(config, vocab_size).n_params
+        raise UserError(f"no memory for a model of {n:,} parameters: lower width, depth or ffn_ratio") from error
 
 
 def build(config: SimpleNamespace, vocab_size: int) -> LanguageModel:

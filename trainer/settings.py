@@ -28,6 +28,9 @@ def checked(config: SimpleNamespace) -> SimpleNamespace:
     job.check_numbers(config, ["seed", "warmup_steps", "guard_steps", "overfit_steps"], int, 0)
     numbers = ["ffn_ratio", "dropout", "init_std", "lr", "final_lr", "beta1", "beta2", "eps", "momentum", "max_epochs"]
     job.check_numbers(config, [*numbers, "weight_decay", "clip_grad_norm"], float, 0)
+    job.check_numbers(config, ["forget_bias"], float, -100)
+    if zero := [key for key in ("lr", "init_std") if getattr(config, key) == 0]:
+        raise UserError(f"{zero[0]} is 0: give a number above 0")
     for key, choices in {
         "parametrization": ("standard", "mup", "completep"), "init": ("fan_in", "gpt2", "xavier"),
         "optimizer": ("adamw", "adam", "sgd"), "lr_schedule": ("cosine", "linear", "inverse_sqrt", "constant"),

@@ -18,7 +18,6 @@ makes a 1 of every code; srun and chiplog's jobs do not.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -37,14 +36,14 @@ if __name__ == "__main__":
 
 # isort: split
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from trainer.batches import seed_of
-from trainer.checkpoints import append_event, last_step, load_checkpoint, save_checkpoint
+from trainer.checkpoints import append_event, done_steps, last_step, load_checkpoint, save_checkpoint, save_model
+from trainer.conflicts import conflict
 from trainer.guards import Guards, budget_met, one_batch_overfit, outcome, write
-from trainer.job import REQUEUE, Stop
+from trainer.job import REQUEUE, Stop, UserError
 from trainer.language import LanguageModel
 from trainer.micro import fitted
 from trainer.models import make
@@ -68,10 +67,12 @@ def main(stop: Stop) -> int:
     out = arguments.out
     if done_steps(out) >= config.max_steps:
         file = out / "model" / "config.json"
-        made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else identity(config)
+        made = job.read_json(file) if file.is_file() else identity(config)
         check_same(identity(config), made, file, "take another --out")
         print(f"{out / 'DONE'} is there: nothing to do")
         return 0
+    if (out / "model").is_dir() and not (out / "metrics.jsonl").exists():
+        raise UserError(f"{out / 'model'} holds a model that no training here made: take another --out")
     ranks = join(config.device)
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -79,13 +80,6 @@ def main(stop: Stop) -> int:
             return 0 if Training(config, out, ranks).train(stop) else REQUEUE
     finally:
         ranks.leave()
-
-
-def done_steps(out: Path) -> float:
-    """Steps of a finished run, without end where it diverged; 0 where it is not finished."""
-    file = out / "DONE"
-    done = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"step": 0}
-    return math.inf if done.get("diverged") else done["step"]
 
 
 class Diverged(Exception):
@@ -105,6 +99,8 @@ class Training:
 
     def __init__(self, config: SimpleNamespace, out: Path, ranks: Ranks):
         self.config, self.out, self.ranks, self.device = config, out, ranks, ranks.device
+        if wrong := conflict(vars(config) | {"device": self.device.type}):  # null may be either
+            raise UserError(wrong)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # docs.pytorch.org, notes on randomness
             torch.use_deterministic_algorithms(True)
@@ -113,10 +109,12 @@ class Training:
         self.data = read(folder.split("train"), config.seq_len, config.batch_size, config.seed)
         self.validation = validation_of(folder.split("validation"), config.val_tokens)
         hashes = {"dataset": folder.sha256["train"], "validation": self.validation.sha256}
-        self.identity = identity(config) | hashes
+        self.identity = identity(config) | hashes | {"vocab_size": folder.vocab_size}
         saved = load_checkpoint(out / "checkpoints", self.identity)
+        if not saved and (done := done_steps(out)):
+            raise UserError(f"{out} has ended after step {done} and its checkpoints are gone: take another --out")
 
-        self.model = make(config, folder.vocab_size).to(self.device)  # the same first values in every process
+        self.model = make(config, folder.vocab_size, self.device)  # the same first values in every process
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "fp16")
@@ -374,15 +372,12 @@ class Training:
     def _finish(self, train_s: float, checkpoint_s: float, diverged: Diverged | None = None) -> None:
         """The trained model, what the guards saw, and DONE."""
         if self.ranks.writes:
-            with job.whole_folder(self.out / "model") as folder:
-                weights = {name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters()}
-                save_file(weights, folder / "model.safetensors")
-                job.write_json(folder / "config.json", vars(self.config) | {"shape": self.model.shape.as_dict()})
+            about = vars(self.config) | {"shape": self.model.shape.as_dict()}
+            save_model(self.out / "model", dict(self.model.named_parameters()), about)
             planned = self.config.max_steps * self.tokens_per_step
             seen = budget_met(self.tokens, planned, self.data.epochs(self.step), self.config.max_epochs)
-            finite = outcome(
-                "finite loss", self.step + 1, [str(diverged)] if diverged else [], "at every step", "diverged"
-            )
+            wrong = [str(diverged)] if diverged else []
+            finite = outcome("finite loss", self.step + len(wrong), wrong, "at every step", "diverged")
             self.guards.finish(seen, finite)
             memory = job.peak_memory(self.device)
             self._record(

@@ -60,7 +60,8 @@ def test_gradients_that_fp16_cannot_hold_at_any_scale_end_the_training(settings:
     first = next(training.model.parameters())
     first.register_hook(lambda gradient: gradient * float("inf"))
     before = first.detach().clone()
-    assert training.train(SimpleNamespace(asked=False))
+    stop: Any = SimpleNamespace(asked=False)
+    assert training.train(stop)
     assert first.equal(before)
     assert json.loads((tmp_path / "DONE").read_text()) == {"step": 17, "diverged": True}
     found = {one["guard"]: one["found"] for one in json.loads((tmp_path / "guards.json").read_text()) if not one["ok"]}
