@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
-from tests.trainer.helpers import write_tokens
+from tests.trainer.helpers import config, write_tokens
+from trainer import sample
 from trainer.job import UserError
+from trainer.models import make
 from trainer.prepare import END, from_dataset, from_files, make_tokenizer, prepare
 from trainer.tokens import open_tokens
 
@@ -142,3 +146,48 @@ def test_tokens_are_those_that_meta_json_says(tmp_path: Path, monkeypatch: pytes
     meta.write_text(json.dumps(said))
     with pytest.raises(UserError, match=r"train.bin holds token 64 and the vocabulary ends at 63: prepare it anew"):
         open_tokens(folder).split("train")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--top-k", "-3", "top_k is -3: give a whole number of at least 0"),
+        ("--tokens", "-5", "tokens is -5: give a whole number of at least 0"),
+        ("--temperature", "nan", "temperature is nan: give a number of at least 0"),
+        ("--temperature", "inf", "temperature is inf: give a number of at least 0"),
+        ("--temperature", "-1", "temperature is -1.0: give a number of at least 0"),
+        ("--temperature", "1e-45", "temperature is 1e-45: give 0, or at least 1e-06"),
+        ("--seed", str(1 << 64), "seed is 18446744073709551616: give one below 2"),
+        ("--seed", "-1", "seed is -1: give a whole number of at least 0"),
+    ],
+)
+def test_what_no_text_is_written_with_is_refused(
+    option: str, value: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["sample", "--run", str(tmp_path), f"{option}={value}"])
+    with pytest.raises(UserError, match=re.escape(words)):
+        sample.main()
+
+
+def test_a_model_writes_with_the_tokenizer_it_was_trained_with_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    settings = config(dataset="tokens", width=32, depth=1, seq_len=16, init_std=0.02)
+    model = make(settings, 257)
+    folder = tmp_path / "run" / "model"
+    folder.mkdir(parents=True)
+    save_file({name: p.detach() for name, p in model.named_parameters()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(vars(settings) | {"shape": model.shape.as_dict()}))
+    prepare(TEXTS, tmp_path / "tokens", "bytes", 0.3, seed=0)
+    options = ["--prompt", "to be", "--temperature", "1e-6", "--seed", str((1 << 64) - 1)]
+    monkeypatch.setattr(sys, "argv", ["sample", "--run", str(tmp_path / "run"), *options])
+    monkeypatch.chdir(tmp_path)
+    assert sample.main() == 0 and capsys.readouterr().out.startswith("to be")
+    make_tokenizer("bpe:300", TEXTS).save(str(tmp_path / "tokens" / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"knows \d+ tokens and the model 257: put back"):
+        sample.main()
+    monkeypatch.chdir(folder)
+    with pytest.raises(
+        UserError, match=rf"{folder}/tokens/tokenizer.json is not there: sample from the folder in which"
+    ):
+        sample.main()
