@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,7 @@ from trainer.job import UserError
 from trainer.tokens import META
 
 END = "<|end|>"
+LARGEST = 1 << 20  # entries to learn; Gemma 3 has 262k, and that is many (arXiv:2503.19786)
 
 
 def main() -> int:
@@ -50,34 +52,56 @@ def main() -> int:
     else:
         documents = from_files(arguments.text, arguments.suffix)
     about = prepare(documents, arguments.out, arguments.tokenizer, arguments.validation, arguments.seed)
-    print(json.dumps({"path": str(arguments.out), "rows": about["tokens"], "sha256": about["sha256"]["train"]}))
+    empty = sum(not text for text in documents)
+    said = {"path": str(arguments.out), "rows": about["tokens"], "sha256": about["sha256"]["train"]}
+    print(json.dumps(said | {"empty_documents": empty}))
     return 0
 
 
 def from_files(places: Iterable[Path], suffix: str) -> list[str]:
-    """The text of each file, in the order of their names. Raises UserError for a place that is not there."""
+    """The text of each file, in the order of their names. Raises UserError for one that is not there or no file."""
     files: list[Path] = []
     for place in places:
         if not place.exists():
             raise UserError(f"{place} is not there: give files, or folders that hold {suffix} files")
         files += sorted(place.rglob(f"*{suffix}")) if place.is_dir() else [place]
-    return [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    return [_text(file) for file in files]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): make it a file of text, or take it away") from error
 
 
 def from_dataset(name: str, column: str) -> list[str]:
-    """The texts of a column of a data set's training split. Raises UserError where there is none."""
+    """The texts of a column of a data set's training split, "" for a null. Raises UserError where there is none."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
-    rows = load_dataset(name, split="train")
+    try:
+        rows = load_dataset(name, split="train")
+    except (OSError, ValueError, DatasetsError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        advice = "give a data set on the hub, or a folder of its files"
+        raise UserError(f"--dataset {name} cannot be loaded ({said}): {advice}") from error
     if column not in rows.column_names:
         raise UserError(f"{name} has no column {column!r}, it has {', '.join(rows.column_names)}: give --column")
-    return [str(text) for text in rows[column]]
+    texts: list[str] = []
+    for number, text in enumerate(rows[column], 1):
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{name}: {column} of row {number} is {text!r:.80}, no text: mend it, or give --column")
+        texts.append(text or "")
+    return texts
 
 
 def prepare(documents: list[str], out: Path, tokenizer: str, validation: float, seed: int) -> dict:
     """Writes the folder, whole or not at all, and returns what meta.json holds. Raises UserError."""
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} is there already: remove it, or give another --out")
+    if not 0 <= validation < 1:
+        raise UserError(f"--validation is {validation}: give a share of at least 0 and below 1")
     documents = [text for text in documents if text]
     n_validation = max(1, round(len(documents) * validation))
     if len(documents) <= n_validation:
@@ -85,18 +109,27 @@ def prepare(documents: list[str], out: Path, tokenizer: str, validation: float, 
     random.Random(seed).shuffle(documents)
     splits = {"train": documents[:-n_validation], "validation": documents[-n_validation:]}
     encoder = make_tokenizer(tokenizer, splits["train"])
-    vocab_size = encoder.get_vocab_size()
+    vocab_size = vocab_size_of(encoder)
     dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
     meta = {"vocab_size": vocab_size, "dtype": dtype, "tokens": {}, "sha256": {}, "tokenizer": tokenizer, "seed": seed}
-    with job.whole_folder(out) as folder:
-        encoder.save(str(folder / "tokenizer.json"))
-        for name, texts in splits.items():
-            tokens = np.concatenate([np.asarray(ids, dtype=dtype) for ids in _encoded(texts, encoder)])
-            tokens.tofile(folder / f"{name}.bin")
-            meta["tokens"][name] = len(tokens)
-            meta["sha256"][name] = hashlib.sha256(tokens.tobytes()).hexdigest()
-        job.write_json(folder / META, meta)
+    try:
+        with job.whole_folder(out) as folder:
+            job.write_text(folder / "tokenizer.json", encoder.to_str(pretty=True))
+            for name, texts in splits.items():
+                tokens = np.concatenate([np.asarray(ids, dtype=dtype) for ids in _encoded(texts, encoder)])
+                tokens.tofile(folder / f"{name}.bin")
+                meta["tokens"][name] = len(tokens)
+                meta["sha256"][name] = hashlib.sha256(tokens.tobytes()).hexdigest()
+            job.write_json(folder / META, meta)
+    except OSError as error:
+        said = error.strerror or error
+        raise UserError(f"{out} cannot be written ({said}): free disk space, or give another --out") from error
     return meta
+
+
+def vocab_size_of(encoder: Tokenizer) -> int:
+    """One more than its highest token: a tokenizer.json may leave some out."""
+    return 1 + max(encoder.get_vocab().values(), default=-1)
 
 
 def make_tokenizer(kind: str, texts: list[str]) -> Tokenizer:
@@ -104,14 +137,17 @@ def make_tokenizer(kind: str, texts: list[str]) -> Tokenizer:
     if kind != "bytes" and not kind.startswith("bpe:"):
         if not Path(kind).is_file():
             raise UserError(f"--tokenizer {kind} is no file: give bytes, bpe:N or the path of a tokenizer.json")
-        encoder = Tokenizer.from_file(kind)
+        encoder = read_tokenizer(Path(kind))
         encoder.add_special_tokens([END])
         encoder.no_truncation()  # such a file may ask for either, and text would be lost without a word
         encoder.no_padding()
         return encoder
-    size = 257 if kind == "bytes" else int(kind.removeprefix("bpe:")) if kind[4:].isdecimal() else 0
-    if size < 257:
-        raise UserError(f"--tokenizer {kind}: give bpe:N with N of at least 257, the bytes and the end")
+    is_number = kind[4:].isdecimal() and len(kind) < 20  # int() refuses one of thousands of digits
+    size = 257 if kind == "bytes" else int(kind[4:]) if is_number else 0
+    if not 257 <= size <= LARGEST:
+        raise UserError(
+            f"--tokenizer {kind}: give bpe:N with N of at least 257, the bytes and the end, and at most {LARGEST}"
+        )
     encoder = Tokenizer(models.BPE())
     encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     encoder.decoder = decoders.ByteLevel()  # pyright: ignore
@@ -121,12 +157,28 @@ def make_tokenizer(kind: str, texts: list[str]) -> Tokenizer:
     return encoder
 
 
+def read_tokenizer(file: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json. Raises UserError for a file that is none."""
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers has no narrower one
+        raise UserError(
+            f"{file} cannot be read ({error}): give a tokenizer.json of Hugging Face's tokenizers"
+        ) from error
+
+
 def _encoded(texts: list[str], encoder: Tokenizer) -> Iterator[list[int]]:
+    encoder.encode_special_tokens = True  # what the text says is text
     end = encoder.token_to_id(END)
     assert end is not None, "make_tokenizer adds it"
     for first in range(0, len(texts), 256):
         for encoding in encoder.encode_batch(texts[first : first + 256], add_special_tokens=False):
-            yield [*encoding.ids, end]
+            ids = encoding.ids
+            if end in ids:  # of a vocabulary that has it as a word
+                raise UserError(
+                    f"a document says {END}, which ends documents: take it out, or give another --tokenizer"
+                )
+            yield [*ids, end]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ from torch import Tensor
 from trainer.job import UserError
 from trainer.language import LanguageModel
 from trainer.models import build
+from trainer.prepare import read_tokenizer, vocab_size_of
+
+LEAST_TEMPERATURE = 1e-6  # float32 ends at 3e38, and no logit comes near a 1e-6th of that
 
 
 def main() -> int:
@@ -38,14 +41,39 @@ def main() -> int:
     parser.add_argument("--top-k", type=int, default=50, help="choose among the likeliest K; 0: among all")
     parser.add_argument("--seed", type=int, default=0, help="of the choices")
     arguments = parser.parse_args()
+    check(SimpleNamespace(**vars(arguments)))
     model, config = load_run(arguments.run)
-    tokenizer = Tokenizer.from_file(str(Path(config.dataset) / "tokenizer.json"))
+    tokenizer = tokenizer_of(arguments.run, config.dataset, model.shape.vocab_size)
     prompt = torch.tensor([tokenizer.encode(arguments.prompt, add_special_tokens=False).ids])
     if not prompt.numel():
         raise UserError("--prompt is no token: give some text")
     written = generate(model, prompt, arguments.tokens, arguments.temperature, arguments.top_k, arguments.seed)
     print(tokenizer.decode(written[0].tolist()))
     return 0
+
+
+def check(options: SimpleNamespace) -> None:
+    """Raises UserError for options that no text can be written with."""
+    job.check_numbers(options, ["tokens", "top_k", "seed"], int, 0)
+    job.check_numbers(options, ["temperature"], float, 0)
+    if 0 < options.temperature < LEAST_TEMPERATURE:
+        raise UserError(f"temperature is {options.temperature}: give 0, or at least {LEAST_TEMPERATURE}")
+    if options.seed >= 1 << 64:
+        raise UserError(f"seed is {options.seed}: give one below 2^64")
+
+
+def tokenizer_of(run: Path, dataset: str | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a run's token files. Raises UserError where it is not there, or not the model's."""
+    file = Path(dataset or "", "tokenizer.json").absolute()
+    if not file.is_file():
+        raise UserError(
+            f"{file} is not there: sample from the folder in which the training was started, or write where the token "
+            f"files are under dataset in {run / 'model' / 'config.json'}"
+        )
+    tokenizer = read_tokenizer(file)
+    if (n := vocab_size_of(tokenizer)) != vocab_size:
+        raise UserError(f"{file} knows {n} tokens and the model {vocab_size}: put back the one it was trained with")
+    return tokenizer
 
 
 def load_run(folder: Path) -> tuple[LanguageModel, SimpleNamespace]:

@@ -2,10 +2,10 @@
 
     python -m trainer.sweep --config base.yaml --out DIR --vary lr=0.001,0.003 --vary seed=0,1,2 [--at-once N]
 
-Each run has a folder of its own under DIR, named by what varies, with its config.yaml, log and all that train.py
-writes. Small models on several threads wait more than they compute, so runs beside one another beat runs in sequence;
-benchmarks/trainer.py says by how much. Runs that are done are left as they are. SIGUSR1 and SIGTERM are handed on, and
-the exit code is 75 then; 1 where a run failed, 0 when all are done.
+Each run has a folder of its own under DIR, named by what varies (- for /), with its config.yaml, log and all that
+train.py writes. Small models on several threads wait more than they compute, so runs beside one another beat runs in
+sequence; benchmarks/trainer.py says by how much. Runs that are done are left as they are. SIGUSR1 and SIGTERM are
+handed on, and the exit code is 75 then; 1 where a run failed, 0 when all are done.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import time
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,7 +33,7 @@ import yaml
 from tqdm import tqdm
 
 from trainer.job import REQUEUE, Stop, UserError
-from trainer.settings import FREE, check_same
+from trainer.settings import check_same, checked, identity
 
 RESTARTS = 10  # of a run that asks to be started again, as after running out of memory
 POLL_S = 0.05
@@ -50,7 +52,7 @@ def main() -> int:
 
 
 def make_runs(config: Path, out: Path, vary: list[str]) -> list[Path]:
-    """The folders of the product of all values, each with its config.yaml. Raises UserError."""
+    """The folders of the product of all values, each with its config.yaml. Raises UserError before it writes any."""
     schema = Path(__file__).with_name("train.yaml")
     base = vars(job.read_config(config, schema))
     values: dict[str, list[Any]] = {}
@@ -61,24 +63,43 @@ def make_runs(config: Path, out: Path, vary: list[str]) -> list[Path]:
         if key not in base:
             raise UserError(f"--vary {text}: there is no setting {key!r}; train.yaml explains those there are")
         values[key] = [_value(word) for word in listed.split(",")]
-        if len(set(map(repr, values[key]))) < len(values[key]):
-            raise UserError(f"--vary {text}: a value is there twice, and its runs would share a folder")
-    runs = []
+    runs: dict[Path, dict[str, Any]] = {}
     for chosen in itertools.product(*values.values()):
         settings = dict(zip(values, chosen, strict=True))
-        folder = out / "_".join(f"{key}{value}" for key, value in settings.items())
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_config(folder / "config.yaml", {**base, **settings})
-        runs.append(folder)
-    return runs
+        name = "_".join(f"{key}{value}" for key, value in settings.items()).replace("/", "-")
+        if out / name in runs:
+            raise UserError(f"two runs would be called {name}: give each value once, and files of other names")
+        runs[out / name] = {**base, **settings}
+    for folder, settings in runs.items():
+        _check(folder, settings, schema)
+    try:
+        for folder, settings in runs.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            job.write_text(folder / "config.yaml", _yaml(settings))
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror}): free disk space, or give another --out"
+        ) from error
+    return list(runs)
 
 
-def _write_config(file: Path, settings: dict[str, Any]) -> None:
-    """Writes a run's settings. Raises UserError where a run with others has begun there."""
-    if (file.parent / "metrics.jsonl").is_file() and file.is_file():
+def _check(folder: Path, settings: dict[str, Any], schema: Path) -> None:
+    """Raises UserError for settings that cannot be, or where a run that cannot go on with them has begun."""
+    with TemporaryDirectory() as beside:  # as the run will read them
+        file = Path(beside) / "config.yaml"
+        file.write_text(_yaml(settings), encoding="utf-8")
+        try:
+            checked(job.read_config(file, schema))
+        except UserError as error:
+            raise UserError(f"{folder.name}: {str(error).removeprefix(f'{file}: ')}") from error
+    file = folder / "config.yaml"
+    if (folder / "metrics.jsonl").is_file() and file.is_file():
         before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        check_same({key: settings[key] for key in settings.keys() - FREE}, before, file.parent, "take another --out")
-    job.write_text(file, yaml.safe_dump(settings, sort_keys=False))
+        check_same(identity(SimpleNamespace(**settings)), before, folder, "take another --out")
+
+
+def _yaml(settings: dict[str, Any]) -> str:
+    return yaml.safe_dump(settings, sort_keys=False)
 
 
 def sweep(runs: list[Path], at_once: int, stop: Stop) -> int:
@@ -150,7 +171,10 @@ def _hand_on(running: dict[Path, BaseProcess]) -> None:
 
 
 def _value(word: str) -> Any:
-    value = yaml.safe_load(word)
+    try:
+        value = yaml.safe_load(word)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError for a date such as 2026-13-01
+        raise UserError(f"--vary: {word!r} is no value: list values as in lr=0.001,0.003") from error
     if isinstance(value, str):
         try:
             return float(value)  # YAML 1.1 reads 1e-4 as a word

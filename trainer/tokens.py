@@ -21,6 +21,7 @@ from trainer.batches import data_order
 from trainer.job import UserError
 
 META = "meta.json"
+BLOCK = 1 << 22  # bytes that are read at once: whole tokens of either size
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,23 @@ class TokenFolder:
     about: dict[str, Any]  # tokenizer and source, as meta.json has them
 
     def split(self, name: str) -> np.ndarray:
-        """The tokens of a split, "token", mapped and not read. Raises UserError if there are none, or not as many."""
+        """The tokens of a split, "token", mapped. Reads it once; raises UserError where meta.json says otherwise."""
         if name not in self.counts:
             raise UserError(f"{self.folder} has no split {name!r}, it has {', '.join(self.counts)}: prepare it anew")
         file = self.folder / f"{name}.bin"
         if not file.is_file() or file.stat().st_size != self.counts[name] * np.dtype(self.dtype).itemsize:
             raise UserError(f"{file} does not hold the {self.counts[name]} tokens of {META}: prepare it anew")
+        digest, highest = hashlib.sha256(), 0
+        with file.open("rb") as data:  # not the map, whose pages would count as the memory of the process
+            while block := data.read(BLOCK):
+                digest.update(block)
+                highest = max(highest, int(np.frombuffer(block, self.dtype).max()))
+        if digest.hexdigest() != self.sha256[name]:
+            raise UserError(f"{file} is not what {META} says: prepare it anew")
+        if highest >= self.vocab_size:
+            raise UserError(
+                f"{file} holds token {highest} and the vocabulary ends at {self.vocab_size - 1}: prepare it anew"
+            )
         return np.memmap(file, dtype=self.dtype, mode="r")
 
 
@@ -51,12 +63,33 @@ def open_tokens(folder: Path) -> TokenFolder:
         raise UserError(f"{file} is missing: data must be a folder that `python -m trainer.prepare` made")
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
-        return TokenFolder(
+        tokens = TokenFolder(
             folder, meta["vocab_size"], meta["dtype"], meta["tokens"], meta["sha256"],
             {key: value for key, value in meta.items() if key not in ("vocab_size", "dtype", "tokens", "sha256")},
         )  # fmt: skip
+        if wrong := _wrong(tokens):
+            raise ValueError(wrong)
+        return tokens
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error}): prepare the tokens anew") from error
+
+
+def _wrong(tokens: TokenFolder) -> str | None:
+    """What in meta.json cannot be; null: nothing."""
+    counts, sha256 = tokens.counts, tokens.sha256
+    if not _is_count(tokens.vocab_size):
+        return f"vocab_size is {tokens.vocab_size!r}"
+    if tokens.dtype not in ("<u2", "<u4"):
+        return f"dtype is {tokens.dtype!r}"
+    if not isinstance(counts, dict) or not all(map(_is_count, counts.values())):
+        return f"tokens is {counts!r}"
+    if not isinstance(sha256, dict) or counts.keys() - sha256.keys():
+        return "sha256 is not of every split"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0  # True is an int too
 
 
 class Windows:

@@ -14,11 +14,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from tests.trainer.helpers import ROOT, ended, events, same, start, weights, write_tokens
 from trainer.job import UserError
 from trainer.prepare import make_tokenizer, prepare
 from trainer.sample import generate, load_run
+from trainer.sweep import make_runs
 from trainer.tokens import Streams, Windows, open_tokens, validation_of
 
 TEXTS = {"a.txt": "to be or not to be\n" * 40, "b.txt": "that is the question\n" * 40, "c.txt": "ünïcode — too\n" * 9}
@@ -43,8 +45,6 @@ def texts(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
 def test_token_files_hold_the_text_and_are_the_same_twice(tokenizer: str, texts: Path, tmp_path: Path):
-    from tokenizers import Tokenizer
-
     for out in ("one", "two"):
         said = run("prepare", "--text", texts, "--tokenizer", tokenizer, "--validation", "0.3", "--out", tmp_path / out)
         assert json.loads(said)["path"] == str(tmp_path / out)
@@ -155,6 +155,57 @@ def test_a_sweep_names_the_runs_that_failed_and_finishes_the_others(settings: di
     assert "error: heads5 ended with 1: see" in said
     assert "cannot be divided by 5 heads" in (tmp_path / "out" / "heads5" / "log").read_text()
     assert (tmp_path / "out" / "heads2" / "DONE").exists()
+
+
+@pytest.fixture
+def base(settings: dict[str, Any], tmp_path: Path) -> Path:
+    file = tmp_path / "base.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("vary", "words"),
+    [
+        ("lr=[1,2]", r"'\[1' is no value: list values as in lr=0.001,0.003"),
+        ("lr=2026-13-01", "'2026-13-01' is no value"),
+        ("lr=0.001,-1", "lr-1: lr is -1: give a number of at least 0"),
+        ("lr=0.001,word", "lrword: lr is 'word'; expected something like 0.001"),
+        ("lr=0.001,", "lrNone: lr is None; expected"),
+        ("lr=0.001,1e-3", "two runs would be called lr0.001"),
+        ("dataset=a/b,a-b", "two runs would be called dataseta-b: give each value once"),
+        ("optimizer=adamw,adan", "optimizeradan: optimizer is 'adan': choose"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_anything_is_written(
+    vary: str, words: str, base: Path, tmp_path: Path
+):
+    with pytest.raises(UserError, match=words):
+        make_runs(base, tmp_path / "out", [vary])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_runs_of_a_sweep_stay_in_its_folder(base: Path, tmp_path: Path):
+    runs = make_runs(base, tmp_path / "out", [f"dataset={tmp_path}/a/tokens,{tmp_path}/b/tokens,../tokens"])
+    assert [run.parent for run in runs] == [tmp_path / "out"] * 3 and runs[2].name == "dataset..-tokens"
+    assert yaml.safe_load((runs[0] / "config.yaml").read_text())["dataset"] == f"{tmp_path}/a/tokens"
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\): free disk space"):
+        make_runs(base, base / "out", ["seed=0"])
+
+
+def test_the_settings_of_a_run_that_cannot_go_on_stay_as_they_are(settings: dict[str, Any], base: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    for schedule in ("cosine", "constant"):
+        base.write_text(yaml.safe_dump(settings | {"max_steps": 6}))
+        (run,) = make_runs(base, out, [f"lr_schedule={schedule}"])
+        (run / "metrics.jsonl").touch()  # it has begun
+    base.write_text(yaml.safe_dump(settings | {"max_steps": 9}))
+    with pytest.raises(UserError, match=r"was made with another max_steps .*: put it back, or take another --out"):
+        make_runs(base, out, ["lr_schedule=constant,cosine"])
+    steps = {run.name: yaml.safe_load((run / "config.yaml").read_text())["max_steps"] for run in out.iterdir()}
+    assert steps == {"lr_schedulecosine": 6, "lr_scheduleconstant": 6}
+    (run,) = make_runs(base, out, ["lr_schedule=constant"])
+    assert yaml.safe_load((run / "config.yaml").read_text())["max_steps"] == 9
 
 
 GPT2 = {"position": "learned", "bias": True}
