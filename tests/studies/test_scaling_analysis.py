@@ -43,8 +43,8 @@ def test_every_hazard_is_counted_and_named_and_none_is_dropped(tmp_path: Path):
     change(write(tmp_path, "unvalidated", width=24), "validation", step=50)
     nul = write(tmp_path, "nul", width=24, max_steps=300) / "metrics.jsonl"
     nul.write_bytes(nul.read_bytes() + b"\0" * 100 + b"\n" + b'{"event": "st')
-    record = {"run": "never_began", "state": "FAILED", "reason": "node failure"}
-    record["config"] = {**DEFAULTS, "width": 24, "dataset": "/data/text"}
+    config = {**DEFAULTS, "width": 24, "dataset": "/data/text"}
+    record = {"run": "never_began", "state": "FAILED", "reason": "node failure", "config": config}
     (tmp_path / "records.jsonl").write_text(json.dumps(record) + "\n")
 
     found = read_experiment(tmp_path)

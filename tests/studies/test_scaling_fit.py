@@ -131,6 +131,7 @@ def test_compute_may_stand_for_tokens(tmp_path: Path):
         ("N,C_flops,loss\n1e-300,1e300,3\n", "line 2: C_flops is '1e300'; D = C_flops / 6N is inf there"),
         ("N,C_flops,loss\n1e300,1e-300,3\n", "line 2: C_flops is '1e-300'; D = C_flops / 6N is 0.0 there"),
         ("N,D,loss\n" + "1,2,3\n" * 5, "leaves 5 points"),
+        ("N,D,C_flops,loss\n1e200,1e200,1e20,3\n", "leaves 1 points"),
         ("N,D,loss\n" + "1,2,nan\n" * 9, "leaves 0 points"),
     ],
 )
