@@ -66,6 +66,7 @@ def analyse(found: Found, bootstrap: int, seed: int) -> Analysis:
     law = laws.get(control or "")
     known = law if isinstance(law, dict) and law["identifiable"] else {}  # the control's, where its floor is
     floor, floor_ci, draws = known.get("E"), known.get("ci", {}).get("E", ()), min(bootstrap, 1000)
+    draws = draws if draws >= fit.FEWEST else 0
     powers = {name: power.power_law(runs, *((floor, floor_ci) if name == control else (None, ())), draws, seed)
               for name, runs in grid.items()}  # fmt: skip
     ladder_arm, rungs = ladder.rungs(found, single)

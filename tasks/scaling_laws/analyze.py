@@ -16,7 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tasks.scaling_laws.analysis import Analysis, analyse
-from tasks.scaling_laws.runs import read_experiment
+from tasks.scaling_laws.fit import DRAWS, whole
+from tasks.scaling_laws.runs import object_of, read_experiment
 from tasks.scaling_laws.verdicts import section
 from trainer import job
 from trainer.job import UserError
@@ -26,8 +27,8 @@ def main() -> int:
     """Exit code 0, when the files are written."""
     parser = argparse.ArgumentParser(description="Says what the runs of a folder show.", allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="folder of an experiment, with runs/")
-    parser.add_argument("--bootstrap", type=int, default=4000, help="fits to draws of the runs")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--bootstrap", type=whole, default=4000, help=DRAWS)
+    parser.add_argument("--seed", type=whole, default=0, help="of the draws")
     parser.add_argument("--coordinates", action=argparse.BooleanOptionalAction, default=True,
                         help="train small models for the coordinate check; minutes where widths are large")  # fmt: skip
     arguments = parser.parse_args()
@@ -71,8 +72,8 @@ def coordinates_of(analysis: Analysis, folder: Path) -> dict[str, Any]:
     if config is None:
         return {}
     file = folder / "coordinates.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if known.get("config") == config:
+    known = (object_of(file.read_bytes()) or {}) if file.is_file() else {}
+    if known.get("config") == config and isinstance(known.get("found"), dict):
         return known["found"]
     try:
         from tasks.scaling_laws.coordinate_check import check

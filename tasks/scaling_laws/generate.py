@@ -32,6 +32,8 @@ RATIO = 20.0  # tokens a parameter, about what arXiv:2203.15556 finds best
 WITHIN = (1.0, 500.0)  # tokens a parameter that a size must get of a budget of FLOPs to be trained with it
 WARMUP = 0.1  # of the steps
 GATED_RATIO = 2.6667  # feed-forward ratio that gives three matrices the parameters of two at 4 (arXiv:2002.05202)
+OPTION_OF = {"max_steps": "--tokens, --ratios or --flops", "batch_size": "--batch-size", "width": "--widths",
+             "micro_batch_size": "--micro-batch", "architecture": "--architecture"}  # fmt: skip
 Settings = dict[str, Any]
 
 
@@ -44,6 +46,8 @@ def main() -> int:
         raise UserError(str(error)) from error
     text = "".join(f"# {note}\n" for note in made.notes) + dumped(made.values)
     if arguments.to:
+        if arguments.to.is_dir() or not arguments.to.parent.is_dir():
+            raise UserError(f"--to is {arguments.to}: give a file in a folder that is there")
         job.write_text(arguments.to, text)
     else:
         print(text, end="")
@@ -106,7 +110,7 @@ def experiment(asked: Asked) -> Made:
         raise UserError(f"the trainer has no setting {', '.join(sorted(unknown))}: {TRAIN.name} names all")
     batch = exact_batch(asked.batch_size, asked.micro_batch_size, max(asked.world, asked.gpus))
     budgets = [None] if asked.tokens else asked.flops or asked.ratios
-    cells = itertools.product(asked.widths, budgets, changes_of(asked))
+    cells = list(itertools.product(asked.widths, budgets, changes_of(asked)))
     each = [run_settings(asked, width, budget, changes, batch, defaults) for width, budget, changes in cells]
     runs = [run for run in each if run]
     low, high = asked.within
@@ -118,6 +122,9 @@ def experiment(asked: Asked) -> Made:
         raise UserError(f"width {twice['width']}, {twice['max_steps']} steps would be run twice: remove a value")
     left_out = [width for width in asked.widths if width not in {run["width"] for run in runs}]
     notes = [f"width {width} gets {low:g} to {high:g} tokens a parameter of no budget" for width in left_out]
+    used = {budget for (_, budget, _), run in zip(cells, each, strict=True) if run}
+    notes += [f"a budget of {budget:g} FLOPs gives no width {low:g} to {high:g} tokens a parameter"
+              for budget in asked.flops or [] if budget not in used]  # fmt: skip
     notes += batch.notes + [note for run in runs for note in (*corpus_notes(asked, run), *head_notes(run, runs))]
     return Made(as_experiment(asked, runs, batch, defaults), list(dict.fromkeys(notes)))
 
@@ -248,6 +255,8 @@ def log_spaced(text: str) -> list[float]:
     if ":" not in text:
         return [float(part) for part in text.split(",")]
     low, high, n = text.split(":")
+    if int(n) < 1 or not (0 < float(low) < math.inf and 0 < float(high) < math.inf):
+        raise UserError(f"--lrs is {text}: give LOW:HIGH:N, numbers above 0")
     first, last = math.log(float(low)), math.log(float(high))
     places = [i / max(int(n) - 1, 1) for i in range(int(n))]
     return [float(f"{math.exp(first + place * (last - first)):.4g}") for place in places]
@@ -321,8 +330,11 @@ def asked_of(arguments: argparse.Namespace) -> Asked:
         if arguments.flops and arguments.tokens:
             raise UserError("--tokens and --flops both say how long a run is: give one")
         low, high = (float(ratio) for ratio in arguments.within.split(","))
+        fixed = {key: yaml.safe_load(text) for key, text in pairs(arguments.set)}
+        given = {"lr": arguments.lrs, "seed": arguments.seeds, "depth": arguments.depth}
+        check_settings(fixed, sweeps, ladder, {key for key, value in given.items() if value})
         sweeps |= {"lr": log_spaced(arguments.lrs)} if arguments.lrs else {}
-        return Asked(
+        made = Asked(
             architecture=arguments.architecture,
             widths=[int(width) for width in arguments.widths.split(",")],
             ratios=[float(ratio) for ratio in arguments.ratios.split(",")],
@@ -330,7 +342,7 @@ def asked_of(arguments: argparse.Namespace) -> Asked:
             batch_size=arguments.batch_size,
             micro_batch_size=arguments.micro_batch,
             world=arguments.world,
-            fixed={key: yaml.safe_load(text) for key, text in pairs(arguments.set)},
+            fixed=fixed,
             sweeps=sweeps,
             ladder=ladder,
             head_size=arguments.head_size,
@@ -345,6 +357,34 @@ def asked_of(arguments: argparse.Namespace) -> Asked:
         )
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"an option cannot be read: {error}; see --help") from error
+    check_numbers(made, sweeps["lr"] if arguments.lrs else [])
+    return made
+
+
+def check_settings(fixed: Settings, sweeps: Settings, ladder: Settings, given: set[str]) -> None:
+    """Raises UserError for a setting that an option of its own decides, or that is given twice."""
+    for key in [*fixed, *sweeps, *ladder]:
+        if key in OPTION_OF:
+            raise UserError(f"{key} cannot be given as a setting: use {OPTION_OF[key]}")
+    if twice := fixed.keys() & sweeps.keys() | (fixed.keys() | sweeps.keys() | ladder.keys()) & given:
+        raise UserError(f"{', '.join(sorted(twice))} is given by two options: keep one of them")
+
+
+def check_numbers(asked: Asked, lrs: list[float]) -> None:
+    """Raises UserError for a number that is not finite or too low, and for seeds that are the same."""
+    for name, values, low in (
+        ("widths", asked.widths, 0), ("ratios", asked.ratios, 0), ("tokens", [asked.tokens], 0),
+        ("flops", asked.flops or [], 0), ("depth", [asked.depth], 0), ("vocab-size", [asked.vocab_size], 0),
+        ("lrs", lrs, 0), ("head-size", [asked.head_size], 1), ("corpus-tokens", [asked.corpus_tokens], 0),
+        ("cpus", [asked.cpus], 0), ("gpus", [asked.gpus], -1), ("seeds", asked.seeds or [], -1),
+    ):  # fmt: skip
+        for value in values:
+            if value is not None and not low < value < math.inf:
+                raise UserError(
+                    f"--{name} holds {value}: give {f'a finite number above {low}' if low >= 0 else '0 or more'}"
+                )
+    if len(set(asked.seeds or [])) < len(asked.seeds or []):
+        raise UserError("--seeds holds a seed twice: give each once")
 
 
 def pairs(texts: list[str]) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ NAMES = ("E", "A", "B", "alpha", "beta")
 # Starts: log E, log A, log B, alpha, beta; about the corners that arXiv:2203.15556 begins from.
 GRID = {"e": (-1.0, -0.2, 0.6), "a": (2.0, 6.0, 10.0, 16.0), "b": (2.0, 6.0, 10.0, 16.0), "alpha": (0.2, 0.5, 0.9),
         "beta": (0.2, 0.5, 0.9)}  # fmt: skip
+USUAL = np.log([1e8, 1e10])  # N and D that the starts suit; a fit counts both in units that bring their means there
 MOST_STEPS = 400
 FEW = 1000  # points that all starts are tried on; of more, on SOME of them, and the BEST of these on all
 SOME, BEST = 500, 10
@@ -61,10 +62,17 @@ def objective(
     return (huber if weights is None else huber * weights).sum(-1)
 
 
-def fit(n: Array, d: Array, loss: Array, starts: Array | None = None) -> Fit:
+def fit(n: Array, d: Array, loss: Array) -> Fit:
     """The best minimum from many starts, polished. All inputs "point" and positive."""
-    if starts is None:
-        starts = np.array(list(itertools.product(*GRID.values())))
+    units = np.array([np.log(n).mean(), np.log(d).mean()]) - USUAL
+    found = _fit(np.exp(np.log(n) - units[0]), np.exp(np.log(d) - units[1]), loss)
+    theta = found.theta.copy()
+    theta[1:3] += theta[3:] * units
+    return Fit(theta, found.objective)
+
+
+def _fit(n: Array, d: Array, loss: Array) -> Fit:
+    starts = np.array(list(itertools.product(*GRID.values())))
     if len(loss) > FEW:
         some = np.random.default_rng(0).choice(len(loss), SOME, replace=False)
         starts = _from_far(starts, n[some], d[some], loss[some])

@@ -11,6 +11,7 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -18,9 +19,12 @@ import yaml
 from tasks.scaling_laws.arms import TRAIN, Arm, arm_of
 from trainer import job
 from trainer.job import UserError
-from trainer.settings import WITHOUT_END
+from trainer.settings import WITHOUT_END, checked
 
 DIVERGED = "finite loss"  # the guard that says so: such a run is left out for it
+TOLD = ("max_steps", "batch_size", "seq_len", "width", "lr", "depth", "seed", "architecture", "dataset")  # of any age
+TEXT = ("dataset", "device")  # settings whose default, null, does not say that they are text
+LEAST = {"step": 0, "n_params": 1}  # whole numbers that events tell
 UNDECAYED = 0.5  # share of the learning rate that is too much at a run's end
 
 
@@ -102,13 +106,21 @@ def _ends(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / "records.jsonl"
     records: dict[str, dict[str, Any]] = {}
     for line in file.read_bytes().split(b"\n") if file.is_file() else []:
-        record = _line(line)
-        if record and record.get("run"):
+        record = object_of(line)
+        if record and record.get("run") and isinstance(record["run"], str):
             records[record["run"]] = record
     return records
 
 
 def _read(folder: Path, record: dict[str, Any] | None, notes: list[str]) -> Run | Lost:
+    try:
+        return _told(folder, record, notes)
+    except UserError as error:
+        return Lost(folder.name, f"its files cannot be read: {error}")
+
+
+def _told(folder: Path, record: dict[str, Any] | None, notes: list[str]) -> Run | Lost:
+    """Raises UserError for files that say what cannot be."""
     name = folder.name
     config = _config(folder, record)
     if config is None:
@@ -154,13 +166,50 @@ def _ended(
 
 
 def _config(folder: Path, record: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Every setting, those that were added to the trainer since at their default; null where nothing is known."""
-    known = (record or {}).get("config") or {}
-    file = folder / "config.yaml"
+    """Every setting; null where nothing is known. Raises UserError for what is missing or cannot be.
+
+    What config.yaml lacks is as the record has it; what was added to the trainer since is at its default.
+    """
+    file, of_record, own = folder / "config.yaml", (record or {}).get("config"), None
     if file.is_file():
         with suppress(yaml.YAMLError, UnicodeDecodeError):  # the record's are left
-            known = yaml.safe_load(file.read_text(encoding="utf-8")) or known
-    return {**job.default_settings(TRAIN), **known} if known else None
+            own = yaml.safe_load(file.read_text(encoding="utf-8"))
+    told = {key: value for key, value in of_record.items() if value is not None} if isinstance(of_record, dict) else {}
+    told |= own if isinstance(own, dict) else {}
+    if not told and not file.is_file():
+        return None
+    if missing := [key for key in TOLD if key not in told]:
+        raise UserError(f"neither config.yaml nor its record says {', '.join(missing)}")
+    config = {**job.default_settings(TRAIN), **told}
+    _check_kinds(config)
+    checked(SimpleNamespace(**config))
+    return config
+
+
+def _check_kinds(config: dict[str, Any]) -> None:
+    """Raises UserError for a setting of another kind than its default; one without a default may be text or number."""
+    defaults = job.default_settings(TRAIN)
+    for key, value in config.items():
+        default = defaults.get(key)
+        if default is None:
+            fits = value is None or isinstance(value, str if key in TEXT else (str, int, float))
+        else:
+            kind = (int, float) if isinstance(default, float) else type(default)
+            fits = isinstance(value, kind) and isinstance(value, bool) == isinstance(default, bool)
+        if not fits:
+            raise UserError(f"{key} is {value!r}; expected something like {default!r}")
+
+
+def _check_event(event: dict[str, Any]) -> None:
+    """Raises UserError for a number that is none."""
+    must = ["step"] if event["event"] in ("step", "validation", "end") else []
+    for key in {*must, *event} & LEAST.keys():
+        value = event.get(key)
+        if type(value) is not int or value < LEAST[key]:
+            raise UserError(f"{key} is {value!r} in the event {event['event']}")
+    flops = event.get("flops_per_token", 1)
+    if type(flops) not in (int, float) or not 0 < flops < math.inf:
+        raise UserError(f"flops_per_token is {flops!r} in the event {event['event']}")
 
 
 def _events(file: Path) -> tuple[list[dict[str, Any]], str]:
@@ -169,8 +218,9 @@ def _events(file: Path) -> tuple[list[dict[str, Any]], str]:
     for line in file.read_bytes().split(b"\n"):
         if not line.strip():
             continue
-        event = _line(line)
-        if event is not None and "event" in event:
+        event = object_of(line)
+        if event is not None and isinstance(event.get("event"), str):
+            _check_event(event)
             events.append(event)
         elif b"\0" in line:
             nul += 1
@@ -180,9 +230,10 @@ def _events(file: Path) -> tuple[list[dict[str, Any]], str]:
     return events, " and ".join(words)
 
 
-def _line(line: bytes) -> dict[str, Any] | None:
+def object_of(text: bytes) -> dict[str, Any] | None:
+    """A JSON object; null for anything else."""
     try:
-        value = json.loads(line)
+        value = json.loads(text)
     except ValueError:  # NUL bytes too, and what is no UTF-8
         return None
     return value if isinstance(value, dict) else None
@@ -203,7 +254,7 @@ def _failed_guards(folder: Path) -> tuple[str, ...]:
         return ("guards.json is missing",)
     try:
         outcomes = json.loads(file.read_text(encoding="utf-8"))
-        failed = tuple(one["guard"] for one in outcomes if not one["ok"] and one["guard"] != DIVERGED)
+        failed = tuple(str(one["guard"]) for one in outcomes if not one["ok"] and one["guard"] != DIVERGED)
     except (ValueError, TypeError, KeyError):
         return ("guards.json cannot be read",)
     return failed if outcomes else ("guards.json holds none",)

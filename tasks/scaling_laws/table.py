@@ -57,6 +57,13 @@ class Line:
             return value
         raise self._wrong(name, "give a number above 0")
 
+    def tokens(self, n: float) -> float:
+        """D where C_flops stands for it. Raises UserError."""
+        d = self.number_of("C_flops") / 6 / n
+        if 0 < d < math.inf:
+            return d
+        raise self._wrong("C_flops", f"D = C_flops / 6N is {d} there: give a D that is a number above 0")
+
     @property
     def loss(self) -> float | None:
         """Null for one that is none, as a run leaves that diverged or was never validated. Raises UserError."""
@@ -87,7 +94,7 @@ def read_points(file: Path, *, use_all: bool = False, drop_largest: int = 0) -> 
     lines = _lines(file)
     left_out = {"used_in_fit is 0": 0, "no loss": 0, "the largest losses": 0}
     kept: list[tuple[float, float, float, str, bool]] = []
-    apart = 0
+    apart, alone = 0, {}  # the first row of equal ones without a run is the run of all
     for line in lines:
         if not line.flag("used_in_fit") and not use_all:
             left_out["used_in_fit is 0"] += 1
@@ -97,10 +104,11 @@ def read_points(file: Path, *, use_all: bool = False, drop_largest: int = 0) -> 
             left_out["no loss"] += 1
             continue
         n = line.number_of("N")
-        d = line.number_of("D") if line.cells.get("D") else line.number_of("C_flops") / (6 * n)
+        d = line.number_of("D") if line.cells.get("D") else line.tokens(n)
         if line.cells.get("D") and line.cells.get("C_flops"):
-            apart += abs(math.log(line.number_of("C_flops") / (6 * n * d))) > APART
-        kept.append((n, d, loss, line.cells.get("run") or str(line.number), line.flag("decayed")))
+            apart += abs(math.log(line.number_of("C_flops")) - math.log(6) - math.log(n) - math.log(d)) > APART
+        run = line.cells.get("run") or alone.setdefault((n, d, loss), str(line.number))
+        kept.append((n, d, loss, run, line.flag("decayed")))
     if drop_largest:
         kept = sorted(kept, key=lambda point: point[2])[: max(0, len(kept) - drop_largest)]
         left_out["the largest losses"] = drop_largest
@@ -109,6 +117,8 @@ def read_points(file: Path, *, use_all: bool = False, drop_largest: int = 0) -> 
     n, d, loss = (np.array([point[i] for point in kept], dtype=float) for i in range(3))
     undecayed = sum(not point[4] for point in kept)
     notes = [f"In {apart} rows C_flops is not 6ND; D was used there."] if apart else []
+    if repeats := len(kept) - len({point[:4] for point in kept}):
+        notes.append(f"{repeats} rows repeat others: each counts once in the intervals.")
     left_out = {why: number for why, number in left_out.items() if number}
     return Points(n, d, loss, [point[3] for point in kept], undecayed, left_out, notes)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from tasks.scaling_laws import analyze, demo
 from tasks.scaling_laws.power import multiplier, power_law
@@ -42,7 +43,8 @@ def test_every_hazard_is_counted_and_named_and_none_is_dropped(tmp_path: Path):
     change(write(tmp_path, "unvalidated", width=24), "validation", step=50)
     nul = write(tmp_path, "nul", width=24, max_steps=300) / "metrics.jsonl"
     nul.write_bytes(nul.read_bytes() + b"\0" * 100 + b"\n" + b'{"event": "st')
-    record = {"run": "never_began", "state": "FAILED", "reason": "node failure", "config": {"width": 24}}
+    config = {**DEFAULTS, "width": 24, "dataset": "/data/text"}
+    record = {"run": "never_began", "state": "FAILED", "reason": "node failure", "config": config}
     (tmp_path / "records.jsonl").write_text(json.dumps(record) + "\n")
 
     found = read_experiment(tmp_path)
@@ -65,6 +67,72 @@ def test_every_hazard_is_counted_and_named_and_none_is_dropped(tmp_path: Path):
     text = section(analysed(tmp_path))
     assert "13 of 22 runs ended with a loss." in text
     assert all(f"Left out: {name}, {words}." in text for name, words in why.items())
+
+
+def test_settings_that_a_cut_off_file_lacks_are_the_records_or_the_run_is_lost(tmp_path: Path):
+    run = write(tmp_path, "cut", width=24, max_steps=300, dataset="/data/text")
+    (whole,) = read_experiment(tmp_path).runs
+    lines_of_it = (run / "config.yaml").read_text().splitlines(keepends=True)
+    cut = next(i for i, line in enumerate(lines_of_it) if line.startswith("max_steps"))
+    (run / "config.yaml").write_text("".join(lines_of_it[:cut]))
+    found = read_experiment(tmp_path)
+    assert [(one.name, one.why) for one in found.lost] == [
+        ("cut", "its files cannot be read: neither config.yaml nor its record says max_steps, seq_len, width, seed")
+    ]
+    record = {"run": "cut", "state": "COMPLETED", "config": {**whole.config, "norm": "rmsnorm", "momentum": None}}
+    (tmp_path / "records.jsonl").write_text(json.dumps(record) + "\n")
+    (again,) = read_experiment(tmp_path).runs
+    assert again.config == whole.config | {"norm": "rmsnorm"} and again.d == whole.d
+
+
+ODD_SETTINGS = [("max_steps", None), ("max_steps", "100"), ("batch_size", None), ("width", None), ("lr", "1e-3"),
+                ("lr", None), ("dataset", 7), ("norm", {"a": 1}), ("heads", ["a"]), ("tied", 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), ODD_SETTINGS)
+def test_a_run_with_an_odd_setting_is_lost_alone(key: str, value: Any, tmp_path: Path):
+    grid(tmp_path)
+    write(tmp_path, "odd", 2.0, width=24)
+    (tmp_path / "runs" / "odd" / "config.yaml").write_text(yaml.safe_dump({**DEFAULTS, "width": 24, key: value}))
+    text = section(analysed(tmp_path))
+    (said,) = lines_of(text, "Left out: odd, its files cannot be read: ")
+    assert f"{key} is {value!r}" in said and "12 of 13 runs ended with a loss." in text
+
+
+@pytest.mark.parametrize(
+    ("event", "values", "words"),
+    [
+        ("step", {"step": None}, "step is None in the event step"),
+        ("validation", {"step": "100"}, "step is '100' in the event validation"),
+        ("end", {"step": None}, "step is None in the event end"),
+        ("start", {"n_params": "1e5"}, "n_params is '1e5' in the event start"),
+        ("start", {"n_params": -5}, "n_params is -5 in the event start"),
+        ("start", {"flops_per_token": None}, "flops_per_token is None in the event start"),
+        ("start", {"flops_per_token": 0}, "flops_per_token is 0 in the event start"),
+    ],
+)
+def test_a_run_with_an_odd_event_is_lost_alone(event: str, values: dict[str, Any], words: str, tmp_path: Path):
+    change(grid(tmp_path) / "runs" / "w16_s100", event, **values)
+    text = section(analysed(tmp_path))
+    assert f"Left out: w16_s100, its files cannot be read: {words}." in text
+    assert "11 of 12 runs ended with a loss." in text
+
+
+@pytest.mark.parametrize("text", ["hello", "- 1\n- 2\n", ""])
+@pytest.mark.parametrize("record", ["5", '{"run": 5}', '{"run": ["a"]}', '{"run": "w16_s100", "config": "abc"}'])
+def test_files_that_hold_no_settings_cost_their_run_alone(text: str, record: str, tmp_path: Path):
+    (grid(tmp_path) / "runs" / "w16_s100" / "config.yaml").write_text(text)
+    (tmp_path / "records.jsonl").write_text(record + "\n")
+    found = read_experiment(tmp_path)
+    assert len(found.runs) == 11 and [one.name for one in found.lost] == ["w16_s100"]
+    assert found.lost[0].why.startswith("its files cannot be read: neither config.yaml nor its record says max_steps")
+
+
+def test_an_event_whose_kind_is_no_word_is_passed_over(tmp_path: Path):
+    file = grid(tmp_path) / "runs" / "w16_s100" / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"event": ["step"]}\n')
+    found = read_experiment(tmp_path)
+    assert len(found.runs) == 12 and found.notes == ["In w16_s100, 1 lines that are no events were passed over."]
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path: Path):
@@ -254,6 +322,24 @@ def test_the_coordinate_check_is_made_once_for_the_same_settings(tmp_path: Path,
     write(tmp_path, "another_seed", width=8, seed=5)  # the first run by name is another one now
     analyze.coordinates_of(analysed(tmp_path), tmp_path)
     assert len(made) == 3
+
+
+@pytest.mark.parametrize("cut", ['{"config": ', "[1]", "whole, without what was found"])
+def test_a_coordinate_check_that_was_half_written_is_made_again(
+    cut: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    found = analysed(grid(tmp_path))
+    of_it = json.dumps({"config": found.found.runs[0].config})
+    (tmp_path / "coordinates.json").write_text(of_it if cut.startswith("whole") else cut)
+    monkeypatch.setattr("tasks.scaling_laws.coordinate_check.check", lambda config: {"mup": {"widths": [8]}})
+    assert analyze.coordinates_of(found, tmp_path) == {"mup": {"widths": [8]}}
+
+
+@pytest.mark.parametrize("option", ["--bootstrap", "--seed"])
+def test_an_analysis_of_fewer_than_no_draws_is_refused(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["analyze.py", str(tmp_path), option, "-1"])
+    with pytest.raises(UserError, match="an option is '-1': give a whole number of at least 0"):
+        analyze.main()
 
 
 def test_the_demo_fails_for_a_lost_run_and_for_a_check_that_tells_nothing(tmp_path: Path):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +128,10 @@ def test_compute_may_stand_for_tokens(tmp_path: Path):
         ("N,D,loss\n1,2,3\n1,2,-3\n", "line 3: loss is '-3'; give a number above 0"),
         ("N,D,loss\n1,0,3\n", "line 2: D is '0'; give a number above 0"),
         ("N,D,loss\nmany,2,3\n", "line 2: N is 'many'; give a number above 0"),
+        ("N,C_flops,loss\n1e-300,1e300,3\n", "line 2: C_flops is '1e300'; D = C_flops / 6N is inf there"),
+        ("N,C_flops,loss\n1e300,1e-300,3\n", "line 2: C_flops is '1e-300'; D = C_flops / 6N is 0.0 there"),
         ("N,D,loss\n" + "1,2,3\n" * 5, "leaves 5 points"),
+        ("N,D,C_flops,loss\n1e200,1e200,1e20,3\n", "leaves 1 points"),
         ("N,D,loss\n" + "1,2,nan\n" * 9, "leaves 0 points"),
     ],
 )
@@ -148,9 +154,12 @@ def line_of(ratio: np.ndarray, noise: float = 0.01, seed: int = 0) -> Points:
 def test_a_line_with_jitter_or_a_stray_point_is_still_one_line(seed: int):
     jitter = 20 * np.exp(0.05 * np.random.default_rng(100 + seed).standard_normal(30))
     stray = np.where(np.arange(30) == 7 * seed, 100, 20)
-    for ratio in (jitter, stray):
+    for ratio, words in (
+        (jitter, r"The 30 points have .* lie on one line.* needs at least two token ratios"),
+        (stray, "All but 1 of the 30 points lie on one line.* needs more points at other token ratios"),
+    ):
         found = fit.fit_law(line_of(ratio, seed=seed), 0, 0)
-        assert not found["identifiable"] and "needs at least two token ratios" in found["why"]
+        assert not found["identifiable"] and re.search(words, found["why"]), found["why"]
     two = fit.fit_law(line_of(np.where(np.arange(30) % 2, 100.0, 5.0), 0.001, seed), 0, 0)
     assert "token ratios" not in two["why"]
 
@@ -161,8 +170,8 @@ def test_what_rests_on_nothing_is_not_identified():
     cut = Points(points.n[few], points.d[few], points.loss[few], list("abcdef"))
     again = Points(*(np.tile(each, 8) for each in (cut.n, cut.d, cut.loss)), [str(i) for i in range(48)])  # pyright: ignore
     for case, words in (
-        (cut, "There are 6 different points; 7 are needed"),
-        (again, "There are 6 different points; 7 are needed"),
+        (cut, "There are 6 different points; 9 are needed"),
+        (again, "There are 6 different points; 9 are needed"),
         (dataclasses.replace(points, run=["one"] * 128), "The points are of 1 runs"),
         (dataclasses.replace(points, loss=np.full(128, 2.0)), "All losses are the same"),
     ):
@@ -171,6 +180,73 @@ def test_what_rests_on_nothing_is_not_identified():
         json.dumps(found, allow_nan=False)
     noise = np.random.default_rng(0).uniform(2, 3, 128)
     assert not fit.fit_law(dataclasses.replace(points, loss=noise), 0, 0)["identifiable"]
+
+
+def of_grid(loss: Any) -> Points:
+    """What `loss` gives for 6 sizes of 5 token ratios each."""
+    n = np.repeat(np.geomspace(1e7, 1e10, 6), 5)
+    d = n * np.tile([2.0, 8, 20, 60, 200], 6)
+    return Points(n, d, loss(n, d), [str(i) for i in range(30)])
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda n, d: 1.69 + 406.4 / n**0.34, ["The losses do not fall with D over these points"]),
+        (lambda n, d: 1.69 + 410.7 / d**0.28, ["The losses do not fall with N over these points"]),
+        (lambda n, d: 1.69 + 406.4 / n**0.34 + 0.01 * d**0.1, ["The losses do not fall with D over these points"]),
+    ],
+)
+def test_a_term_that_does_not_fall_is_open_and_gives_no_best_size(loss: Any, words: list[str]):
+    found = fit.fit_law(of_grid(loss), 40, 0)
+    assert not found["identifiable"] and [word for word in words if word in found["why"]] == words, found["why"]
+    assert (found["optimal_n_exponent"], found["optimal_n_exponent_ci"]) == (None, None)
+    assert "between -" not in found["why"]
+
+
+def test_the_points_of_one_budget_are_not_said_to_grow_together():
+    n = np.geomspace(1e6, 1e11, 20)
+    d = 1e20 / 6 / n
+    loss = TRUE["E"] + TRUE["A"] / n ** TRUE["alpha"] + TRUE["B"] / d ** TRUE["beta"]
+    noise = np.exp(0.003 * np.random.default_rng(0).standard_normal(20))
+    found = fit.fit_law(Points(n, d, loss * noise, [str(i) for i in range(20)]), 200, 0)
+    assert found["identifiable"], found["why"]
+    assert all(low < TRUE[name] < high for name, (low, high) in found["ci"].items())
+
+
+@pytest.mark.parametrize("units", [1e200, 1e-200])
+def test_a_law_is_found_whatever_units_n_and_d_are_counted_in(units: float):
+    points = made()
+    found = law.fit(points.n * units, points.d * units, points.loss).law
+    expected = TRUE | {"A": TRUE["A"] * units ** TRUE["alpha"], "B": TRUE["B"] * units ** TRUE["beta"]}
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_too_few_draws_give_no_intervals():
+    points = made(noise=0.01)
+    few, enough = (fit.fit_law(points, draws, 0) for draws in (39, 40))
+    assert (few["ci"], few["standard_errors"], few["optimal_n_exponent_ci"], few["bootstrap"]) == ({}, {}, None, 0)
+    assert few["identifiable"] and few["optimal_n_exponent"] and enough["ci"].keys() == TRUE.keys()
+
+
+def test_rows_that_are_pasted_again_make_no_interval_narrower(tmp_path: Path):
+    rows = rows_of(made(noise=0.01))[::8]
+    once, again = (read_points(table(tmp_path / "t.csv", rows * times)) for times in (1, 4))
+    assert again.notes == ["48 rows repeat others: each counts once in the intervals."] and not once.notes
+    assert len(set(again.run)) == 16
+    first, second = (fit.fit_law(points, 200, 0)["ci"]["E"] for points in (once, again))
+    assert np.ptp(second) > 0.8 * np.ptp(first)
+
+
+@pytest.mark.parametrize("option", ["--bootstrap", "--seed", "--drop-largest"])
+@pytest.mark.parametrize("value", ["-1", "1.5"])
+def test_an_option_that_is_no_count_is_an_error_in_words(option: str, value: str, tmp_path: Path):
+    file = table(tmp_path / "t.csv", rows_of(made()))
+    command = [sys.executable, str(ROOT / "tasks" / "scaling_laws" / "fit.py"), str(file), option, value]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        1, f"error: an option is {value!r}: give a whole number of at least 0\n"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", [1, 2])

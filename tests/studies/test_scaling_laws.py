@@ -179,6 +179,53 @@ def test_a_width_that_suits_no_budget_and_two_ways_to_say_how_long_are_said():
         generate.asked_of(both)
 
 
+def test_a_budget_that_no_width_suits_is_said():
+    notes = generate.experiment(asked(widths=[32], flops=[1e11, 1e15])).notes
+    assert notes == ["a budget of 1e+15 FLOPs gives no width 1 to 500 tokens a parameter"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--set max_steps=7", "max_steps cannot be given as a setting: use --tokens, --ratios or --flops"),
+        ("--set batch_size=8", "batch_size cannot be given as a setting: use --batch-size"),
+        ("--set width=32", "width cannot be given as a setting: use --widths"),
+        ("--sweep width=32,64", "width cannot be given as a setting: use --widths"),
+        ("--ladder max_steps=5,7", "max_steps cannot be given as a setting"),
+        ("--sweep lr=0.1,0.2 --lrs 0.3", "lr is given by two options: keep one"),
+        ("--set norm=rmsnorm --sweep norm=rmsnorm,layernorm", "norm is given by two options"),
+        ("--set seed=3 --seeds 0,1", "seed is given by two options"),
+        ("--ratios nan", "--ratios holds nan: give a finite number above 0"),
+        ("--ratios 20,inf", "--ratios holds inf"),
+        ("--ratios -5", "--ratios holds -5.0"),
+        ("--flops 0", "--flops holds 0.0"),
+        ("--tokens 0", "--tokens holds 0"),
+        ("--depth 0", "--depth holds 0"),
+        ("--vocab-size 0", "--vocab-size holds 0"),
+        ("--head-size 1", "--head-size holds 1: give a finite number above 1"),
+        ("--corpus-tokens -1", "--corpus-tokens holds -1"),
+        ("--cpus 0", "--cpus holds 0"),
+        ("--gpus -1", "--gpus holds -1: give 0 or more"),
+        ("--seeds 0,-1", "--seeds holds -1: give 0 or more"),
+        ("--seeds 0,0", "--seeds holds a seed twice"),
+        ("--lrs 0.1,nan", "--lrs holds nan"),
+        ("--lrs 1e-3:1e-1:0", "--lrs is 1e-3:1e-1:0: give LOW:HIGH:N, numbers above 0"),
+        ("--lrs 0:1e-1:3", "--lrs is 0:1e-1:3: give LOW:HIGH:N, numbers above 0"),
+    ],
+)
+def test_an_option_that_would_not_be_followed_is_refused_in_words(options: str, words: str):
+    arguments = generate.parser().parse_args(["--widths", "32", *options.split()])
+    with pytest.raises(UserError, match=words):
+        generate.asked_of(arguments)
+
+
+@pytest.mark.parametrize("to", ["no/such/e.yaml", "."])
+def test_a_file_that_cannot_be_written_to_is_refused_in_words(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["generate.py", "--widths", "16", "--to", str(tmp_path / to)])
+    with pytest.raises(UserError, match="give a file in a folder that is there"):
+        generate.main()
+
+
 def test_each_plan_is_what_its_generate_line_prints():
     text = (STUDY / "experiments.yaml").read_text()
     plans = [one for plan in yaml.safe_load(text).values() for one in plan["experiments"]]
