@@ -149,7 +149,7 @@ def fit_scaling_law(
     file: Annotated[Path, typer.Argument(help="CSV with the columns N (parameters), D (tokens) or C_flops, and loss.")],
     use_all: Annotated[bool, typer.Option("--all", help="Rows with used_in_fit = 0 too.")] = False,
     drop_largest: Annotated[int, typer.Option(min=0, help="Leave out so many of the largest losses.")] = 0,
-    bootstrap: Annotated[int, typer.Option(min=0, help="Fits to draws of the runs; 0: no intervals.")] = 4000,
+    bootstrap: Annotated[int, typer.Option(min=0, help="Fits to draws; fewer than 40: no intervals.")] = 4000,
     json: Annotated[bool, typer.Option("--json", help="Answer in JSON.")] = False,
 ) -> None:
     """Fits L = E + A / N^alpha + B / D^beta to runs, and says whether they can tell its parts."""
