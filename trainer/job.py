@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -34,6 +34,8 @@ UNUSABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
     errno.EEXIST, errno.ELOOP,
 }  # fmt: skip
+# How the system, torch, its zip writer and numpy say that a disk is full.
+FULL = ("No space left", "Disk quota", "file write failed", "unexpected pos", "requested and")
 
 
 class UserError(Exception):
@@ -97,7 +99,7 @@ def run(main: Callable[[], int]) -> NoReturn:
 def cannot(be: str, path: Path | str, error: Exception) -> UserError:
     """That a file or folder could not `be` read or written, and what to do."""
     words = getattr(error, "strerror", None) or " ".join(str(error).split())
-    full = any(word in str(error) for word in ("No space left", "Disk quota", "unexpected pos", "write failed"))
+    full = any(said in str(error) for said in FULL)
     advice = "free disk space and start again" if full else "mend that, or give another path"
     return UserError(f"{path} could not be {be} ({words}): {advice}")
 
@@ -110,11 +112,16 @@ def read_config(file: Path, schema: Path) -> SimpleNamespace:
     values, defaults = _settings(file), default_settings(schema)
     if missing := [key for key in defaults if key not in values]:
         raise UserError(f"{file} lacks {', '.join(missing)}: give every setting of {schema.name}")
+    check_kinds(values, defaults, f"{file}: ")
+    return SimpleNamespace(**{key: values[key] for key in defaults})
+
+
+def check_kinds(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str = "") -> None:
+    """Raises UserError, which begins with `where`, for a setting of another kind than its default; null has none."""
     for key, default in defaults.items():
         kind = (int, float) if isinstance(default, float) else object if default is None else type(default)
         if not isinstance(values[key], kind) or isinstance(values[key], bool) != isinstance(default, bool):
-            raise UserError(f"{file}: {key} is {values[key]!r}; expected something like {default!r}")
-    return SimpleNamespace(**{key: values[key] for key in defaults})
+            raise UserError(f"{where}{key} is {values[key]!r}; expected something like {default!r}")
 
 
 def default_settings(schema: Path) -> dict[str, Any]:

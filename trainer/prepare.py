@@ -30,7 +30,7 @@ from trainer.job import UserError
 from trainer.tokens import META
 
 END = "<|end|>"
-LARGEST = 1 << 20  # entries to learn; Gemma 3 has 262k, and that is many (arXiv:2503.19786)
+LARGEST = 1 << 20  # entries of a vocabulary to learn: more is a slip
 
 
 def main() -> int:
@@ -122,8 +122,7 @@ def prepare(documents: list[str], out: Path, tokenizer: str, validation: float, 
                 meta["sha256"][name] = hashlib.sha256(tokens.tobytes()).hexdigest()
             job.write_json(folder / META, meta)
     except OSError as error:
-        said = error.strerror or error
-        raise UserError(f"{out} cannot be written ({said}): free disk space, or give another --out") from error
+        raise job.cannot("written", out, error) from error
     return meta
 
 

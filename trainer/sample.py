@@ -58,8 +58,6 @@ def check(options: SimpleNamespace) -> None:
     job.check_numbers(options, ["temperature"], float, 0)
     if 0 < options.temperature < LEAST_TEMPERATURE:
         raise UserError(f"temperature is {options.temperature}: give 0, or at least {LEAST_TEMPERATURE}")
-    if options.seed >= 1 << 64:
-        raise UserError(f"seed is {options.seed}: give one below 2^64")
 
 
 def tokenizer_of(run: Path, dataset: str | None, vocab_size: int) -> Tokenizer:

@@ -4,8 +4,8 @@
 
 Each run has a folder of its own under DIR, named by what varies (- for /), with its config.yaml, log and all that
 train.py writes. Small models on several threads wait more than they compute, so runs beside one another beat runs in
-sequence; benchmarks/trainer.py says by how much. Runs that are done are left as they are. SIGUSR1 and SIGTERM are
-handed on, and the exit code is 75 then; 1 where a run failed, 0 when all are done.
+sequence; benchmarks/trainer.py says by how much. Runs that are done are left as they are. SIGUSR1, SIGTERM and
+Ctrl-C are handed on, and the exit code is 75 then; 1 where a run failed, 0 when all are done.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import time
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,35 +70,24 @@ def make_runs(config: Path, out: Path, vary: list[str]) -> list[Path]:
             raise UserError(f"two runs would be called {name}: give each value once, and files of other names")
         runs[out / name] = {**base, **settings}
     for folder, settings in runs.items():
-        _check(folder, settings, schema)
-    try:
-        for folder, settings in runs.items():
-            folder.mkdir(parents=True, exist_ok=True)
-            job.write_text(folder / "config.yaml", _yaml(settings))
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror}): free disk space, or give another --out"
-        ) from error
+        _check(folder, settings, job.default_settings(schema))
+    for folder, settings in runs.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        job.write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     return list(runs)
 
 
-def _check(folder: Path, settings: dict[str, Any], schema: Path) -> None:
+def _check(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Raises UserError for settings that cannot be, or where a run that cannot go on with them has begun."""
-    with TemporaryDirectory() as beside:  # as the run will read them
-        file = Path(beside) / "config.yaml"
-        file.write_text(_yaml(settings), encoding="utf-8")
-        try:
-            checked(job.read_config(file, schema))
-        except UserError as error:
-            raise UserError(f"{folder.name}: {str(error).removeprefix(f'{file}: ')}") from error
+    try:
+        job.check_kinds(settings, defaults)
+        checked(SimpleNamespace(**settings))
+    except UserError as error:
+        raise UserError(f"{folder.name}: {error}") from error
     file = folder / "config.yaml"
     if (folder / "metrics.jsonl").is_file() and file.is_file():
         before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         check_same(identity(SimpleNamespace(**settings)), before, folder, "take another --out")
-
-
-def _yaml(settings: dict[str, Any]) -> str:
-    return yaml.safe_dump(settings, sort_keys=False)
 
 
 def sweep(runs: list[Path], at_once: int, stop: Stop) -> int:

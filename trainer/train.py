@@ -10,9 +10,9 @@ train.yaml explains the settings; config.yaml gives all of them. Into --out go
     model/               the trained weights and their shape: export.py and sample.py read it
     DONE                 {"step": N}, last; a run that finds it does nothing, unless max_steps is more by now
 
-Exit code 75 asks to be started again: after SIGUSR1 or SIGTERM, which let the step end and save, and out of memory,
-with half the micro batch noted in deviation.json. 1: starting again would not help; the last line says why. torchrun
-makes a 1 of every code; srun and chiplog's jobs do not.
+Exit code 75 asks to be started again: after SIGUSR1, SIGTERM or Ctrl-C, which let the step end and save, and out of
+memory, with half the micro batch noted in deviation.json. 1: starting again would not help; the last line says why.
+torchrun makes a 1 of every code; srun and chiplog's jobs do not.
 """
 
 from __future__ import annotations

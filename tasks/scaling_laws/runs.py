@@ -180,24 +180,12 @@ def _config(folder: Path, record: dict[str, Any] | None) -> dict[str, Any] | Non
         return None
     if missing := [key for key in TOLD if key not in told]:
         raise UserError(f"neither config.yaml nor its record says {', '.join(missing)}")
-    config = {**job.default_settings(TRAIN), **told}
-    _check_kinds(config)
+    defaults = job.default_settings(TRAIN)
+    config = {**defaults, **told}
+    job.check_kinds(config, defaults)
+    job.check_kinds(config, dict.fromkeys((key for key in TEXT if config[key] is not None), ""))
     checked(SimpleNamespace(**config))
     return config
-
-
-def _check_kinds(config: dict[str, Any]) -> None:
-    """Raises UserError for a setting of another kind than its default; one without a default may be text or number."""
-    defaults = job.default_settings(TRAIN)
-    for key, value in config.items():
-        default = defaults.get(key)
-        if default is None:
-            fits = value is None or isinstance(value, str if key in TEXT else (str, int, float))
-        else:
-            kind = (int, float) if isinstance(default, float) else type(default)
-            fits = isinstance(value, kind) and isinstance(value, bool) == isinstance(default, bool)
-        if not fits:
-            raise UserError(f"{key} is {value!r}; expected something like {default!r}")
 
 
 def _check_event(event: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.scaling_laws import generate, isoflop
+from tasks.scaling_laws import generate, isoflop, options
 from tasks.scaling_laws.analysis import law_of
 from tasks.scaling_laws.learning_rates import best_lr, lr_law
 from tasks.scaling_laws.runs import Run
@@ -142,7 +142,7 @@ def test_sweeps_are_all_products_with_learning_rates_evenly_spaced_in_the_logari
     sweeps = {
         "parametrization": ["standard", "mup"],
         "optimizer": ["adamw", "sgd"],
-        "lr": generate.log_spaced("1e-3:1e-1:3"),
+        "lr": options.log_spaced("1e-3:1e-1:3"),
     }
     runs = configs(generate.experiment(asked(sweeps=sweeps, widths=[32, 64])))
     assert len(runs) == 2 * 2 * 2 * 3 and sorted({run["lr"] for run in runs}) == [0.001, 0.01, 0.1]

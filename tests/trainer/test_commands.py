@@ -189,8 +189,6 @@ def test_the_runs_of_a_sweep_stay_in_its_folder(base: Path, tmp_path: Path):
     runs = make_runs(base, tmp_path / "out", [f"dataset={tmp_path}/a/tokens,{tmp_path}/b/tokens,../tokens"])
     assert [run.parent for run in runs] == [tmp_path / "out"] * 3 and runs[2].name == "dataset..-tokens"
     assert yaml.safe_load((runs[0] / "config.yaml").read_text())["dataset"] == f"{tmp_path}/a/tokens"
-    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\): free disk space"):
-        make_runs(base, base / "out", ["seed=0"])
 
 
 def test_the_settings_of_a_run_that_cannot_go_on_stay_as_they_are(settings: dict[str, Any], base: Path, tmp_path: Path):
