@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 BEGAN = time.perf_counter()
 REQUEUE = 75  # the exit code that asks to be started again: EX_TEMPFAIL of sysexits.h
-LARGEST = 2**64 - 1  # of a number in settings, as of torch's seeds
+LARGEST = 2**64 - 1  # of a whole number in settings, as of torch's seeds
 # What the system says of a path that is full, forbidden, of another kind, or too long.
 UNUSABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
@@ -136,7 +136,7 @@ def check_numbers(config: SimpleNamespace, keys: list[str], kind: type[int] | ty
     for key in keys:
         value = getattr(config, key)
         fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-        if fits and LARGEST < value < math.inf:
+        if fits and kind is int and value > LARGEST:
             raise UserError(f"{key} is {value!r}: give a smaller number")
         if value is not None and not (fits and low <= value < math.inf):
             raise UserError(f"{key} is {value!r}: give {'a whole' if kind is int else 'a'} number of at least {low}")

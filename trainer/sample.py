@@ -8,7 +8,6 @@ DIR is the folder of a finished training; its tokenizer is the one of its token 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,7 +78,7 @@ def load_run(folder: Path) -> tuple[LanguageModel, SimpleNamespace]:
     file = folder / "model" / "config.json"
     if not file.is_file():
         raise UserError(f"{file} is missing: give the folder of a training that has ended")
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = job.read_json(file)
     config = SimpleNamespace(**settings)
     model = build(config, settings["shape"]["vocab_size"])
     try:

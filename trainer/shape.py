@@ -15,6 +15,7 @@ CHOICES = {
     "norm_position": ("pre", "post"),
     "position": ("rotary", "learned", "sinusoidal"),
 }
+WIDEST = 1e9  # of an inner width: more is a slip
 GATED = ("glu", "swiglu")  # arXiv:2002.05202: a third matrix, whose product with the activated one goes on
 
 
@@ -108,6 +109,8 @@ def make_shape(settings: Any, vocab_size: int) -> Shape:
         )
     if transformer and settings.position == "sinusoidal" and width % 2:
         raise ShapeError(f"width {width} is odd, and sinusoidal positions come in pairs: take an even width")
+    if transformer and settings.ffn_ratio * width > WIDEST:
+        raise ShapeError(f"ffn_ratio {settings.ffn_ratio} of width {width} is too wide: take a smaller one")
     ffn_width = round(settings.ffn_ratio * width) if transformer else 0
     if transformer and ffn_width < 1:
         raise ShapeError(f"ffn_ratio {settings.ffn_ratio} of width {width} leaves no inner width: take a larger one")

@@ -202,7 +202,7 @@ def test_checkpoints_come_every_n_steps_and_only_the_last_is_kept(settings: dict
 
 def test_a_checkpoint_of_other_settings_is_not_gone_on_from(settings: dict, tmp_path: Path):
     finetune(settings, tmp_path, AfterStep(3))
-    with pytest.raises(UserError, match=r"step_3 was made with another seed, lr: put it back, or remove"):
+    with pytest.raises(UserError, match=r"step_3 was made with another seed, lr: put it back, or take another --out"):
         finetune(settings | {"lr": 0.02, "seed": 1, "log_every_n_steps": 5}, tmp_path)
 
 

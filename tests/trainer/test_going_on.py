@@ -85,7 +85,7 @@ def test_a_sweep_overwrites_no_run_of_other_settings(settings: dict, tmp_path: P
     with pytest.raises(UserError, match="another width: put it back, or take another --out"):
         make_runs(base, tmp_path / "out", ["seed=0"])
     assert yaml.safe_load((run / "config.yaml").read_text())["width"] == 32
-    with pytest.raises(UserError, match="a value is there twice"):
+    with pytest.raises(UserError, match="two runs would be called"):
         make_runs(base, tmp_path / "out", ["lr=0.1,1e-1"])
     with pytest.raises(UserError, match="seed is given twice"):
         make_runs(base, tmp_path / "out", ["seed=0", "seed=1"])

@@ -160,6 +160,7 @@ def test_an_lstm_carries_its_state_on_as_if_the_text_were_one():
         ),
         ({"architecture": "lstm", "dtype": "fp16", "device": "cpu"}, "an LSTM cannot be trained in fp16 on a CPU"),
         ({"ffn_ratio": 0.0}, "ffn_ratio 0.0 of width 128 leaves no inner width: take a larger one"),
+        ({"ffn_ratio": 1e308}, "ffn_ratio 1e.308 of width 128 is too wide: take a smaller one"),
         ({"lr": float("inf")}, "lr is inf: give a number of at least 0"),
     ],
 )

@@ -157,7 +157,7 @@ def test_tokens_are_those_that_meta_json_says(tmp_path: Path, monkeypatch: pytes
         ("--temperature", "inf", "temperature is inf: give a number of at least 0"),
         ("--temperature", "-1", "temperature is -1.0: give a number of at least 0"),
         ("--temperature", "1e-45", "temperature is 1e-45: give 0, or at least 1e-06"),
-        ("--seed", str(1 << 64), "seed is 18446744073709551616: give one below 2"),
+        ("--seed", str(1 << 64), "seed is 18446744073709551616: give a smaller number"),
         ("--seed", "-1", "seed is -1: give a whole number of at least 0"),
     ],
 )
