@@ -62,8 +62,7 @@ REMEDIES = {
     "finite loss": "lower lr, clip gradients, or use fp32, and submit the run again under a new name",
 }
 
-
-# Guards that a job whose recipe writes guards.json has, unless its settings switch one off.
+# Guards that every job which writes guards.json should have; its settings may switch one off.
 OF_A_JOB = ("gradient reach", "weights move", "optimizer coverage", "budget met")
 
 

@@ -37,8 +37,7 @@ LEVEL = 0.95  # of the intervals
 WIDE = 0.25  # an interval of E wider than this share of the lowest loss leaves it open
 CORNERS = np.array([0.3, 0.6, 0.85, 0.97])  # of the lowest loss: where E is held before draws are fitted from there
 OFTEN = 0.01  # share of the draws that a corner must serve better for all to be fitted from there too
-
-
+LEAST = 9  # points and runs: of fewer, intervals miss too often (python -m benchmarks.scaling_fit --coverage)
 DRAWS = f"fits to draws of the runs; below {FEWEST}: no intervals"
 
 
@@ -128,11 +127,10 @@ def _too_few(points: Points) -> Iterator[str]:
     """What the points lack before they are looked at closer."""
     if np.ptp(points.loss) <= 1e-9 * points.loss.max():
         yield "All losses are the same, and a law says how they fall."
-    least = len(law.NAMES) + 4  # at 7 of 9 made points alpha was in its interval in 78 % of 40 tables, at 9 in 97 %
-    if (n := len({(n, d) for n, d in zip(points.n, points.d, strict=True)})) < least:
-        yield f"There are {n} different points; {least} are needed to tell how well a law of 5 parameters is known."
-    elif (n := len(set(points.run))) < least:
-        yield f"The points are of {n} runs, which vary as one each; {least} are needed to tell how well it is known."
+    if (n := len({(n, d) for n, d in zip(points.n, points.d, strict=True)})) < LEAST:
+        yield f"There are {n} different points; {LEAST} are needed to tell how well a law of 5 parameters is known."
+    elif (n := len(set(points.run))) < LEAST:
+        yield f"The points are of {n} runs, which vary as one each; {LEAST} are needed to tell how well it is known."
     for values, what in ((points.n, "numbers of parameters"), (points.d, "numbers of tokens")):
         if (n := len(np.unique(np.round(np.log(values), 2)))) < 3:
             yield f"There are only {n} {what}, and the bend of a power law with a floor shows from 3 on."
@@ -154,14 +152,12 @@ def _one_line(points: Points) -> Iterator[str]:
     off = y - np.polyval(line, x)
     if line[0] <= 0 or np.std(off[near]) >= ONE_LINE:
         return
-    ratios, strays = points.d / points.n, int((np.abs(off) > FAR).sum())
-    words = f"The {len(x)} points have {ratios.min():.3g} to {ratios.max():.3g} tokens per parameter and"
-    which, needs = words, "at least two token ratios"
-    if strays:
+    if strays := int((np.abs(off) > FAR).sum()):
         which, needs = f"All but {strays} of the {len(x)} points", "more points at other token ratios"
-    yield (
-        f"{which} lie on one line, where N and D grow together and their terms cannot be told apart: it needs {needs}."
-    )
+    else:
+        which, needs = f"The {len(x)} points have {_ratios(points)} and", "at least two token ratios"
+    apart = "where N and D grow together and their terms cannot be told apart"
+    yield f"{which} lie on one line, {apart}: it needs {needs}."
 
 
 def _falls(points: Points, found: Fit) -> list[float]:
@@ -172,9 +168,12 @@ def _falls(points: Points, found: Fit) -> list[float]:
 
 
 def _why_known(points: Points, interval: list[float]) -> str:
+    return f"{len(points.n)} points with {_ratios(points)} hold E within {interval[0]:.4g} to {interval[1]:.4g}."
+
+
+def _ratios(points: Points) -> str:
     ratios = points.d / points.n
-    words = f"{len(ratios)} points with {ratios.min():.3g} to {ratios.max():.3g} tokens per parameter"
-    return f"{words} hold E within {interval[0]:.4g} to {interval[1]:.4g}."
+    return f"{ratios.min():.3g} to {ratios.max():.3g} tokens per parameter"
 
 
 def _bootstrap(points: Points, found: Fit, n: int, seed: int) -> Array:

@@ -10,11 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from trainer import job
+from trainer.job import Stop
+from trainer.settings import checked
+
+if TYPE_CHECKING:
+    from trainer.train import Training
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "trainer" / "train.yaml"
@@ -59,6 +64,29 @@ def start(settings: dict[str, Any], out: Path, **environment: str) -> subprocess
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe)
+
+
+def made(settings: dict[str, Any], out: Path) -> Training:
+    """A training in this process."""
+    import torch
+
+    from trainer.ranks import Ranks
+    from trainer.train import Training
+
+    out.mkdir(exist_ok=True)
+    return Training(checked(SimpleNamespace(**settings)), out, Ranks(torch.device("cpu")))
+
+
+def signalled(asked: bool = True) -> Stop:
+    """As after a signal that came before the first step, without listening for one in the tests' own process."""
+    stop = Stop.__new__(Stop)
+    stop.asked = asked
+    return stop
+
+
+def quiet() -> Stop:
+    """No signal."""
+    return signalled(False)
 
 
 def ended(*jobs: subprocess.Popen[str]) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from tests.trainer.helpers import ROOT, ended, events, same, start, weights, write_tokens
+from trainer.export import bring_back
 from trainer.job import UserError
 from trainer.prepare import make_tokenizer, prepare
 from trainer.sample import generate, load_run
@@ -251,8 +251,28 @@ def test_a_model_that_computes_otherwise_is_not_brought_back(changes: dict, tmp_
     config |= {"vocab_size": 64, "intermediate_size": 64, "max_position_embeddings": 16, **changes}
     save_file({"model.norm.weight": torch.ones(64)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    said = run("export", "--model", tmp_path, "--out", tmp_path / "back", code=1)
-    assert re.search(r"error: .* has \{.*\}, and the trainer \{.*\}: train anew", said)
+    with pytest.raises(UserError, match=r"has \{.*\}, and the trainer \{.*\}: train anew"):
+        bring_back(tmp_path, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_weights_that_are_not_the_configs_are_not_brought_back(tmp_path: Path):
+    """An activation that GPT-2's config.json does not name is another than the trainer's."""
+    config = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 4, "vocab_size": 5}
+    for activation, words in (
+        ({}, "gelu_new"),
+        ({"activation_function": "gelu"}, "such as blocks.0.attention.out.bias"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | activation))
+        save_file({"transformer.wte.weight": torch.ones(5, 8)}, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=words):
+            bring_back(tmp_path, tmp_path / "back")
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UserError, match="is no whole model"):
+        bring_back(tmp_path, tmp_path / "back")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no model.safetensors: give the folder of a model in Hugging Face format"):
+        bring_back(tmp_path, tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 

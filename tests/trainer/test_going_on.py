@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
-from tests.trainer.helpers import ROOT, ended, events, same, start, weights
+from tests.trainer.helpers import ROOT, ended, events, made, quiet, same, signalled, start, weights
 from trainer import checkpoints, job
-from trainer.job import Stop, UserError
+from trainer.job import UserError
 from trainer.micro import fitted
 from trainer.ranks import Ranks
 from trainer.sample import load_run
@@ -32,24 +32,6 @@ CPU = Ranks(torch.device("cpu"))
 @pytest.fixture
 def settings(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"overfit_steps": 0, "max_epochs": 9.0, "lr_schedule": "constant"}
-
-
-def made(settings: dict[str, Any], out: Path) -> Training:
-    """A training in this process."""
-    out.mkdir(exist_ok=True)
-    return Training(checked(SimpleNamespace(**settings)), out, CPU)
-
-
-def signalled(asked: bool = True) -> Stop:
-    """As after a signal that came before the first step, without listening for one in the tests' own process."""
-    stop = Stop.__new__(Stop)
-    stop.asked = asked
-    return stop
-
-
-def quiet() -> Stop:
-    """No signal."""
-    return signalled(False)
 
 
 def guards(out: Path) -> dict[str, bool]:

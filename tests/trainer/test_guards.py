@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.trainer.helpers import made, quiet
 from trainer import guards
 from trainer.guards import Guards, Outcome, budget_met, one_batch_overfit, optimizer_coverage, outcome
 
@@ -98,6 +100,14 @@ def test_weights_that_bf16_cannot_move_are_seen():
     found = watched(net, lambda net: torch.optim.SGD(net.parameters(), lr=1e-7))["weights move"]
     assert not found.ok and "fewer than 1% of the entries" in found.found
     assert watched(Net(dtype=torch.bfloat16), adam)["weights move"].ok
+
+
+def test_weights_have_the_warm_up_to_move_in(settings: dict, tmp_path: Path):
+    """Gains of 1 cannot hold steps of less than 3e-8 in fp32, as are the first of a long warm-up to a small rate."""
+    steps = {"lr": 1e-5, "lr_schedule": "constant", "warmup_steps": 2000, "max_steps": 30, "overfit_steps": 0}
+    assert made(settings | steps, tmp_path).train(quiet())
+    (moved,) = (one for one in json.loads((tmp_path / "guards.json").read_text()) if one["guard"] == "weights move")
+    assert moved["ok"] and "in 30 steps" in moved["found"]
 
 
 def test_a_frozen_parameter_that_changes_by_one_bit_is_seen():

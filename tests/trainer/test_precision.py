@@ -7,16 +7,12 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.trainer.helpers import ended, events, same, start, weights
-from trainer.ranks import Ranks
-from trainer.settings import checked
-from trainer.train import Training
+from tests.trainer.helpers import ended, events, made, quiet, same, start, weights
 
 
 @pytest.fixture
@@ -55,13 +51,11 @@ def test_fewer_bits_go_on_to_the_same_bits(dtype: str, settings: dict, tmp_path:
 
 def test_gradients_that_fp16_cannot_hold_at_any_scale_end_the_training(settings: dict, tmp_path: Path):
     """The scaler leaves one step after the other out, and halves its scale of 65,536 sixteen times and once more."""
-    config = checked(SimpleNamespace(**settings | {"dtype": "fp16", "max_steps": 40, "overfit_steps": 0}))
-    training = Training(config, tmp_path, Ranks(torch.device("cpu")))
+    training = made(settings | {"dtype": "fp16", "max_steps": 40, "overfit_steps": 0}, tmp_path)
     first = next(training.model.parameters())
     first.register_hook(lambda gradient: gradient * float("inf"))
     before = first.detach().clone()
-    stop: Any = SimpleNamespace(asked=False)
-    assert training.train(stop)
+    assert training.train(quiet())
     assert first.equal(before)
     assert json.loads((tmp_path / "DONE").read_text()) == {"step": 17, "diverged": True}
     found = {one["guard"]: one["found"] for one in json.loads((tmp_path / "guards.json").read_text()) if not one["ok"]}

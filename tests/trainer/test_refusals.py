@@ -19,13 +19,11 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from tests.trainer.helpers import ROOT, ended, events, start
+from tests.trainer.helpers import ROOT, ended, events, quiet, start
 from trainer import checkpoints, job, train
 from trainer.job import UserError
 from trainer.models import make
 from trainer.settings import checked
-
-QUIET: Any = SimpleNamespace(asked=False)
 
 
 @pytest.fixture
@@ -41,7 +39,7 @@ def trained(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monkey
         out = tmp_path / name
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings | changes))
         monkeypatch.setattr(sys, "argv", ["train", "--config", str(tmp_path / "config.yaml"), "--out", str(out)])
-        assert train.main(QUIET) == 0
+        assert train.main(quiet()) == 0
         return out
 
     return command
@@ -74,6 +72,15 @@ def test_a_finished_run_whose_checkpoints_are_gone_is_not_begun_anew(trained):
     with pytest.raises(UserError, match="has ended after step 6 and its checkpoints are gone: take another --out"):
         trained(max_steps=8)
     assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_vocabulary_is_another_run(trained, settings: dict[str, Any], tmp_path: Path):
+    tokens = shutil.copytree(settings["dataset"], tmp_path / "tokens")
+    trained(dataset=str(tokens))
+    meta = json.loads((tokens / "meta.json").read_text())
+    (tokens / "meta.json").write_text(json.dumps(meta | {"vocab_size": 65}))
+    with pytest.raises(UserError, match="made with another vocab_size: put it back, or take another --out"):
+        trained(dataset=str(tokens), max_steps=8)
 
 
 def test_a_model_of_others_is_not_overwritten(trained, tmp_path: Path):
