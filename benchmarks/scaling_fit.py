@@ -1,6 +1,7 @@
 """The bootstrap of a scaling law: the study's batched Newton fits against scipy's L-BFGS-B, from the same starts.
 
     python -m benchmarks.scaling_fit [FILE.csv] [--draws 4000] [--scipy 40]
+    python -m benchmarks.scaling_fit --coverage      how often intervals of few points hold the law they are made of
 
 scipy fits only the first of the same draws, and its time is scaled to all of them. Without a file the points are made:
 240 of a known law with noise. Both minimise the same objective with exact gradients.
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 from scipy.optimize import minimize
+from tqdm import tqdm
 
 from tasks.scaling_laws import law
+from tasks.scaling_laws.fit import fit_law
 from tasks.scaling_laws.law import DELTA, Array
 from tasks.scaling_laws.table import Points, read_points
 
@@ -26,7 +29,11 @@ def main() -> None:
     parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--draws", type=int, default=4000)
     parser.add_argument("--scipy", type=int, default=40, help="draws that scipy fits")
+    parser.add_argument("--coverage", action="store_true")
     arguments = parser.parse_args()
+    if arguments.coverage:
+        coverage()
+        return
     points = read_points(arguments.file) if arguments.file else made()
     start = law.fit(points.n, points.d, points.loss).theta
     n = len(points.loss)
@@ -70,6 +77,24 @@ def scipy_fit(start: Array, points: Points, weights: Array) -> Array:
 
     options = {"maxiter": 2000, "maxfun": 5000, "ftol": 1e-13, "gtol": 1e-9}
     return minimize(value, start, jac=True, method="L-BFGS-B", options=options).x
+
+
+def coverage(tables: int = 40, draws: int = 200, noise: float = 0.003) -> None:
+    """Of tables of some of 3 sizes by 4 token ratios: in how many each parameter's 95 % interval holds its value."""
+    true = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
+    n = np.tile(np.geomspace(1e7, 1e10, 3), 4)
+    d = n * np.repeat([2.0, 200.0, 20.0, 60.0], 3)
+    print(f"| points | {' | '.join(true)} |\n|---|{'---|' * len(true)}")
+    for few in (7, 8, 9, 12):
+        held = dict.fromkeys(true, 0)
+        for seed in tqdm(range(tables), desc=f"{few} points", leave=False):
+            x, y = n[:few], d[:few]
+            loss = true["E"] + true["A"] / x ** true["alpha"] + true["B"] / y ** true["beta"]
+            loss *= np.exp(noise * np.random.default_rng(seed).standard_normal(few))
+            ci = fit_law(Points(x, y, loss, [str(i) for i in range(few)]), draws, seed)["ci"]
+            for name, value in true.items():
+                held[name] += ci[name][0] <= value <= ci[name][1]
+        print(f"| {few} | {' | '.join(f'{count / tables:.0%}' for count in held.values())} |")
 
 
 def made() -> Points:
