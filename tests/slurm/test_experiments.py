@@ -44,7 +44,7 @@ def set_up(lab: Path, name: str, **given: Any) -> Path:
     return lab / "experiments" / name
 
 
-def ended(name: str, seconds: float = 120) -> StatusAnswer:
+def ended(name: str, seconds: float = 240) -> StatusAnswer:
     """How its runs stand once all have ended."""
     give_up = time.monotonic() + seconds
     while True:
