@@ -34,6 +34,7 @@ UNUSABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
     errno.EEXIST, errno.ELOOP,
 }  # fmt: skip
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}  # as of Lustre without -o flock, or NFS without its daemon
 # How the system, torch, its zip writer and numpy say that a disk is full.
 FULL = ("No space left", "Disk quota", "file write failed", "unexpected pos", "requested and")
 
@@ -203,12 +204,18 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes from working in a folder while the block runs. Raises UserError where one does."""
+    """Keeps other processes from working in a folder while the block runs. Raises UserError where one does.
+
+    A file system that has no locks keeps nobody out.
+    """
     with (folder / ".working").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another process works in {folder}: wait for it, or stop it") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield
 
 

@@ -70,7 +70,10 @@ def from_files(places: Iterable[Path], suffix: str) -> list[str]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8", errors="replace")
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        wrong = f"byte {error.start} of {file} is {error.object[error.start]:#x}, which is no UTF-8"
+        raise UserError(f"{wrong}: convert the file (iconv -t UTF-8), or take it away") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): make it a file of text, or take it away") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from chiplog.schema import Frozen
 from chiplog.settings import Settings
 
 CLOSING = "closing.json"
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}  # as of Lustre without -o flock, or NFS without its daemon
 JOB_ID = r"^[0-9]{1,18}(_[0-9]{1,9})?$"
 
 
@@ -143,12 +145,15 @@ class ExperimentFolder:
 
     @contextmanager
     def locked(self, *, needed: bool = True) -> Iterator[None]:
-        """Keeps two commands from submitting the same runs at once. If it is not `needed`, a full disk does no harm."""
+        """Keeps two commands from submitting the same runs at once, but on a file system that has no locks.
+
+        If it is not `needed`, a full disk does no harm.
+        """
         with ExitStack() as held:
             try:
                 fcntl.flock(held.enter_context((self.path / ".lock").open("a")), fcntl.LOCK_EX)
-            except OSError:
-                if needed:
+            except OSError as error:
+                if needed and error.errno not in NO_LOCKS:
                     raise
             yield
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -86,6 +87,16 @@ def test_what_fills_the_disk_can_be_cancelled(folder: ExperimentFolder, monkeypa
             tools.cancel_experiment("e", confirm=True)
     with LocalEngine().open() as queue:
         assert {row["state"] for row in queue.execute("SELECT state FROM queue")} == {"CANCELLED"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int):
+    def refused(*_: object) -> NoReturn:
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with pytest.raises(OSError) if number == errno.EIO else nullcontext(), ExperimentFolder(tmp_path).locked():
+        assert number == errno.ENOSYS
 
 
 def test_a_disk_that_fills_up_within_a_file_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

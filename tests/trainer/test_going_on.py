@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -78,6 +80,16 @@ def test_two_processes_do_not_train_in_one_folder(settings: dict, tmp_path: Path
         second = start(settings, tmp_path)
         assert "another process works in" in second.communicate(timeout=100)[1] and second.returncode == 1
     assert ended(start(settings, tmp_path)) == [0]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int):
+    def refused(*_: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with pytest.raises(OSError) if number == errno.EIO else nullcontext(), job.alone(tmp_path):
+        assert number == errno.ENOSYS
 
 
 def test_what_a_killed_sweep_began_saves_and_ends(settings: dict, tmp_path: Path):

@@ -50,6 +50,9 @@ def test_what_is_no_file_among_texts_is_refused(tmp_path: Path):
     (tmp_path / "d.txt").mkdir()
     with pytest.raises(UserError, match=r"d.txt cannot be read \(Is a directory\)"):
         from_files([tmp_path], ".txt")
+    (tmp_path / "c.txt").write_bytes("déjà".encode("latin-1"))
+    with pytest.raises(UserError, match=r"byte 1 of .*c.txt is 0xe9, which is no UTF-8: convert the file"):
+        from_files([tmp_path], ".txt")
 
 
 @pytest.mark.parametrize(
