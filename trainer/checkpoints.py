@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import zipfile
@@ -76,13 +75,6 @@ def restore(state: dict[str, Any], adapter: Mapping[str, torch.Tensor], optimize
     for name, p in adapter.items():
         p.copy_(state["adapter"][name])
     optimizer.load_state_dict(state["optimizer"])
-
-
-def done_steps(out: Path) -> float:
-    """Steps of a finished run, without end where it diverged; 0 where it is not finished."""
-    file = out / "DONE"
-    done = job.read_json(file) if file.is_file() else {"step": 0}
-    return math.inf if done.get("diverged") else done["step"]
 
 
 def append_event(file: Path, event: str, **values: Any) -> None:

@@ -202,6 +202,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def done_steps(out: Path) -> float:
+    """Steps of a finished run, without end where it diverged; 0 where it is not finished."""
+    file = out / "DONE"
+    done = read_json(file) if file.is_file() else {"step": 0}
+    return math.inf if done.get("diverged") else done["step"]
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Keeps other processes from working in a folder while the block runs. Raises UserError where one does.

@@ -72,6 +72,8 @@ def make_runs(config: Path, out: Path, vary: list[str]) -> list[Path]:
     for folder, settings in runs.items():
         _check(folder, settings, job.default_settings(schema))
     for folder, settings in runs.items():
+        if job.done_steps(folder) >= settings["max_steps"]:
+            continue  # its config.yaml says how it was made
         folder.mkdir(parents=True, exist_ok=True)
         job.write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     return list(runs)

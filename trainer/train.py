@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.batches import seed_of
-from trainer.checkpoints import append_event, done_steps, last_step, load_checkpoint, save_checkpoint, save_model
+from trainer.checkpoints import append_event, last_step, load_checkpoint, save_checkpoint, save_model
 from trainer.conflicts import conflict
 from trainer.guards import Guards, budget_met, one_batch_overfit, outcome, write
 from trainer.job import REQUEUE, Stop, UserError
@@ -65,7 +65,7 @@ def main(stop: Stop) -> int:
     arguments = parser.parse_args()
     config = checked(job.read_config(arguments.config, Path(__file__).with_suffix(".yaml")))
     out = arguments.out
-    if done_steps(out) >= config.max_steps:
+    if job.done_steps(out) >= config.max_steps:
         file = out / "model" / "config.json"
         made = job.read_json(file) if file.is_file() else identity(config)
         check_same(identity(config), made, file, "take another --out")
@@ -111,7 +111,7 @@ class Training:
         hashes = {"dataset": folder.sha256["train"], "validation": self.validation.sha256}
         self.identity = identity(config) | hashes | {"vocab_size": folder.vocab_size}
         saved = load_checkpoint(out / "checkpoints", self.identity)
-        if not saved and (done := done_steps(out)):
+        if not saved and (done := job.done_steps(out)):
             raise UserError(f"{out} has ended after step {done} and its checkpoints are gone: take another --out")
 
         self.model = make(config, folder.vocab_size, self.device)  # the same first values in every process

@@ -69,6 +69,11 @@ def test_a_sweep_overwrites_no_run_of_other_settings(settings: dict, tmp_path: P
     with pytest.raises(UserError, match="another width: put it back, or take another --out"):
         make_runs(base, tmp_path / "out", ["seed=0"])
     assert yaml.safe_load((run / "config.yaml").read_text())["width"] == 32
+    (run / "DONE").write_text(json.dumps({"step": settings["max_steps"]}))
+    base.write_text(yaml.safe_dump(settings | {"lr_schedule": "constant", "max_steps": 5}))
+    (run / "config.yaml").write_text(yaml.safe_dump(settings | {"lr_schedule": "constant"}))
+    assert make_runs(base, tmp_path / "out", ["seed=0"]) == [run]
+    assert yaml.safe_load((run / "config.yaml").read_text())["max_steps"] == settings["max_steps"] > 5
     with pytest.raises(UserError, match="two runs would be called"):
         make_runs(base, tmp_path / "out", ["lr=0.1,1e-1"])
     with pytest.raises(UserError, match="seed is given twice"):
