@@ -7,11 +7,11 @@ FOLDER holds runs.json and batch_sweeps.json.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import math
 import re
 import statistics
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -58,7 +58,9 @@ class Goal(NamedTuple):
 
 def main() -> None:
     """Runs both protocols and writes the page."""
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description="How good the estimates are on public measurements.")
+    parser.add_argument("folder", type=Path, help="holds runs.json and batch_sweeps.json")
+    folder = parser.parse_args().folder
     names = ("runs.json", "batch_sweeps.json")
     rows, sweeps = (read_table(folder / name) for name in names)
     began = time.perf_counter()

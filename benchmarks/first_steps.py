@@ -8,8 +8,8 @@ then took.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 from pathlib import Path
 
 from chiplog.ledger.metrics import Start, Step, read_events
@@ -20,7 +20,9 @@ AFTER = (20, 50, 100)
 
 def main() -> None:
     """Prints the table."""
-    files = [file for folder in sys.argv[1:] for file in sorted(Path(folder).glob("runs/*/metrics.jsonl"))]
+    parser = argparse.ArgumentParser(description="How well a run's first steps foretell its training.")
+    parser.add_argument("folders", nargs="+", type=Path, help="of experiments that have ended")
+    files = [file for folder in parser.parse_args().folders for file in sorted(folder.glob("runs/*/metrics.jsonl"))]
     print("| after step | runs | median error, % | mean error, % | intervals that hold |\n|---|---|---|---|---|")
     for after in AFTER:
         told = [one for file in files if (one := foretold(file, after))]

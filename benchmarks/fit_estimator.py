@@ -9,10 +9,10 @@ the root of their size). The scores of these forecasts are what makes intervals 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
@@ -147,7 +147,9 @@ KNOWN = [("unsloth-2023", lambda row: row.framework == "HF", [("attn", "eager")]
 
 
 def main() -> None:
-    source = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Fits how far measured runs lie from the physics.")
+    parser.add_argument("file", type=Path, help="measurements, as JSON")
+    source = parser.parse_args().file
     rows = [as_known(as_row(values, Row)) for values in read_table(source)]
     runs, _ = covered(rows)
     digest = hashlib.sha256(source.read_bytes()).hexdigest()

@@ -5,6 +5,7 @@ python benchmarks/query.py
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import statistics
@@ -27,6 +28,7 @@ MODELS = ("Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B", "Qwen2.5-7B")
 
 def main() -> None:
     """Prints a table in Markdown."""
+    argparse.ArgumentParser(description="How long one question takes where 20,000 runs are on record.").parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CHIPLOG_HOME"] = os.environ["CHIPLOG_WORKSPACE"] = folder
         ledger = Ledger()

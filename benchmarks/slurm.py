@@ -8,6 +8,7 @@ free. The time of a call is told as a ratio to `squeue --version`, which asks no
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import tempfile
@@ -25,6 +26,7 @@ RUNS = 1000
 
 def main() -> None:
     """Prints the table."""
+    argparse.ArgumentParser(description="What following 1,000 runs on Slurm costs.").parse_args()
     with tempfile.TemporaryDirectory() as root, Cluster(Path(root) / "cluster", cpus=1) as cluster:
         os.environ |= {**cluster.env, "CHIPLOG_HOME": f"{root}/home", "CHIPLOG_WORKSPACE": f"{root}/lab"}
         set_up(Path(root) / "lab")

@@ -5,6 +5,7 @@ python benchmarks/startup.py
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ REPEATS = 7
 
 def main() -> None:
     """Prints a table in Markdown."""
+    argparse.ArgumentParser(description="How long the faces take to their first answer.").parse_args()
     cases: dict[str, Callable[[], object]] = {
         "python -c pass": lambda: subprocess.run([sys.executable, "-c", "pass"], check=True),
         "chiplog --help": lambda: command("--help"),

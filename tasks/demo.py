@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import subprocess
@@ -16,8 +17,9 @@ CHIPLOG = str(Path(sys.executable).with_name("chiplog"))
 WAIT_S = 600  # the most that one command waits
 
 
-def main(demo: Callable[[], list[str]]) -> None:
+def main(demo: Callable[[], list[str]], about: str) -> None:
     """Runs a demo, which returns what is wrong, and ends the process: with 0 where nothing is."""
+    argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     began = time.monotonic()
     try:
         problems = demo()

@@ -58,4 +58,4 @@ def check(name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(demo)
+    main(demo, str(__doc__))

@@ -41,4 +41,4 @@ def check(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(demo)
+    main(demo, str(__doc__))
