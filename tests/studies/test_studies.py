@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,16 @@ def test_an_oracle_scores_full_marks_and_a_constant_scores_chance(study: str, tm
     assert all(all(marks.values()) for marks in oracle)
     assert sum(marks["exact_match"] for marks in constant) == 1
     assert not any(scope["score"](target.lower(), target)["exact_match"] for target in targets)
+
+
+@pytest.mark.parametrize("study", [name for name in STUDIES if (study_folder(name) / "demo.py").is_file()])
+def test_a_demo_asked_for_help_does_not_run(study: str):
+    demo = [sys.executable, str(study_folder(study) / "demo.py")]
+    helped, odd = (
+        subprocess.run([*demo, word], capture_output=True, text=True, check=False) for word in ("--help", "--odd")
+    )
+    assert (helped.returncode, odd.returncode) == (0, 2)
+    assert helped.stdout.startswith("usage: ") and "unrecognized arguments: --odd" in odd.stderr
 
 
 def test_the_demo_names_plans_that_exist_and_its_second_repeats_a_run_of_its_first():
