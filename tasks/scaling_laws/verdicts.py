@@ -11,6 +11,7 @@ from typing import Any
 from tasks.scaling_laws.analysis import Analysis
 from tasks.scaling_laws.curves import equation, floored
 from tasks.scaling_laws.doubts import doubts, doubts_of_points
+from tasks.scaling_laws.fit import LEAST
 from tasks.scaling_laws.learning_rates import OVER, STEADY
 from tasks.scaling_laws.runs import Run
 
@@ -44,7 +45,8 @@ def law_verdicts(analysis: Analysis) -> list[str]:
             if name == analysis.control:
                 found.append(f"Not shown: a law of {name}; {law}.")
             continue
-        words = f"{name}, {law['n']} runs: {equation(law)}{_intervals(law)}."
+        runs = f"{name}, {law['n']} runs"
+        words = f"{runs}: {equation(law)}{_intervals(law)}." if law["n"] >= LEAST else f"a law of {runs}."
         wrong = ([] if law["identifiable"] else [law["why"]]) + doubts_of_points(analysis.grid[name])
         found.append(_verdict(words, wrong, because=law["why"]))
     without = [name for name, law in analysis.laws.items() if isinstance(law, str) and name != analysis.control]

@@ -31,6 +31,14 @@ def test_the_law_that_the_runs_were_made_from_is_found_and_said_with_what_it_res
     assert "tokens per parameter" in said
 
 
+def test_a_law_of_few_runs_is_said_without_its_numbers(tmp_path: Path):
+    for width, steps in GRID[:6]:
+        write(tmp_path, f"w{width}_s{steps}", width=width, max_steps=steps)
+    text = section(analysed(tmp_path))
+    (said,) = lines_of(text, "Not shown: a law of transformer, 6 runs. There are 6 different points; 8 are needed")
+    assert "L = " not in said
+
+
 def test_every_hazard_is_counted_and_named_and_none_is_dropped(tmp_path: Path):
     grid(tmp_path)
     lines(write(tmp_path, "only_header", width=24), {"event": "start", "n_params": 5})
