@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,9 +90,10 @@ def run(main: Callable[[], int]) -> NoReturn:
     except (UserError, ChatError, RowsError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        if error.errno not in UNUSABLE or not error.filename:
+        path = error.filename or ("the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None)
+        if error.errno not in UNUSABLE or not path:
             raise
-        sys.exit(f"error: {cannot('used', error.filename, error)}")
+        sys.exit(f"error: {cannot('used', path, error)}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -158,12 +159,18 @@ def folder_of(config: SimpleNamespace, key: str) -> Path:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes beside, then renames: the file is whole or as it was."""
+    """Writes beside, then renames: the file is whole or as it was. An OSError names it."""
     beside = file.with_name(f".{file.name}.tmp")
-    with beside.open("w", encoding="utf-8") as written:
-        written.write(text)
-        written.flush()
-        os.fsync(written.fileno())  # before the name: a machine that dies must leave no empty file
+    try:
+        with beside.open("w", encoding="utf-8") as written:
+            written.write(text)
+            written.flush()
+            os.fsync(written.fileno())  # before the name: a machine that dies must leave no empty file
+    except OSError as error:
+        error.filename = error.filename or str(file)  # a full disk says so without a name
+        with suppress(OSError):
+            beside.unlink()
+        raise
     beside.replace(file)
 
 

@@ -131,6 +131,21 @@ def test_a_model_beyond_all_memory_is_refused_in_words(settings: dict):
         make(config, 64)
 
 
+def test_a_disk_that_fills_within_a_file_leaves_it_as_it_was_and_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    job.write_text(tmp_path / "a.md", "before")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SystemExit, match=r"error: .*a.md could not be used \(No space left on device\): free disk"):
+        job.run(lambda: job.write_text(tmp_path / "a.md", "after") or 0)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.md"] and (tmp_path / "a.md").read_text() == "before"
+    with pytest.raises(SystemExit, match=r"error: the disk could not be used .*: free disk space and start again"):
+        job.run(lambda: full(0) or 0)
+
+
 @pytest.mark.parametrize(
     "error",
     [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("Error: No space left on device (os error 28)")],
