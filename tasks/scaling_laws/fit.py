@@ -37,7 +37,7 @@ LEVEL = 0.95  # of the intervals
 WIDE = 0.25  # an interval of E wider than this share of the lowest loss leaves it open
 CORNERS = np.array([0.3, 0.6, 0.85, 0.97])  # of the lowest loss: where E is held before draws are fitted from there
 OFTEN = 0.01  # share of the draws that a corner must serve better for all to be fitted from there too
-LEAST = 8  # points and runs: of fewer, intervals miss too often (python -m benchmarks.scaling_fit --coverage)
+LEAST = 9  # points and runs: of 7, intervals miss too often (python -m benchmarks.scaling_fit --coverage)
 DRAWS = f"fits to draws of the runs; below {FEWEST}: no intervals"
 
 

@@ -35,7 +35,7 @@ def test_a_law_of_few_runs_is_said_without_its_numbers(tmp_path: Path):
     for width, steps in GRID[:6]:
         write(tmp_path, f"w{width}_s{steps}", width=width, max_steps=steps)
     text = section(analysed(tmp_path))
-    (said,) = lines_of(text, "Not shown: a law of transformer, 6 runs. There are 6 different points; 8 are needed")
+    (said,) = lines_of(text, "Not shown: a law of transformer, 6 runs. There are 6 different points; 9 are needed")
     assert "L = " not in said
 
 

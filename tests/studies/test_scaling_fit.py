@@ -170,8 +170,8 @@ def test_what_rests_on_nothing_is_not_identified():
     cut = Points(points.n[few], points.d[few], points.loss[few], list("abcdef"))
     again = Points(*(np.tile(each, 8) for each in (cut.n, cut.d, cut.loss)), [str(i) for i in range(48)])  # pyright: ignore
     for case, words in (
-        (cut, "There are 6 different points; 8 are needed"),
-        (again, "There are 6 different points; 8 are needed"),
+        (cut, "There are 6 different points; 9 are needed"),
+        (again, "There are 6 different points; 9 are needed"),
         (dataclasses.replace(points, run=["one"] * 128), "The points are of 1 runs"),
         (dataclasses.replace(points, loss=np.full(128, 2.0)), "All losses are the same"),
     ):
